@@ -1,0 +1,536 @@
+"""The transformer of the Llama family, with a static cache that a decode step reads dense or sparse.
+
+Llama 1/2/3, Vicuna, Mistral and Mixtral. Shapes follow the key at the top of ds_attention.py; `dim` is the model's
+width. Three ways through the same blocks:
+  forward        whole sequences without a cache: training
+  prefill        a prompt into the cache, chunk by chunk, dense causal attention
+  decode         one new token per sequence (`decode`), or the next tokens of one sequence as if each were decoded in
+                 turn (`decode_rows`): every token attends to its own past, by Double Sparsity where configured
+"""
+import argparse
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+
+from ds_attention import DSConfig, LabelMap, dense_decode, ds_decode, write_labels
+
+# ---------------------------------------------------------------- configuration
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral"}
+# Keys of a Hugging Face config.json with no effect on inference ...
+IGNORED_KEYS = set(
+    "_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache initializer_range "
+    "pretraining_tp attention_dropout output_router_logits router_aux_loss_coef router_jitter_noise pad_token_id "
+    "return_dict output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder problem_type "
+    "id2label label2id max_sequence_length torchscript add_cross_attention tie_encoder_decoder cross_attention_hidden_size "
+    "unsloth_version _attn_implementation_autoset".split())
+# ... and those that must have the one value that is implemented.
+REQUIRED_VALUES = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's shape, as in its checkpoint's config.json."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ..., ...}
+    sliding_window: int | None = None  # tokens, the query's own included
+    tie_embeddings: bool = False
+    n_experts: int = 0  # 0: a dense feed-forward
+    experts_per_token: int = 0
+    bos_id: int | None = 1
+    eos_ids: tuple[int, ...] = (2,)
+
+    @staticmethod
+    def from_file(path):
+        """Reads config.json. Raises ValueError for another architecture, an unknown key or an unsupported value."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from None
+        try:
+            return ModelConfig.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @staticmethod
+    def from_dict(content):
+        """content: a Hugging Face config, in the hub's older form or in that of transformers 5 (rope_parameters)."""
+        c = dict(content)
+        architecture = (c.get("architectures") or ["none"])[0]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture {architecture}: must be one of {', '.join(ARCHITECTURES)}")
+        for key, value in REQUIRED_VALUES.items():
+            if c.pop(key, value) != value:
+                raise ValueError(f"{key}={content[key]}: only {value} is implemented")
+        rope = dict(c.pop("rope_parameters", None) or c.pop("rope_scaling", None) or {})
+        c.pop("rope_scaling", None)
+        rope_theta = rope.pop("rope_theta", None) or c.get("rope_theta", 10000.0)
+        kind = rope.pop("type", None)
+        rope["rope_type"] = rope.get("rope_type", kind) or "default"
+        if rope["rope_type"] not in ROPE_SCALINGS:
+            raise ValueError(f"rope_type={rope['rope_type']}: must be one of {', '.join(ROPE_SCALINGS)}")
+        c.pop("rope_theta", None)
+        try:
+            heads = c.pop("num_attention_heads")
+            dim = c.pop("hidden_size")
+            positions = c.pop("max_position_embeddings")
+            if rope["rope_type"] == "linear":  # positions are squeezed: that many times the trained length is addressed
+                positions = c.get("max_sequence_length") or int(positions * rope["factor"])
+            eos = c.pop("eos_token_id", 2)
+            config = ModelConfig(
+                dim=dim, n_layers=c.pop("num_hidden_layers"), n_heads=heads,
+                n_kv_heads=c.pop("num_key_value_heads", None) or heads, head_dim=c.pop("head_dim", None) or dim // heads,
+                ffn_dim=c.pop("intermediate_size"), vocab_size=c.pop("vocab_size"), max_positions=positions,
+                norm_eps=c.pop("rms_norm_eps", 1e-6), rope_theta=float(rope_theta),
+                rope_scaling=None if rope["rope_type"] == "default" else rope, sliding_window=c.pop("sliding_window", None),
+                tie_embeddings=bool(c.pop("tie_word_embeddings", False)), n_experts=c.pop("num_local_experts", 0),
+                experts_per_token=c.pop("num_experts_per_tok", 0), bos_id=c.pop("bos_token_id", 1),
+                eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+        except KeyError as error:
+            raise ValueError(f"missing key {error}") from None
+        unknown = sorted(set(c) - IGNORED_KEYS)
+        if unknown:
+            raise ValueError(f"unknown keys {', '.join(unknown)}: not implemented")
+        return config
+
+    def kv_bytes(self, tokens, element_size=2):
+        """Bytes of K and V of all layers for so many cached tokens of one sequence."""
+        return tokens * self.n_layers * self.n_kv_heads * self.head_dim * 2 * element_size
+
+
+def _llama(dim, ffn_dim, n_layers, n_heads, n_kv_heads, max_positions, vocab_size=32000, **more):
+    return ModelConfig(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, ffn_dim, vocab_size, max_positions, **more)
+
+
+# Shapes of published models, for benchmarks with random weights.
+PRESETS = {
+    "Llama-7B": _llama(4096, 11008, 32, 32, 32, 2048, norm_eps=1e-6),
+    "Llama-2-7B": _llama(4096, 11008, 32, 32, 32, 4096),
+    "Llama-2-70B": _llama(8192, 28672, 80, 64, 8, 4096),
+    "Vicuna-7B-v1.5-16K": _llama(4096, 11008, 32, 32, 32, 16384, rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "Mistral-7B-v0.1": _llama(4096, 14336, 32, 32, 8, 32768, sliding_window=4096),
+    "Mixtral-8x7B-v0.1": _llama(4096, 14336, 32, 32, 8, 32768, rope_theta=1e6, n_experts=8, experts_per_token=2),
+    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 131072, 128256, rope_theta=500000.0, bos_id=128000, eos_ids=(128001,),
+                           rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+}
+
+# ---------------------------------------------------------------- rotary embedding
+
+
+def _llama3_frequencies(frequencies, scaling):
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the trained length
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
+
+
+ROPE_SCALINGS = {
+    "default": lambda frequencies, scaling: frequencies,
+    "linear": lambda frequencies, scaling: frequencies / scaling["factor"],
+    "llama3": _llama3_frequencies,
+}
+
+
+def rope_frequencies(config):
+    """Radians per position of each pair of channels, [D / 2] fp32."""
+    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    return ROPE_SCALINGS[scaling["rope_type"]](frequencies, scaling)
+
+
+def apply_rope(x, cos, sin):
+    """x [B, H, T, D] rotated in Hugging Face's half-split order; cos, sin [B, 1, T, D / 2] fp32. x's dtype back."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+# ---------------------------------------------------------------- cache
+
+
+@dataclass
+class LayerCache:
+    """What one layer keeps of the past, and how a new token reads it. Rows are sequences."""
+
+    kv: torch.Tensor  # [B, HKV, S, 2, D]: a token's K and V side by side, one row to gather
+    window: int | None
+    ds: DSConfig | None = None  # None: a dense layer
+    label_map: LabelMap | None = None
+    labels: torch.Tensor | None = None  # [B, HKV, W, S] int32
+
+    def row(self, b):
+        """The same layer of sequence b alone: a view with B = 1."""
+        labels = None if self.labels is None else self.labels[b : b + 1]
+        return LayerCache(self.kv[b : b + 1], self.window, self.ds, self.label_map, labels)
+
+    def write(self, k, v, positions):
+        """k, v [B, HKV, T, D] to positions [B, T]."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.kv.transpose(1, 2)[rows, positions] = torch.stack([k, v], 3).transpose(1, 2)  # [B, T, HKV, 2, D]
+        if self.ds is not None:
+            write_labels(k, positions, self.labels, self.label_map, self.ds)
+
+    def past(self, length):
+        """K and V of the first `length` tokens, [B, HKV, length, D] each."""
+        return self.kv[:, :, :length].unbind(3)
+
+    def decode(self, q, seq_lens):
+        """q [R, HQ, D], one query per row; seq_lens [R]. R = B, or any R over the one sequence of a B = 1 cache."""
+        k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
+        if self.ds is None:
+            return dense_decode(q, k, v, seq_lens, self.window)
+        labels = self.labels.expand(len(q), -1, -1, -1)
+        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window)
+
+
+class KVCache:
+    """Static cache of all layers: K, V and, in sparse layers, the labels. seq_lens [B] int32 is the live length."""
+
+    def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None):
+        """ds: None for dense; label_maps: one LabelMap per layer, needed from ds.dense_layers on."""
+        B, HKV, S, D = batch, config.n_kv_heads, max_seq_length, config.head_dim
+        self.max_seq_length = S
+        self.seq_lens = torch.zeros(B, dtype=torch.int32, device=device)
+        self.layers = []
+        for i in range(config.n_layers):
+            layer = LayerCache(torch.zeros(B, HKV, S, 2, D, dtype=dtype, device=device), config.sliding_window)
+            if ds is not None and i >= ds.dense_layers:
+                layer.ds, layer.label_map = ds, label_maps[i].to(device)
+                layer.labels = torch.zeros(B, HKV, ds.words(D), S, dtype=torch.int32, device=device)
+            self.layers.append(layer)
+
+    def row(self, b):
+        view = object.__new__(KVCache)
+        view.max_seq_length = self.max_seq_length
+        view.seq_lens = self.seq_lens[b : b + 1]
+        view.layers = [layer.row(b) for layer in self.layers]
+        return view
+
+    def kv_bytes(self):
+        return sum(layer.kv.nbytes for layer in self.layers)
+
+    def label_bytes(self):
+        return sum(layer.labels.nbytes for layer in self.layers if layer.labels is not None)
+
+    def read_bytes(self, lengths):
+        """Bytes of cache that one decode step reads at these live lengths (ints): (as configured, if all dense)."""
+        dense = sparse = 0
+        for layer in self.layers:
+            HKV, S, _, D = layer.kv.shape[1:]
+            token = HKV * 2 * D * layer.kv.element_size()
+            for length in lengths:
+                live = length if layer.window is None else min(length, layer.window)
+                dense += live * token
+                if layer.ds is None:
+                    sparse += live * token
+                else:
+                    sparse += layer.ds.budget(live) * token + live * HKV * layer.labels.shape[2] * 4
+        return sparse, dense
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def causal_attention(q, k, v, window=None):
+    """The last T of S tokens attend to their past: q [B, HQ, T, D], k, v [B, HKV, S, D] -> [B, HQ, T, D].
+
+    Flash attention where it exists; no [S, S] tensor (a window's mask is [T, T + window]).
+    """
+    T, S = q.shape[2], k.shape[2]
+    gqa = q.shape[1] != k.shape[1]
+    if window is not None and S > window:
+        first = max(0, S - T - window)  # nothing before it is visible to any of the queries
+        k, v = k[:, :, first:], v[:, :, first:]
+        ahead = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(first, S, device=q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(ahead >= 0) & (ahead < window), enable_gqa=gqa)
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=gqa)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        self.head_dim, self.window = config.head_dim, config.sliding_window
+        self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def project(self, x, cos, sin):
+        """x [B, T, dim], normed -> q [B, HQ, T, D], k, v [B, HKV, T, D]; q and k after RoPE."""
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split(self.heads, 1)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def forward(self, x, cos, sin, cache=None, step=None):
+        B, T, _ = x.shape
+        q, k, v = self.project(x, cos, sin)
+        if cache is None:
+            y = causal_attention(q, k, v, self.window).transpose(1, 2)  # [B, T, HQ, D]
+        else:
+            cache.write(k, v, step.positions)
+            if step.prefill_length is not None:
+                y = causal_attention(q, *cache.past(step.prefill_length), self.window).transpose(1, 2)
+            else:
+                y = cache.decode(q.transpose(1, 2).reshape(B * T, -1, self.head_dim), step.row_lens)  # [B * T, HQ, D]
+        return self.wo(y.reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x):
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+class MoEFeedForward(nn.Module):
+    """Mixtral's: each token goes through its top experts, weighted by the softmax of their router logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, F_, dim = config.n_experts, config.ffn_dim, config.dim
+        self.top = config.experts_per_token
+        self.router = nn.Linear(dim, E, bias=False)
+        self.w13 = nn.Parameter(torch.empty(E, 2 * F_, dim))
+        self.w2 = nn.Parameter(torch.empty(E, dim, F_))
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])  # [tokens, dim]
+        logits, experts = self.router(x).topk(self.top, -1)  # [tokens, top]
+        weights = logits.float().softmax(-1).to(x.dtype)
+        out = torch.zeros_like(x)
+        for e in range(len(self.w13)):
+            token, choice = (experts == e).nonzero(as_tuple=True)
+            gate, up = F.linear(x[token], self.w13[e]).chunk(2, -1)
+            out.index_add_(0, token, F.linear(F.silu(gate) * up, self.w2[e]) * weights[token, choice, None])
+        return out.view(shape)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attn = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn = MoEFeedForward(config) if config.n_experts else FeedForward(config)
+
+    def forward(self, x, cos, sin, cache=None, step=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache, step)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+@dataclass
+class Step:
+    """Where the new tokens stand, and whether they come as a dense prefill or as decode rows."""
+
+    positions: torch.Tensor  # [B, T] int32
+    prefill_length: int | None = None  # tokens in the cache once these are written; None: decode
+    row_lens: torch.Tensor | None = None  # [B * T] int32: each decode row's own live length, itself included
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    @property
+    def head_weight(self):
+        """[vocab, dim]"""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    @property
+    def dtype(self):
+        return self.embed.weight.dtype
+
+    def rope(self, positions):
+        """positions [B, T] -> cos, sin [B, 1, T, D / 2] fp32."""
+        angles = positions[:, None, :, None].float() * self.frequencies
+        return angles.cos(), angles.sin()
+
+    def logits(self, x):
+        """x [..., dim] after the last block -> [..., vocab]."""
+        return F.linear(self.norm(x), self.head_weight)
+
+    def forward(self, tokens):
+        """Whole sequences, dense, no cache: tokens [B, T] -> logits [B, T, vocab]."""
+        x = self.embed(tokens)
+        cos, sin = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.logits(x)
+
+    def _run(self, tokens, cache, step):
+        x = self.embed(tokens)
+        cos, sin = self.rope(step.positions)
+        for layer, layer_cache in zip(self.layers, cache.layers):
+            x = layer(x, cos, sin, layer_cache, step)
+        return x
+
+    @torch.inference_mode()
+    def prefill(self, prompts, cache, start=0, chunk=2048, progress=None):
+        """Writes prompts (one list of token ids per sequence) to the cache from position `start` on.
+
+        progress: called after each chunk with the number of tokens it had.
+        """
+        for b, prompt in enumerate(prompts):
+            row = cache.row(b)
+            position = start
+            row.seq_lens.fill_(start + len(prompt))
+            for part in torch.tensor(prompt, device=self.device, dtype=torch.long).split(chunk) if prompt else ():
+                end = position + len(part)
+                positions = torch.arange(position, end, device=self.device, dtype=torch.int32)[None]
+                self._run(part[None], row, Step(positions, prefill_length=end))
+                position = end
+                if progress:
+                    progress(len(part))
+
+    @torch.inference_mode()
+    def decode(self, tokens, cache):
+        """Appends one token per sequence: tokens [B] -> logits of the next, [B, vocab]."""
+        positions = cache.seq_lens.clone()
+        cache.seq_lens += 1
+        x = self._run(tokens[:, None], cache, Step(positions[:, None], row_lens=cache.seq_lens))
+        return self.logits(x[:, 0])
+
+    @torch.inference_mode()
+    def decode_rows(self, tokens, cache):
+        """Appends T known tokens to the one sequence of a B = 1 cache, each decoded from its own past.
+
+        tokens [T] -> logits [T, vocab]; the same as T calls of `decode`, in one.
+        """
+        T = len(tokens)
+        positions = cache.seq_lens + torch.arange(T, device=self.device, dtype=torch.int32)
+        cache.seq_lens += T
+        x = self._run(tokens[None], cache, Step(positions[None], row_lens=positions + 1))
+        return self.logits(x[0])
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def parameter_shapes(config):
+    """Our tensor names and shapes, in the order of the checkpoint file."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+
+
+def open_tensors(path):
+    """safe_open of a safetensors file; raises ValueError naming a file that is truncated or of another kind."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from None
+
+
+def fingerprint(path):
+    """Hash of a safetensors file's header and of the first 4 KiB of each tensor: quick, and any training changes it."""
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        digest = hashlib.sha256(header)
+        start = file.tell()
+        for name, entry in sorted(json.loads(header).items()):
+            if name != "__metadata__":
+                first, end = entry["data_offsets"]
+                file.seek(start + first)
+                digest.update(file.read(min(4096, end - first)))
+    return digest.hexdigest()[:16]
+
+
+def load_model(checkpoint, device, dtype):
+    """Checkpoint directory of ours -> Transformer in eval mode. Raises ValueError naming what is wrong with it."""
+    checkpoint = Path(checkpoint)
+    config = ModelConfig.from_file(checkpoint / "config.json")
+    with torch.device("meta"):
+        model = Transformer(config)
+    path = checkpoint / "model.safetensors"
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with open_tensors(path) as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        wrong = [name for name in expected if found.get(name) != tuple(expected[name])] + sorted(set(found) - set(expected))
+        if wrong:
+            raise ValueError(f"{path}: {len(wrong)} tensors missing, unexpected or of another shape than config.json says, "
+                             f"first {wrong[0]}; convert the model again with convert_hf.py")
+        model.load_state_dict({name: file.get_tensor(name).to(device, dtype) for name in expected}, assign=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_label_maps(checkpoint, config, ds):
+    """channels.safetensors of a checkpoint directory -> one LabelMap per layer, as wide as `ds` wants.
+
+    Raises ValueError when the file is absent, belongs to another model, or holds fewer dims than wanted.
+    """
+    path = Path(checkpoint) / "channels.safetensors"
+    with open_tensors(path) as file:
+        provenance = file.metadata() or {}
+        model_hash = fingerprint(Path(checkpoint) / "model.safetensors")
+        if provenance.get("checkpoint") != model_hash:
+            raise ValueError(f"{path}: calibrated for checkpoint {provenance.get('checkpoint')}, this one is {model_hash}; "
+                             f"run calibrate.py --checkpoint {checkpoint}")
+        L, HKV, D, available = file.get_slice("basis_k").get_shape()
+        if (L, HKV, D) != (config.n_layers, config.n_kv_heads, config.head_dim):
+            raise ValueError(f"{path}: made for {L} layers, {HKV} KV heads, head_dim {D}; the model has {config.n_layers}, "
+                             f"{config.n_kv_heads}, {config.head_dim}; run calibrate.py --checkpoint {checkpoint}")
+        C = ds.channels(D)
+        if C > available:
+            raise ValueError(f"{path}: holds {available} label dims, {C} wanted; lower --label_channels or run "
+                             f"calibrate.py --checkpoint {checkpoint} --dims {C}")
+        basis_k, basis_q = (file.get_tensor(name)[..., :C].transpose(2, 3) for name in ("basis_k", "basis_q"))
+        mean, std = (file.get_tensor(name)[..., :C] for name in ("mean", "std"))
+    return [LabelMap.from_statistics(*tensors, ds.label_bits) for tensors in zip(basis_k, basis_q, mean, std)]
+
+
+# ---------------------------------------------------------------- command lines
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in one line, through run_command."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; see --help")
+
+
+def run_command(main):
+    """Runs a script's main(). What the user can mend is one line on stderr and exit status 2, without a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
