@@ -29,7 +29,7 @@ class DSConfig:
 
     sparsity: float = 16.0  # attend to 1/sparsity of the live tokens; labels take 1/sparsity of K's bytes
     n_tokens: int | None = None  # a fixed number of attended tokens instead of a share
-    min_tokens: int = 64  # floor of the share: below it a share of a short context is too few
+    min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
     label_channels: int | None = None  # label dims per KV head; None: 1/sparsity of K's bytes in 16-bit channels
     label_bits: int = 4  # bits per label dim: 2, 4, 8 or 16
     dense_layers: int = 2  # the first layers attend to everything: their attention is diffuse
@@ -310,7 +310,7 @@ def _select_kernel(scores, seq_lens, n_tokens, indices, S, max_tokens, sink, rec
     threshold = tl.zeros([], tl.uint32)
     room = n
     for digit in tl.static_range(4):
-        SHIFT: tl.constexpr = 24 - 8 * digit
+        SHIFT = 24 - 8 * digit
         histogram = tl.zeros([512], tl.int32)
         for s in range(begin, seq_len, BLOCK_S):
             key, counts = _order_key(scores + row * S, s + tl.arange(0, BLOCK_S), seq_len, window, n_sink, n_recent)
@@ -374,16 +374,18 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
 
 
 @triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, max_tokens, window, scale_log2, k_sb,
-                   k_sh, k_ss, v_sb, v_sh, v_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, max_tokens, window, scale_log2, q_sb,
+                   q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
                    BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-                   BLOCK_N: tl.constexpr):
+                   BLOCK_N: tl.constexpr, UPCAST: tl.constexpr):
     row, pid_split = tl.program_id(0), tl.program_id(1)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     offs_d, offs_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
     mask_d, mask_g = offs_d < D, offs_g < G
-    query = tl.load(q + (row.to(tl.int64) * G + offs_g[:, None]) * D + offs_d[None, :],
+    query = tl.load(q + pid_b * q_sb + (pid_h * G + offs_g[:, None]) * q_sh + offs_d[None, :],
                     mask=mask_g[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_G, BLOCK_D]
+    if UPCAST:
+        query = query.to(tl.float32)
     seq_len = tl.load(seq_lens + pid_b)
     begin = 0 if SPARSE else tl.maximum(seq_len - window, 0)
     end = tl.load(n_tokens + pid_b) if SPARSE else seq_len
@@ -403,6 +405,8 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, m
         mask = mask_n[:, None] & mask_d[None, :]
         keys = tl.load(k + pid_b * k_sb + pid_h * k_sh + token * k_ss + offs_d[None, :], mask=mask, other=0.0)
         values = tl.load(v + pid_b * v_sb + pid_h * v_sh + token * v_ss + offs_d[None, :], mask=mask, other=0.0)
+        if UPCAST:
+            keys, values = keys.to(tl.float32), values.to(tl.float32)
         if G == 1:
             logits = tl.sum(keys.to(tl.float32) * query.to(tl.float32), 1)[None, :] * scale_log2
         else:
@@ -443,19 +447,20 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, splits=N
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     G = HQ // HKV
-    assert q.is_contiguous() and k.stride(3) == v.stride(3) == 1
+    assert q.stride(2) == k.stride(3) == v.stride(3) == 1
     max_tokens = S if indices is None else indices.shape[-1]
     if splits is None:  # about four programs for each of a large GPU's ~132 multiprocessors, at least two blocks each
         splits = min(triton.next_power_of_2(triton.cdiv(512, B * HKV)),
                      triton.next_power_of_2(triton.cdiv(max_tokens, 2 * block_n)), 64)
     partial = torch.empty(B, HQ, splits, D, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(B, HQ, splits, dtype=torch.float32, device=q.device)
-    out = torch.empty_like(q)
+    out = torch.empty(B, HQ, D, dtype=q.dtype, device=q.device)
     _attend_kernel[(B * HKV, splits)](
         q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, max_tokens,
-        NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *k.stride()[:3], *v.stride()[:3],
+        NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         indices is not None, HKV, G, 1 if G == 1 else max(16, triton.next_power_of_2(G)), D,
-        triton.next_power_of_2(D), splits, block_n)
+        triton.next_power_of_2(D), splits, block_n,
+        UPCAST=not q.is_cuda)  # the interpreter's dot takes bfloat16 for integers
     _combine_kernel[(B * HQ,)](partial, partial_lse, out, D, triton.next_power_of_2(D), splits)
     return out
 

@@ -1,0 +1,255 @@
+"""Converts a Hugging Face checkpoint (Llama, Mistral, Mixtral) to ours: one model.safetensors with fused tensors.
+
+Usage:
+    python convert_hf.py /models/Llama-2-7b-hf checkpoints/llama-2-7b
+    python convert_hf.py mistralai/Mistral-7B-v0.1 checkpoints/mistral-7b --dtype bfloat16
+
+q, k, v (and gate, up) become consecutive row ranges of one tensor, so nothing is concatenated: the output's header is
+written first, then each source tensor goes to its own place in the file. Host memory stays near one source shard.
+RoPE stays in Hugging Face's half-split order: weights are copied, never permuted.
+"""
+
+import argparse
+import errno
+import json
+import math
+import pickle
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+# HTTPError is the base of whichever HTTP client this version of huggingface_hub uses: a download that broke off.
+from huggingface_hub.errors import (
+    GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+)
+from tqdm import tqdm
+
+from model import ModelConfig, open_tensors, parameter_shapes, run_command
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+COPIED_FILES = ["config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                "special_tokens_map.json"]
+CHUNK = 2**20  # elements cast and written at a time
+
+
+def hf_dir_of(source: str | Path, patterns: list[str]) -> Path:
+    """The directory that `source` names, or the hub's snapshot of it with the files that match `patterns`."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except HFValidationError:
+        raise ValueError(f"{source}: no such directory, and not a hub id (owner/name)") from None
+    except GatedRepoError:
+        raise ValueError(f"{source}: gated: accept its terms at https://huggingface.co/{source}, then run"
+                         " `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"{source}: neither a local directory nor a hub repository that you can see: check the name,"
+                         " or run `hf auth login` if it is private") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
+        raise ValueError(f"{source}: no such directory, and the Hugging Face hub cannot be reached: give a local"
+                         f" directory, or try again online ({type(error).__name__})") from None
+
+
+def weight_files(hf_dir: Path) -> list[Path]:
+    """The files that hold the weights, safetensors before .bin. Raises ValueError when none or not all are there."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (hf_dir / single).is_file():
+            return [hf_dir / single]
+        index = hf_dir / f"{single}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not a weight index ({error!r}): download it again") from None
+        if absent := [shard for shard in shards if not (hf_dir / shard).is_file()]:
+            raise ValueError(f"{hf_dir}: {_listed('missing weight files', absent)}: download them again")
+        return [hf_dir / shard for shard in shards]
+    raise ValueError(f"{hf_dir}: no model.safetensors or pytorch_model.bin, whole or sharded with an index")
+
+
+def open_shard(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weight file, memory-mapped: what is not used is not read, and it is let go with the dict."""
+    if path.suffix == ".safetensors":
+        with open_tensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        shard = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError,  # a truncated or foreign file
+            AttributeError, LookupError, TypeError, ValueError) as error:  # flipped bits, in torch's own unpickler
+        cause = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read: truncated, or not a weight file? ({cause})") from None
+    if not isinstance(shard, dict) or not all(isinstance(value, torch.Tensor) for value in shard.values()):
+        raise ValueError(f"{path}: not a dict of tensors")
+    return shard
+
+
+def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{our name: {Hugging Face name: shape}}: the pieces that, one after the other, are the bytes of our tensor.
+
+    `fused_experts`: Mixtral as transformers 5 holds it, all experts in one tensor, instead of as it is on the hub.
+    """
+    dim, ffn, E = config.dim, config.ffn_dim, config.n_experts
+    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    pieces = {"embed.weight": {"model.embed_tokens.weight": (config.vocab_size, dim)}}
+    for i in range(config.n_layers):
+        ours, hf = f"layers.{i}", f"model.layers.{i}"
+        pieces[f"{ours}.attn_norm.weight"] = {f"{hf}.input_layernorm.weight": (dim,)}
+        pieces[f"{ours}.attn.wqkv.weight"] = {f"{hf}.self_attn.q_proj.weight": (q_rows, dim),
+                                              f"{hf}.self_attn.k_proj.weight": (kv_rows, dim),
+                                              f"{hf}.self_attn.v_proj.weight": (kv_rows, dim)}
+        pieces[f"{ours}.attn.wo.weight"] = {f"{hf}.self_attn.o_proj.weight": (dim, q_rows)}
+        pieces[f"{ours}.ffn_norm.weight"] = {f"{hf}.post_attention_layernorm.weight": (dim,)}
+        if E == 0:
+            pieces[f"{ours}.ffn.w13.weight"] = {f"{hf}.mlp.gate_proj.weight": (ffn, dim),
+                                                f"{hf}.mlp.up_proj.weight": (ffn, dim)}
+            pieces[f"{ours}.ffn.w2.weight"] = {f"{hf}.mlp.down_proj.weight": (dim, ffn)}
+        elif fused_experts:
+            pieces[f"{ours}.ffn.router.weight"] = {f"{hf}.mlp.gate.weight": (E, dim)}
+            pieces[f"{ours}.ffn.w13"] = {f"{hf}.mlp.experts.gate_up_proj": (E, 2 * ffn, dim)}
+            pieces[f"{ours}.ffn.w2"] = {f"{hf}.mlp.experts.down_proj": (E, dim, ffn)}
+        else:
+            moe = f"{hf}.block_sparse_moe"
+            pieces[f"{ours}.ffn.router.weight"] = {f"{moe}.gate.weight": (E, dim)}
+            pieces[f"{ours}.ffn.w13"] = {f"{moe}.experts.{e}.{w}.weight": (ffn, dim)
+                                         for e in range(E) for w in ("w1", "w3")}
+            pieces[f"{ours}.ffn.w2"] = {f"{moe}.experts.{e}.w2.weight": (dim, ffn) for e in range(E)}
+    pieces["norm.weight"] = {"model.norm.weight": (dim,)}
+    if not config.tie_embeddings:
+        pieces["head.weight"] = {"lm_head.weight": (config.vocab_size, dim)}
+    return pieces
+
+
+def check_tensors(found: dict, wanted: dict, config: ModelConfig, source: str | Path) -> None:
+    """Raises ValueError unless what is `found`, {name: (shape, dtype)}, is what is `wanted`, {name: shape}."""
+    harmless = {"lm_head.weight"} if config.tie_embeddings else set()
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted and name not in harmless
+             and not name.endswith("rotary_emb.inv_freq")]
+    wrong_shape, wrong_dtype = [], []
+    for name in wanted.keys() & found.keys():
+        shape, dtype = found[name]
+        if shape != wanted[name]:
+            wrong_shape.append(f"{name} {list(shape)}, not {list(wanted[name])}")
+        if dtype not in DTYPES.values():
+            wrong_dtype.append(f"{name} {dtype}")
+    problems = {"missing": missing, "unexpected": extra, "of another shape": wrong_shape,
+                "not in float32, bfloat16 or float16": wrong_dtype}
+    if any(problems.values()):
+        parts = [_listed(f"tensors {problem}", names) for problem, names in problems.items() if names]
+        raise ValueError(f"{source}: the weights are not what config.json says: {'; '.join(parts)}")
+
+
+def _listed(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def output_dtype(dtype: str, hf_config: dict, first_weight: torch.dtype) -> torch.dtype:
+    """`dtype` by name; "auto" is the one that the Hugging Face config names, or else the first weight's."""
+    named = hf_config.get("dtype") or hf_config.get("torch_dtype")  # transformers 5, and before
+    return DTYPES.get(named, first_weight) if dtype == "auto" else DTYPES[dtype]
+
+
+def file_layout(shapes: dict, pieces: dict, dtype: torch.dtype, source: str) -> tuple[bytes, dict[str, int], int]:
+    """The output's leading bytes (safetensors header), {Hugging Face name: byte offset in the file}, and its size."""
+    assert shapes.keys() == pieces.keys(), f"model and converter disagree on {shapes.keys() ^ pieces.keys()}"
+    header = {"__metadata__": {"format": "double-sparsity", "source": source}}
+    offsets, end = {}, 0  # relative to the data's start
+    for name, shape in shapes.items():
+        begin = end
+        for hf_name, piece in pieces[name].items():
+            offsets[hf_name] = end
+            end += math.prod(piece) * dtype.itemsize
+        assert end - begin == math.prod(shape) * dtype.itemsize, f"{name}: pieces do not add up to {list(shape)}"
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    start = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: start + offset for name, offset in offsets.items()}, start + end
+
+
+def write_weights(path: Path, layout: tuple, shards: list[Path], dtype: torch.dtype) -> None:
+    """Writes model.safetensors. `layout` as from file_layout; raises ValueError if a cast to `dtype` overflows."""
+    header, offsets, n_bytes = layout
+    with open(path, "wb") as file, tqdm(total=n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+        bar.update(file.write(header))
+        for shard_path in shards:
+            _write_shard(file, offsets, open_shard(shard_path), dtype, bar)
+
+
+def _write_shard(file, offsets: dict[str, int], shard: dict[str, torch.Tensor], dtype: torch.dtype, bar: tqdm) -> None:
+    for name in sorted(shard.keys() & offsets.keys(), key=offsets.get):
+        file.seek(offsets[name])
+        for chunk in shard[name].reshape(-1).split(CHUNK):
+            cast = chunk.to(dtype)
+            if cast.dtype != chunk.dtype and not cast.isfinite().all():
+                raise ValueError(f"{name}: not finite as {dtype}: use --dtype bfloat16 or float32")
+            bar.update(file.write(cast.view(torch.uint8).numpy()))
+
+
+def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Path:
+    """Converts a local Hugging Face directory or a hub id to our checkpoint directory, and returns that directory.
+
+    dtype: "auto" (the source's), "float32", "bfloat16" or "float16". Everything is checked before a byte is written;
+    the output appears whole or not at all. Raises ValueError for a source that is not what its config says and for an
+    `out_dir` in use, OSError for a full disk.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: must be auto, {', '.join(DTYPES)}")
+    out_dir = Path(out_dir).resolve()
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir}: exists and is not an empty directory: remove it, or choose another")
+
+    hf_dir = hf_dir_of(source, COPIED_FILES)
+    if not (hf_dir / "config.json").is_file():
+        raise ValueError(f"{source}: no config.json: not a Hugging Face checkpoint")
+    config = ModelConfig.from_file(hf_dir / "config.json")  # before the weights are downloaded
+    hf_dir = hf_dir_of(source, COPIED_FILES + ["model*.safetensors", "model.safetensors.index.json"])
+    if not any(hf_dir.glob("model*.safetensors")):
+        hf_dir = hf_dir_of(source, COPIED_FILES + ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+
+    shards = weight_files(hf_dir)
+    found = {name: (tuple(tensor.shape), tensor.dtype)
+             for shard in shards for name, tensor in open_shard(shard).items()}
+    fused_experts = any(name.endswith("mlp.experts.gate_up_proj") for name in found)
+    pieces = hf_pieces(config, fused_experts)
+    wanted = {hf_name: shape for parts in pieces.values() for hf_name, shape in parts.items()}
+    check_tensors(found, wanted, config, source)
+
+    out_dtype = output_dtype(dtype, json.loads((hf_dir / "config.json").read_text()), found[next(iter(wanted))][1])
+    label = hf_dir.resolve().name if Path(source).is_dir() else str(source)
+    layout = file_layout(parameter_shapes(config), pieces, out_dtype, label)
+    copied = [hf_dir / name for name in COPIED_FILES if (hf_dir / name).is_file()]
+    n_bytes = layout[-1] + sum(path.stat().st_size for path in copied)
+
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(out_dir.parent).free
+    if n_bytes > free_bytes:
+        raise OSError(errno.ENOSPC, f"needs {n_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free", str(out_dir))
+    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as scratch:
+        built = Path(scratch) / out_dir.name  # one deeper: the scratch directory itself is closed to other users
+        built.mkdir()
+        for path in copied:
+            shutil.copyfile(path, built / path.name)
+        write_weights(built / "model.safetensors", layout, shards, out_dtype)
+        built.rename(out_dir)
+    return out_dir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Converts a Hugging Face checkpoint to ours.")
+    parser.add_argument("source", metavar="HF_DIR_OR_HUB_ID", help="a local directory, or a hub id such as owner/name")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the directory to make; must be absent or empty")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
+                        help="of the output; auto: as the source's config says (default: %(default)s)")
+    args = parser.parse_args()
+    print(f"wrote {convert(args.source, args.out_dir, args.dtype)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,165 @@
+"""Quality: what Double Sparsity loses against dense, through the same decode code that generates.
+
+Every scored token is decoded: it attends to its own past with its own selection. Nothing is masked after the fact.
+Usage: python eval.py perplexity --data FILE [--context 4096] [--n_tokens 256]
+       python eval.py kv_retrieval [--data FILE] [--limit 100]
+"""
+import argparse
+import gzip
+import json
+import lzma
+import math
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from generate import (HERE, Tokenizer, add_sparsity_arguments, default_dtype, load_maps, pick_device, read_text,
+                      resolve_checkpoint, sparsity_from)
+from model import ArgumentParser, KVCache, load_model, run_command
+from tiny.tasks import kv_answer, kv_context, kv_question, random_kv
+
+
+class Decoder:
+    """A model with one cache for one sequence, which it scores as decode rows."""
+
+    def __init__(self, model, tokenizer, max_seq_length, ds=None, label_maps=None, rows=512):
+        """ds: None for dense. rows: tokens decoded at once; it changes memory, not results."""
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.cache = KVCache(model.config, 1, max_seq_length, model.device, model.dtype, ds, label_maps)
+
+    def start(self, tokens=()):
+        """Forgets the sequence and prefills another, dense."""
+        self.cache.seq_lens.zero_()
+        if tokens:
+            self.model.prefill([list(tokens)], self.cache)
+
+    def logits(self, tokens):
+        """Decodes known tokens (list of ids) one after the other; yields (their logits [rows, vocab], first index)."""
+        ids = torch.tensor(tokens, device=self.model.device)
+        for first in range(0, len(tokens), self.rows):
+            yield self.model.decode_rows(ids[first : first + self.rows], self.cache), first
+
+    def negative_log_likelihood(self, tokens):
+        """Nats of tokens[1:], each given all before it, the first ones included: [len(tokens) - 1] fp32."""
+        self.start()
+        targets = torch.tensor(tokens[1:], device=self.model.device)
+        parts = [F.cross_entropy(logits.float(), targets[first : first + len(logits)], reduction="none")
+                 for logits, first in self.logits(tokens[:-1])]
+        return torch.cat(parts)
+
+    def answers(self, context, question, answer):
+        """True if greedy decoding after context (prefilled) and question (decoded) gives exactly the answer.
+
+        Teacher forcing decides it in one pass: greedy decoding gives the answer if and only if each of its tokens is
+        the most likely one after the right ones before it.
+        """
+        self.start(context)
+        tokens = question + answer
+        best = torch.cat([logits.argmax(-1) for logits, _ in self.logits(tokens[:-1])])
+        return best[len(question) - 1 :].tolist() == answer
+
+
+def text_windows(tokenizer, texts, context, limit=None):
+    """Non-overlapping windows of `context` tokens, BOS in front of each; short tails are dropped. limit: spread evenly."""
+    windows = []
+    for text in texts:
+        tokens = tokenizer.encode(text, bos=False)
+        windows += [[tokenizer.bos_id] + tokens[i : i + context] for i in range(0, len(tokens) - context + 1, context)]
+    if not windows:
+        raise ValueError(f"no text of {context} tokens: give a longer --data or a smaller --context")
+    if limit and limit < len(windows):
+        windows = [windows[round(i * (len(windows) - 1) / max(1, limit - 1))] for i in range(limit)]
+    return windows
+
+
+def perplexity(decoder, windows, progress=False):
+    """windows: lists of ids, the first of each a BOS -> {"perplexity" per token, "bits_per_byte", "n_items" windows}."""
+    nats = tokens = text_bytes = 0
+    bar = tqdm(windows, desc="perplexity", unit="window", leave=False, disable=not progress)
+    for window in bar:
+        nll = decoder.negative_log_likelihood(window)
+        nats += nll.double().sum().item()
+        tokens += len(nll)
+        text_bytes += len(decoder.tokenizer.decode(window[1:]).encode())
+        bar.set_postfix_str(f"{math.exp(nats / tokens):.3f}")
+    return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / text_bytes, "n_items": len(windows)}
+
+
+def kv_items(path=None, limit=None, n_records=50, seed=0):
+    """Key-value items [(records, key, value)]: from a file in the published format (.jsonl or .jsonl.gz), or generated."""
+    if path is None:
+        rng = random.Random(seed)
+        drawn = [(random_kv(rng, n_records), rng.randrange(n_records)) for _ in range(limit or 100)]
+        return [(records, *records[i]) for records, i in drawn]
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file][:limit]
+    return [(line["ordered_kv_records"], line["key"], line["value"]) for line in lines]
+
+
+def kv_retrieval(decoder, items, progress=False):
+    """Exact-match accuracy in percent: the document is prefilled, question and answer are decoded."""
+    right = 0
+    bar = tqdm(items, desc="kv_retrieval", unit="item", leave=False, disable=not progress)
+    for done, (records, key, value) in enumerate(bar, 1):
+        encode = decoder.tokenizer.encode
+        # pieces start at a space or a new line's first character, so the parts are encoded as they stand in the whole
+        whole = encode(kv_context(records) + kv_question(key))
+        context = encode(kv_context(records))
+        split = next((i for i, (a, b) in enumerate(zip(context, whole)) if a != b), len(context))
+        answer = encode(kv_answer(value)[1:], bos=False)  # the encoder puts the leading space itself
+        right += decoder.answers(whole[:split], whole[split:], answer)
+        bar.set_postfix_str(f"{100 * right / done:.1f}%")
+    return {"accuracy": 100 * right / len(items), "n_items": len(items)}
+
+
+def read_texts(path):
+    """A UTF-8 text file -> [text]; a .jsonl or .jsonl.xz file with a "text" per line -> a list of them."""
+    if ".jsonl" not in Path(path).name:
+        return [read_text(path)]
+    opener = lzma.open if str(path).endswith(".xz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def main():
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("perplexity", "kv_retrieval"))
+    parser.add_argument("--checkpoint", default=str(HERE / "tiny"), help="directory or hub id (default: the tiny model)")
+    parser.add_argument("--data", help="perplexity: UTF-8 text, or .jsonl[.xz] with a \"text\" per line; kv_retrieval: items in "
+                                       "the published format, .jsonl[.gz] (default: generated)")
+    parser.add_argument("--context", type=int, default=4096, help="tokens per perplexity window (default %(default)s)")
+    parser.add_argument("--limit", type=int, help="windows or items at most (default: all; 100 generated items)")
+    parser.add_argument("--records", type=int, default=50, help="pairs of a generated item (default %(default)s)")
+    add_sparsity_arguments(parser)
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    args = parser.parse_args()
+    ds = sparsity_from(args)
+    if args.task == "perplexity" and not args.data:
+        raise ValueError("perplexity needs a text: give --data FILE")
+    device = pick_device(args.device)
+    checkpoint = resolve_checkpoint(args.checkpoint)
+    model = load_model(checkpoint, device, default_dtype(device))
+    tokenizer = Tokenizer(checkpoint, model.config.bos_id)
+    label_maps = load_maps(checkpoint, model.config, ds, device) if ds else None
+    modes = [("dense", None)] + ([("ds", ds)] if ds else [])
+    if args.task == "perplexity":
+        size = args.context
+        windows = text_windows(tokenizer, read_texts(args.data), args.context, args.limit)
+    else:
+        size = model.config.max_positions
+        items = kv_items(args.data, args.limit, args.records)
+    for name, mode in modes:
+        decoder = Decoder(model, tokenizer, size, mode, label_maps)
+        if args.task == "perplexity":
+            score = perplexity(decoder, windows, progress=True)
+        else:
+            score = kv_retrieval(decoder, items, progress=True)
+        print(json.dumps({"task": args.task, "method": name, **score}))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,924 @@
+"""All tests. A CPU suffices (the kernels run in Triton's interpreter); on a GPU the same tests run the compiled kernels.
+
+Layers of truth: our model equals Hugging Face's; dense decode equals prefill; the reference equals dense when N >= S;
+kernels equal the reference. Oracles (pytest, transformers) are installed for tests only:
+    pip install -r requirements.txt pytest transformers && python -m pytest -q test_ds.py
+"""
+import gzip
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+DEVICE = "cuda" if GPU else "cpu"
+
+from huggingface_hub import errors
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+)
+
+import calibrate
+import convert_hf
+import ds_attention as ds
+import eval as evaluation
+import generate
+from ds_attention import DSConfig, LabelMap
+from model import PRESETS, KVCache, ModelConfig, Transformer, load_label_maps, load_model, parameter_shapes
+from tiny import tasks
+
+ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "tiny"
+SHARED = ROOT.parent / "shared" / "data"  # the project's test data, absent in a clone of the repository alone
+
+
+# ---------------------------------------------------------------- ds_attention: stages
+
+
+def shapes(B=2, HQ=4, HKV=2, D=64, S=200, bits=4, window=None, pool="mean", C=32, dtype=torch.float32):
+    return dict(locals())
+
+
+CASES = {
+    "one-token": shapes(S=1),
+    "odd-63": shapes(S=63, D=128),
+    "mha-1000": shapes(HQ=2, S=1000),
+    "gqa8-4097": shapes(B=1, HQ=8, HKV=1, S=4097),
+    "gqa4-window": shapes(HQ=8, S=333, window=100),
+    "2bit-max": shapes(bits=2, pool="max"),
+    "8bit": shapes(bits=8, C=12),
+    "16bit": shapes(bits=16, C=6),
+    "bf16": shapes(HQ=8, HKV=2, D=128, dtype=torch.bfloat16),
+    "fp16-mha": shapes(HQ=2, D=128, dtype=torch.float16),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+class Problem:
+    """Random inputs of one decode call; K and V are interleaved and over-allocated, as in the cache."""
+
+    def __init__(self, case, seed=0, seq_lens=None):
+        vars(self).update(case)
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator).to(DEVICE)
+
+        self.config = DSConfig(sparsity=8, min_tokens=4, sink=2, recent=4, label_bits=self.bits, label_channels=self.C,
+                               pool=self.pool)
+        self.q = normal(self.B, self.HQ, self.D).to(self.dtype)
+        self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
+        self.k, self.v = self.kv.unbind(3)
+        self.basis = normal(self.HKV, self.C, self.D) / self.D**0.5
+        # the query's basis resembles the key's, so that label scores say something about q . k
+        self.map = LabelMap.from_statistics(self.basis, self.basis + 0.1 * normal(self.HKV, self.C, self.D),
+                                            torch.zeros(self.HKV, self.C, device=DEVICE),
+                                            torch.ones(self.HKV, self.C, device=DEVICE), self.bits)
+        self.labels = torch.full((self.B, self.HKV, self.config.words(self.D), self.S), -1, dtype=torch.int32, device=DEVICE)
+        self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).expand(self.B, -1).contiguous()
+        ds.label_ref(self.k, self.positions, self.labels, self.map)
+        lens = seq_lens or [max(1, self.S - 37 * b) for b in range(self.B)]
+        self.seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+        self.live = ds.live_range(self.seq_lens, self.window)[1]
+        self.n_tokens = self.config.budget(self.live)
+        self.max_tokens = self.config.budget(self.S if self.window is None else min(self.S, self.window))
+        self.selection = (self.seq_lens, self.n_tokens, self.max_tokens, self.config.sink, self.config.recent, self.window)
+
+    def scores(self):
+        return ds.score_ref(self.q, self.labels, self.map, self.seq_lens, self.window, self.pool)
+
+
+def relative_error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_pack_and_unpack_are_inverse(bits):
+    codes = torch.randint(2**bits, (3, 5, 2 * 32 // bits))
+    words = ds.pack(codes, bits)
+    assert words.dtype == torch.int32 and words.shape == (3, 5, 2)
+    assert torch.equal(ds.unpack(words, bits), codes.int())
+
+
+@cases
+def test_label_kernel_equals_reference(case):
+    p = Problem(case)
+    T = min(p.S, 70)
+    labels = torch.full_like(p.labels, -1)
+    ds.label(p.k[:, :, p.S - T :], p.positions[:, p.S - T :], labels, p.map)
+    assert (labels[..., : p.S - T] == -1).all(), "wrote outside of the given positions"
+    got, want = (ds.unpack(x[..., p.S - T :].transpose(2, 3), p.bits) for x in (labels, p.labels))
+    off = (got - want).abs()  # sums in another order: a value at the edge between two codes may fall on either side
+    assert off.max() <= (1 if p.bits < 16 else 8)  # 16-bit codes are finer than fp32 sums of 128 products
+    assert (off > 0).float().mean() < (0.01 if p.bits < 16 else 0.5)
+
+
+def test_labels_really_have_their_bits():
+    """The cache of 32 dims x 4 bits holds 16 bytes per token and KV head: 1/16 of a bf16 K of 128 channels."""
+    config = ModelConfig(64, 3, 4, 2, 128, 64, 50, 64)
+    maps = [LabelMap.from_statistics(torch.zeros(2, 32, 128), torch.zeros(2, 32, 128), torch.zeros(2, 32), torch.ones(2, 32),
+                                     4)] * 3
+    cache = KVCache(config, 1, 40, "cpu", torch.bfloat16, DSConfig(dense_layers=1), maps)
+    assert cache.label_bytes() == 2 * (40 * 2 * 16)  # two sparse layers
+    assert cache.label_bytes() * 16 == sum(layer.kv[..., 0, :].numel() * 2 for layer in cache.layers[1:])
+
+
+@cases
+def test_score_kernel_equals_reference(case):
+    p = Problem(case)
+    got, want = ds.score(p.q, p.labels, p.map, p.seq_lens, p.window, p.pool), p.scores()
+    assert torch.equal(got.isinf(), want.isinf())
+    assert relative_error(got.nan_to_num(neginf=0), want.nan_to_num(neginf=0)) < 1e-5
+
+
+def test_label_scores_approximate_q_dot_k():
+    """With all channels at 16 bits the label score is q . k / sqrt(D) itself, for a one-hot map."""
+    p = Problem(shapes(HQ=2, bits=16, C=64))
+    eye = torch.eye(64, device=DEVICE).expand(2, -1, -1)
+    p.map = LabelMap.from_statistics(eye, eye, p.map.lo * 0, torch.ones_like(p.map.lo), 16)
+    ds.label_ref(p.k, p.positions, p.labels, p.map)
+    exact = torch.einsum("bhd,bhsd->bhs", p.q, p.k) / 8
+    live = p.positions < p.seq_lens[:, None]
+    assert (p.scores() - exact).masked_fill(~live[:, None], 0).abs().max() < 1e-2
+
+
+ADVERSARIAL = {
+    "random": lambda s: s,
+    "all-equal": lambda s: s * 0 + 1,
+    "one-spike": lambda s: (s * 0).index_fill(-1, torch.tensor([5], device=s.device), 9.0),
+    "ascending": lambda s: torch.arange(s.shape[-1], device=s.device).float().expand_as(s).clone(),
+    "descending": lambda s: -torch.arange(s.shape[-1], device=s.device).float().expand_as(s).clone(),
+    "two-valued": lambda s: (s > 0.5).float(),
+    "heavy-ties": lambda s: (s * 2).round(),
+    "both-zeros": lambda s: torch.where(s > 0, 0.0, -0.0),
+    "huge-range": lambda s: s * 1e30,
+}
+
+
+@pytest.mark.parametrize("shape", ADVERSARIAL.values(), ids=ADVERSARIAL)
+@pytest.mark.parametrize("window", [None, 150], ids=["full", "window"])
+def test_selection_is_exact_and_kernel_equals_reference(shape, window):
+    p = Problem(shapes(B=3, S=700, window=window), seq_lens=[700, 129, 1])
+    scores = shape(torch.randn(3, 2, 700, device=DEVICE))
+    first, _ = ds.live_range(p.seq_lens, window)
+    dead = (p.positions < first[:, None]) | (p.positions >= p.seq_lens[:, None])
+    scores = scores.masked_fill(dead[:, None], float("-inf"))
+    want = ds.select_ref(scores, *p.selection)
+    assert torch.equal(ds.select(scores, *p.selection), want)
+    for b, length in enumerate(p.seq_lens.tolist()):
+        n, start = p.n_tokens[b].item(), first[b].item()
+        for h in range(2):
+            chosen = want[b, h, :n].tolist()
+            assert chosen == sorted(set(chosen)) and start <= chosen[0] and chosen[-1] == length - 1
+            assert (want[b, h, n:] == -1).all()
+            assert set(range(max(0, length - min(4, n)), length)) <= set(chosen), "the newest tokens are always attended"
+            if start == 0 and n >= 6:
+                assert {0, 1} <= set(chosen), "the first tokens are always attended"
+            free = [i for i in chosen if 2 <= i < length - 4]
+            rest = [i for i in range(max(2, start), length - 4) if i not in free]
+            assert not free or not rest or min(scores[b, h, free]) >= max(scores[b, h, rest])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_selection_keeps_the_mass_of_an_exact_top_n(seed):
+    """At least 99.9% of the softmax mass of the label scores that an exact top-N of them keeps, per row and head."""
+    p = Problem(shapes(HQ=2, D=128, S=1000, window=None), seed)
+    p.selection = (*p.selection[:3], 0, 0, None)  # nothing forced
+    scores = 4 * p.scores()
+    mass = scores.softmax(-1)
+    for b in range(p.B):
+        n = p.n_tokens[b].item()
+        chosen = ds.select(scores, *p.selection)[b, :, :n].long()
+        best = mass[b].topk(n).values.sum(-1)
+        assert (mass[b].gather(-1, chosen).sum(-1) >= 0.999 * best).all()
+
+
+def poisoned(run):
+    """run() with torch.empty full of NaN, so that an element nobody wrote shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def nan_empty(*args, **more):
+        t = empty(*args, **more)
+        return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-(2**30))
+
+    torch.empty, torch.empty_like = nan_empty, lambda t, **more: nan_empty(t.shape, dtype=t.dtype, device=t.device)
+    try:
+        return run()
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like
+
+
+def naive_attention(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
+    """attend_ref's result with every step in the inputs' dtype: what its rounding costs is the kernel's allowance."""
+    out = torch.empty_like(q)
+    G = q.shape[1] // k.shape[1]
+    for b in range(len(q)):
+        for h in range(q.shape[1]):
+            start = 0 if window is None else max(0, int(seq_lens[b]) - window)
+            rows = slice(start, int(seq_lens[b])) if indices is None else indices[b, h // G, : n_tokens[b]].long()
+            weights = (k[b, h // G, rows] @ q[b, h] / q.shape[2] ** 0.5).softmax(0)
+            out[b, h] = weights @ v[b, h // G, rows]
+    return out
+
+
+@pytest.mark.parametrize("splits", [1, 4, 16])
+@cases
+def test_attend_kernel_equals_reference_given_the_same_indices(case, splits):
+    p = Problem(case)
+    indices = ds.select_ref(p.scores(), *p.selection)
+    for more in ((indices, p.n_tokens), (None, None, p.window)):
+        wide = [x.double() if i < 3 else x for i, x in enumerate((p.q, p.k, p.v, p.seq_lens))]
+        exact = ds.attend_ref(*wide, *more)
+        in_dtype = naive_attention(p.q, p.k, p.v, p.seq_lens, *more)
+        got = poisoned(lambda: ds.attend(p.q, p.k, p.v, p.seq_lens, *more, splits=splits))
+        assert relative_error(got, exact) <= 2 * relative_error(in_dtype, exact) + 1e-6
+
+
+@cases
+def test_decode_step_by_kernels_equals_reference(case):
+    p = Problem(case)
+    outs = [poisoned(lambda: ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window))
+            for config in (DSConfig(**{**vars(p.config), "impl": impl}) for impl in ("torch", "triton", "triton"))]
+    assert relative_error(outs[1], outs[0]) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[p.dtype]
+    assert torch.equal(outs[1], outs[2]), "the same inputs gave other bits"
+
+
+@cases
+def test_reference_equals_dense_when_n_covers_s(case):
+    p = Problem(case)
+    config = DSConfig(**{**vars(p.config), "n_tokens": p.S + 5, "impl": "torch"})
+    sparse = ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window)
+    dense = ds.attend_ref(p.q, p.k, p.v, p.seq_lens, window=p.window)
+    torch.testing.assert_close(sparse, dense, atol=2e-6 if p.dtype == torch.float32 else 1e-2, rtol=0)
+
+
+def test_dense_decode_equals_sdpa():
+    p = Problem(shapes(B=1, HQ=8, HKV=2, D=128, S=300))
+    want = torch.nn.functional.scaled_dot_product_attention(p.q[:, :, None], p.k, p.v, enable_gqa=True)[:, :, 0]
+    for stage in (ds.attend, ds.attend_ref):
+        torch.testing.assert_close(stage(p.q, p.k, p.v, p.seq_lens), want, atol=2e-6, rtol=0)
+
+
+def test_rows_over_one_shared_cache_equal_rows_with_their_own():
+    p = Problem(shapes(B=1, S=150))
+    lens = torch.tensor([150, 90, 7], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(3, 4, 64, device=DEVICE)
+    views = [x.expand(3, -1, -1, -1) for x in (p.k, p.v, p.labels)]
+    for impl in ("torch", "triton"):
+        config = DSConfig(**{**vars(p.config), "impl": impl})
+        shared = ds.ds_decode(q, *views, p.map, lens, config)
+        own = ds.ds_decode(q, *(x.clone() for x in views), p.map, lens, config)
+        torch.testing.assert_close(shared, own, atol=1e-6, rtol=0)
+
+
+def test_budget_of_ints_and_tensors_agree():
+    for config in (DSConfig(), DSConfig(sparsity=3.7, min_tokens=2), DSConfig(n_tokens=50)):
+        live = list(range(1, 3000, 7)) + [2**20 - 1, 2**20]
+        assert config.budget(torch.tensor(live, dtype=torch.int32)).tolist() == [config.budget(n) for n in live]
+    assert DSConfig(sparsity=16).budget(16 * 300) == 300 and DSConfig(sparsity=16).budget(16 * 300 + 1) == 301
+
+
+def test_label_dims_follow_from_sparsity():
+    """Label bytes are 1/sparsity of a 16-bit K: 32 of 128 channels at 4 bits for 1/16."""
+    assert [DSConfig(sparsity=s, label_bits=b).channels(128) for s, b in [(16, 4), (16, 2), (8, 4), (32, 4), (16, 8), (16, 16)]
+            ] == [32, 64, 64, 16, 16, 8]
+    with pytest.raises(ValueError, match="label_channels=12: must be a multiple of 8"):
+        DSConfig(label_channels=12).channels(128)
+
+
+# ---------------------------------------------------------------- convert_hf and model, against Hugging Face
+
+SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             vocab_size=64, max_position_embeddings=128)
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"head_dim": 16}),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def make_hf(path, kind="llama", dtype=torch.float32, config=None, **save):
+    """Saves a random Hugging Face model of this kind in `path`; returns the model. config: changes to its shape."""
+    torch.manual_seed(0)
+    model_class, config_class, more = MODELS[kind]
+    model = model_class(config_class(**{**SHAPE, **more, **(config or {})})).to(dtype).eval()
+    model.save_pretrained(path, **save)
+    return model
+
+
+def to_bin(path, n_shards):
+    """Rewrites a directory's model.safetensors as `n_shards` .bin files with their index."""
+    tensors = load_file(path / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {name: f"pytorch_model-{1 + i % n_shards:05d}-of-{n_shards:05d}.bin" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        torch.save({name: tensors[name] for name in names if weight_map[name] == file}, path / file)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / "model.safetensors").unlink()
+
+
+def edit_weights(path, change):
+    """Applies `change` to the dict of tensors in a directory's model.safetensors."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def logits(checkpoint, tokens):
+    model = Transformer(ModelConfig.from_file(checkpoint / "config.json"))
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    return model.eval()(tokens)
+
+
+def refused(hf, out, match, **more):
+    """Asserts that converting raises one line that matches, and that nothing stays beside `out`."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises((ValueError, OSError), match=match) as caught:
+        convert_hf.convert(hf, out, **more)
+    assert "\n" not in str(caught.value)
+    assert sorted(out.parent.iterdir()) == before
+
+
+@pytest.fixture
+def hf(tmp_path):
+    make_hf(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "made").mkdir()
+    return tmp_path / "made" / "out"
+
+
+@pytest.mark.parametrize("kind, save", [
+    ("llama", {}), ("llama-tied", {}), ("mistral", {}), ("llama", {"max_shard_size": "20KB"}),
+    ("mixtral", {}), ("mixtral", {"max_shard_size": "30KB"}), ("mixtral", {"save_original_format": False}),
+], ids=["llama", "tied", "mistral", "sharded", "mixtral", "mixtral-sharded", "mixtral-fused"])
+@torch.inference_mode()
+def test_converted_model_equals_hf(kind, save, tmp_path, out):
+    model = make_hf(tmp_path / "hf", kind, **save)
+    assert ("max_shard_size" in save) == (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    assert convert_hf.convert(tmp_path / "hf", out) == out.resolve()
+    tokens = torch.randint(SHAPE["vocab_size"], (2, 17))
+    torch.testing.assert_close(logits(out, tokens), model(tokens).logits, atol=2e-5, rtol=1e-4)
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "double-sparsity", "source": "hf"}
+        assert set(file.keys()) == set(parameter_shapes(ModelConfig.from_file(out / "config.json")))
+        assert ("head.weight" in file.keys()) == (kind != "llama-tied")
+    assert (out / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("layout", ["original", "fused"])
+def test_mixtral_experts_lie_in_order(layout, tmp_path, out):
+    model = make_hf(tmp_path / "hf", "mixtral", save_original_format=layout == "original")
+    ours = load_file(convert_hf.convert(tmp_path / "hf", out) / "model.safetensors")
+    experts = model.model.layers[1].mlp.experts
+    assert torch.equal(ours["layers.1.ffn.w13"], experts.gate_up_proj)
+    assert torch.equal(ours["layers.1.ffn.w2"], experts.down_proj)
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_bin_shards_give_the_same_bytes(n_shards, hf, out):
+    expected = (convert_hf.convert(hf, out.parent / "from_safetensors") / "model.safetensors").read_bytes()
+    to_bin(hf, n_shards)
+    assert (convert_hf.convert(hf, out) / "model.safetensors").read_bytes() == expected
+
+
+def test_safetensors_before_bin(hf, out):
+    (hf / "pytorch_model.bin").write_bytes(b"not read")
+    convert_hf.convert(hf, out)
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_dtype(source, dtype, tmp_path, out, monkeypatch):
+    monkeypatch.setattr(convert_hf, "CHUNK", 100)  # several chunks a tensor, the last one short
+    model = make_hf(tmp_path / "hf", dtype=source)
+    expected = source if dtype == "auto" else getattr(torch, dtype)
+    ours = load_file(convert_hf.convert(tmp_path / "hf", out, dtype) / "model.safetensors")
+    assert {tensor.dtype for tensor in ours.values()} == {expected}
+    attention = model.model.layers[1].self_attn
+    parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    assert torch.equal(ours["layers.1.attn.wqkv.weight"], torch.cat(parts).to(expected))
+
+
+def test_dtype_unknown_to_the_config_is_the_first_weights(tmp_path, out):
+    make_hf(tmp_path / "hf", dtype=torch.float16)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    ours = load_file(convert_hf.convert(tmp_path / "hf", out) / "model.safetensors")
+    assert ours["norm.weight"].dtype == torch.float16
+
+
+def test_overflowing_cast_is_refused(hf, out):
+    edit_weights(hf, lambda tensors: tensors["model.norm.weight"].fill_(1e5))
+    refused(hf, out, "model.norm.weight: not finite as torch.float16", dtype="float16")
+
+
+def test_harmless_extras_are_left_out(tmp_path, out):
+    make_hf(tmp_path / "hf", "llama-tied")
+    edit_weights(tmp_path / "hf", lambda tensors: tensors.update({
+        "lm_head.weight": torch.zeros(64, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    assert not [name for name in load_file(convert_hf.convert(tmp_path / "hf", out) / "model.safetensors")
+                if "head" in name or "inv_freq" in name]
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda t: t.pop("model.norm.weight"), r"1 tensors missing \(model.norm.weight\)"),
+    (lambda t: t.update({f"odd.{i}": torch.zeros(1) for i in range(5)}), r"5 tensors unexpected .*odd.2, \.\.\."),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), r"model.norm.weight \[31\], not \[32\]"),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), "model.norm.weight torch.int8"),
+], ids=["missing", "unexpected", "mis-shaped", "int8"])
+def test_wrong_tensors_are_named(change, match, hf, out):
+    edit_weights(hf, change)
+    refused(hf, out, match)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"<html>" * 99, lambda data: b""],
+                         ids=["truncated", "foreign", "empty"])
+def test_damaged_shard_is_named(kind, damage, hf, out):
+    if kind == "bin":
+        to_bin(hf, 2)
+    shard = sorted(hf.glob(f"*.{kind}"))[-1]
+    shard.write_bytes(damage(shard.read_bytes()))
+    refused(hf, out, shard.name)
+
+
+def test_bin_that_runs_code_is_refused(hf, out):
+    (hf / "model.safetensors").unlink()
+    torch.save({"a": subprocess.Popen}, hf / "pytorch_model.bin")
+    refused(hf, out, "pytorch_model.bin")
+
+
+def test_absent_files_are_named(hf, out):
+    to_bin(hf, 3)
+    (hf / "pytorch_model-00002-of-00003.bin").unlink()
+    refused(hf, out, "pytorch_model-00002-of-00003.bin")
+    for content in ("{}", "[]", '{"weight_map": []}', "<html>"):
+        (hf / "pytorch_model.bin.index.json").write_text(content)
+        refused(hf, out, "index.json: not a weight index")
+    (hf / "pytorch_model.bin.index.json").unlink()
+    refused(hf, out, "no model.safetensors")
+    (hf / "config.json").unlink()
+    refused(hf, out, "no config.json")
+
+
+def test_output_in_use_is_refused_and_an_empty_one_is_taken(hf, out):
+    out.mkdir()
+    convert_hf.convert(hf, out)
+    refused(hf, out, "remove it, or choose another")
+    refused(hf, out / "config.json", "remove it, or choose another")
+
+
+def test_full_disk_is_foreseen(hf, out, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 100))
+    refused(hf, out, "needs .* GB")
+
+
+def test_failing_write_leaves_nothing(hf, out):
+    """A limit on file size stands for a disk that fills up while the weights are written."""
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv = sys.argv[1:]; "
+    command = limit + "import convert_hf; convert_hf.run_command(convert_hf.main)"
+    run = subprocess.run([sys.executable, "-c", command, "convert_hf.py", hf, out], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "File too large" in run.stderr, run.stderr
+    assert not list(out.parent.iterdir())
+
+
+@pytest.mark.parametrize("error, match", [
+    (errors.GatedRepoError, "accept its terms .*hf auth login"), (errors.RepositoryNotFoundError, "hf auth login"),
+    (errors.LocalEntryNotFoundError, "give a local directory"), (errors.OfflineModeIsEnabled, "give a local directory"),
+    (errors.HFValidationError, "not a hub id"),
+])
+def test_hub_errors_say_what_to_do(error, match, out, monkeypatch):
+    def fail(*args, **more):
+        raise error.__new__(error)  # without the HTTP response that some constructors ask for
+    monkeypatch.setattr(convert_hf, "snapshot_download", fail)
+    refused("owner/name", out, match)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_hub_download_asks_for_config_then_one_kind_of_weights(kind, hf, out, tmp_path, monkeypatch):
+    """Stands in for the hub: copies what the patterns match. Weights of both kinds are never both downloaded."""
+    torch.save(load_file(hf / "model.safetensors"), hf / "pytorch_model.bin")
+    (hf / "consolidated.safetensors").write_bytes(b"Mistral's own layout")
+    if kind == "bin":
+        (hf / "model.safetensors").unlink()
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def download(hub_id, allow_patterns):
+        assert hub_id == "owner/name"
+        for path in hf.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(convert_hf, "snapshot_download", download)
+    convert_hf.convert("owner/name", out)
+    weights = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]
+    assert {path.name for path in snapshot.iterdir()} == {"config.json", "generation_config.json", weights}
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata()["source"] == "owner/name"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_memory_stays_near_one_shard(kind, tmp_path, out):
+    """300 MB in three shards, cast on the way: the peak over a small conversion's is under 1.3 of the largest shard."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=8000))
+    model = LlamaForCausalLM(config)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    hf = tmp_path / "hf"
+    model.save_pretrained(hf, max_shard_size=f"{size // 3 // 10**6 + 10}MB")
+    if kind == "bin":
+        for path in hf.glob("*.safetensors"):
+            torch.save(load_file(path), hf / path.name.replace("model", "pytorch_model").replace("safetensors", "bin"))
+            path.unlink()
+        index = hf / "model.safetensors.index.json"
+        names = index.read_text().replace("model-", "pytorch_model-").replace("safetensors", "bin")
+        (hf / "pytorch_model.bin.index.json").write_text(names)
+        index.unlink()
+    del model
+    shard_bytes = [path.stat().st_size for path in hf.glob(f"*.{kind}")]
+    assert sum(shard_bytes) > 250e6 and len(shard_bytes) == 3
+    command = """if True:
+        import sys, convert_hf
+        def peak_bytes():
+            return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        convert_hf.convert(sys.argv[1], sys.argv[2], "bfloat16")
+        before = peak_bytes()
+        convert_hf.convert(sys.argv[3], sys.argv[4], "bfloat16")
+        print(peak_bytes() - before)"""
+    make_hf(tmp_path / "small")
+    paths = [tmp_path / "small", tmp_path / "small_out", hf, out]
+    run = subprocess.run([sys.executable, "-c", command, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    print(f"peak +{int(run.stdout) / 1e6:.0f} MB, largest shard {max(shard_bytes) / 1e6:.0f} MB")
+    assert int(run.stdout) < 1.3 * max(shard_bytes)
+
+
+# ---------------------------------------------------------------- model
+
+VARIANTS = {
+    "mha": ("llama", {"num_key_value_heads": 4}),
+    "gqa": ("llama", {}),
+    "tied": ("llama-tied", {"head_dim": 16}),
+    "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "llama3-rope": ("llama", {"rope_parameters": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500000.0,
+        "original_max_position_embeddings": 32}}),
+    "mistral-window": ("mistral", {"sliding_window": 16}),
+    "mixtral": ("mixtral", {}),
+}
+
+
+@pytest.mark.parametrize("kind, more", VARIANTS.values(), ids=VARIANTS)
+@torch.inference_mode()
+def test_logits_and_greedy_decoding_equal_hf(kind, more, tmp_path):
+    """Converted by our converter: logits of a forward, of chunked prefill + decode, and 32 greedy tokens."""
+    hf = make_hf(tmp_path / "hf", kind, config=more)
+    model = load_model(convert_hf.convert(tmp_path / "hf", tmp_path / "out"), "cpu", torch.float32)
+    prompt = torch.randint(3, SHAPE["vocab_size"], (1, 41), generator=torch.Generator().manual_seed(1))
+    want = hf(prompt).logits
+    torch.testing.assert_close(model(prompt), want, atol=1e-4, rtol=0)
+    cache = KVCache(model.config, 1, 41, "cpu", torch.float32)
+    model.prefill([prompt[0, :20].tolist()], cache, chunk=8)
+    one = model.decode(prompt[0, 20:21], cache)
+    rest = model.decode_rows(prompt[0, 21:], cache)
+    torch.testing.assert_close(torch.cat([one, rest]), want[0, 20:], atol=1e-4, rtol=0)
+    theirs = hf.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 41:].tolist()
+    object.__setattr__(model.config, "eos_ids", ())
+    cache = KVCache(model.config, 1, 41 + 32, "cpu", torch.float32)
+    assert generate.generate(model, cache, [prompt[0].tolist()], 32).token_ids == [theirs]
+
+
+def test_config_reads_the_older_rope_keys():
+    base = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1,
+            "intermediate_size": 64, "vocab_size": 10, "max_position_embeddings": 4096}
+    old = ModelConfig.from_dict({**base, "rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    new = ModelConfig.from_dict({**base, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}})
+    assert old == new and old.max_positions == 16384 and old.rope_theta == 5000.0
+    for change, match in [({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel"),
+                          ({"quantization_config": {}}, "unknown keys quantization_config"),
+                          ({"attention_bias": True}, "attention_bias=True"),
+                          ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type=yarn")]:
+        with pytest.raises(ValueError, match=match):
+            ModelConfig.from_dict({**base, **change})
+    with pytest.raises(ValueError, match="missing key 'hidden_size'"):
+        ModelConfig.from_dict({name: value for name, value in base.items() if name != "hidden_size"})
+
+
+def test_presets_have_the_published_sizes():
+    """Billions of parameters of the published checkpoints, embeddings included."""
+    sizes = {name: sum(math.prod(s) for s in parameter_shapes(config).values()) / 1e9 for name, config in PRESETS.items()}
+    published = {"Llama-7B": 6.738, "Llama-2-7B": 6.738, "Llama-2-70B": 68.977, "Vicuna-7B-v1.5-16K": 6.738,
+                 "Mistral-7B-v0.1": 7.242, "Mixtral-8x7B-v0.1": 46.703, "Llama-3.1-8B": 8.030}
+    assert sizes == pytest.approx(published, abs=1e-3)
+
+
+def random_model(seed=0, **more):
+    """A small random model with label maps of random channels: (model, label_maps, ds)."""
+    torch.manual_seed(seed)
+    shape = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, vocab_size=64, max_positions=256)
+    model = Transformer(ModelConfig(**(shape | more))).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.3)
+    config = DSConfig(sparsity=4, min_tokens=4, label_channels=8, dense_layers=1, sink=1, recent=2)
+    basis = torch.eye(16)[torch.randperm(16)[:8]].expand(2, -1, -1)
+    label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 8), torch.ones(2, 8), 4)
+    return model, [label_map] * 3, config
+
+
+@pytest.mark.parametrize("more", [{}, {"sliding_window": 24}, {"n_experts": 4, "experts_per_token": 2}],
+                         ids=["llama", "window", "mixtral"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_ragged_batch_gives_what_each_prompt_gives_alone(sparse, more):
+    model, maps, config = random_model(**more)
+    prompts = [[1] + torch.randint(3, 64, (n,)).tolist() for n in (70, 5, 33)]
+
+    def run(batch):
+        cache = KVCache(model.config, len(batch), 110, "cpu", torch.float32, config if sparse else None, maps)
+        return generate.generate(model, cache, batch, 30).token_ids
+
+    together = run(prompts)
+    assert together == [run([prompt])[0] for prompt in prompts]
+    assert max(map(len, together)) == 30
+
+
+@pytest.mark.parametrize("window", [None, 24], ids=["full", "window"])
+def test_chunked_prefill_equals_whole_prefill(window):
+    model, maps, config = random_model(sliding_window=window)
+    prompt = [1] + torch.randint(3, 64, (76,)).tolist()
+    caches = []
+    for chunk in (1000, 16, 7):
+        cache = KVCache(model.config, 1, 80, "cpu", torch.float32, config, maps)
+        model.prefill([prompt], cache, chunk=chunk)
+        caches.append(cache)
+    for cache in caches[1:]:
+        for got, want in zip(cache.layers, caches[0].layers):
+            torch.testing.assert_close(got.kv, want.kv, atol=1e-4, rtol=0)
+            if want.labels is not None:
+                assert (got.labels != want.labels).float().mean() < 0.01  # a value between two codes may fall either way
+
+
+def test_decode_rows_equal_decoding_one_by_one():
+    model, maps, config = random_model()
+    tokens = torch.randint(3, 64, (60,))
+    cache = KVCache(model.config, 1, 60, "cpu", torch.float32, config, maps)
+    one_by_one = torch.cat([model.decode(token[None], cache) for token in tokens])
+    cache = KVCache(model.config, 1, 60, "cpu", torch.float32, config, maps)
+    rows = torch.cat([model.decode_rows(part, cache) for part in tokens.split(25)])
+    torch.testing.assert_close(rows, one_by_one, atol=1e-4, rtol=0)
+
+
+def test_end_of_text_stops_one_sequence_and_the_rest_go_on():
+    model, _, _ = random_model()
+    prompts = [[1, 5, 9], [1, 7]]
+    cache = KVCache(model.config, 2, 40, "cpu", torch.float32)
+    free = generate.generate(model, cache, prompts, 20).token_ids
+    stop = next(token for token in free[0] if token not in free[1])
+    object.__setattr__(model.config, "eos_ids", (stop,))
+    cache.seq_lens.zero_()
+    stopped = generate.generate(model, cache, prompts, 20).token_ids
+    assert stopped == [free[0][: free[0].index(stop)], free[1]]
+
+
+def test_sampling_is_seeded_and_respects_top_k():
+    logits = torch.randn(4, 50)
+    draws = [generate.sample(logits, 0.8, 3, torch.Generator().manual_seed(s)) for s in (0, 0, *range(1, 40))]
+    assert torch.equal(draws[0], draws[1]) and any(not torch.equal(draws[0], d) for d in draws)
+    top = logits.topk(3).indices
+    assert all((top == d[:, None]).any(-1).all() for d in draws)
+    assert torch.equal(generate.sample(logits), logits.argmax(-1))
+
+
+# ---------------------------------------------------------------- calibrate
+
+
+@pytest.fixture
+def tiny_copy(tmp_path):
+    """A writable copy of the embedded checkpoint without its channels."""
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        shutil.copy(TINY / name, tmp_path / name)
+    return tmp_path
+
+
+def moments(seed, tokens=300):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(1, 4, 1, 16, generator=generator) * 3
+    m = calibrate.Moments()
+    m.add(scale * torch.randn(1, 4, tokens, 16, generator=generator),
+          torch.randn(1, 2, tokens, 16, generator=generator) * scale[:, ::2] + 1)
+    return m
+
+
+def test_every_calibration_sample_counts():
+    """The paper's release overwrote its sums, so that only the last block of text counted."""
+    first, last = moments(0), moments(1)
+    both = first + last
+    assert both.tokens == 600
+    ranked = [calibrate.rank_channels(m, "qk", None) for m in (first, last, both)]
+    assert not torch.equal(ranked[2], ranked[1]) and not torch.equal(ranked[2], ranked[0])
+    torch.testing.assert_close(both.abs_qk, first.abs_qk + last.abs_qk)
+
+
+def test_joint_bases_are_the_best_low_rank_map():
+    """Full rank reproduces q . k up to a constant per query; at low rank no choice of channels does better."""
+    m = moments(3)
+    basis_k, basis_q = calibrate.joint_bases(m, 16)
+    torch.testing.assert_close(basis_q @ basis_k.transpose(1, 2), torch.eye(16).double().expand(2, -1, -1), atol=1e-6, rtol=0)
+    error = {}
+    for method in ("joint", "variance", "qk", "random"):
+        k, q, mean, std, _ = calibrate.label_bases(m, method, 4, torch.Generator().manual_seed(0))
+        residual = torch.eye(16).double() - q @ k.transpose(1, 2)  # what the product misses
+        missed = residual @ m.key_covariance() @ residual.transpose(1, 2) @ (m.qq / m.tokens)
+        error[method] = missed.diagonal(dim1=1, dim2=2).sum().item()
+        labels_std = (k.transpose(1, 2) @ m.key_covariance() @ k).diagonal(dim1=1, dim2=2).sqrt()
+        torch.testing.assert_close(std, labels_std)
+    assert error["joint"] <= error["variance"] <= error["random"] and error["joint"] < error["qk"]
+
+
+def test_rankings_follow_their_statistics():
+    m = moments(4)
+    size = {"q": m.abs_q, "k": m.abs_k, "qk": m.abs_qk}
+    for method, values in size.items():
+        ranked = values.gather(1, calibrate.rank_channels(m, method, None))
+        assert (ranked.diff() <= 0).all()
+    draws = [calibrate.rank_channels(m, "random", torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_calibration_of_the_tiny_model(tiny_copy):
+    """On other text than it was fitted to: labels keep nearly the mass of exact scores, and more than random channels."""
+    model = load_model(TINY, "cpu", torch.float32)
+    tokens = torch.tensor([evaluation.text_windows(generate.Tokenizer(TINY, 1), [calibrate.builtin_text()], 1024, 1)[0]])
+    kept = {}
+    for method in ("joint", "qk", "random"):
+        out = tiny_copy / "channels.safetensors"
+        calibrate.calibrate(tiny_copy, method=method, samples=4, context=1024, out=out)
+        maps = load_label_maps(tiny_copy, model.config, DSConfig())
+        x = model.embed(tokens)
+        rope = model.rope(torch.arange(tokens.shape[1])[None])
+        for layer in model.layers[:4]:
+            q, k, _ = layer.attn.project(layer.attn_norm(x), *rope)
+            x = layer(x, *rope)
+        kept[method], exact = calibrate.kept_mass(q, k, maps[3], DSConfig())
+    assert exact >= kept["joint"] > 0.95 * exact and kept["joint"] > kept["qk"] > kept["random"]
+    with safe_open(out, "pt") as file:
+        provenance = file.metadata()
+    assert provenance["method"] == "random" and {"checkpoint", "text_sha256", "samples", "tokens", "date"} <= set(provenance)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the project's shared test data")
+@pytest.mark.parametrize("name, preset", [("Llama-2-7b-hf", "Llama-2-7B"), ("Mixtral-8x7B-v0.1", "Mixtral-8x7B-v0.1")])
+def test_the_authors_rankings_load(name, preset):
+    config = PRESETS[preset]
+    path = SHARED / "channel_configs" / f"{name}.json.xz"
+    rankings = calibrate.load_rankings(path, config, "qk")
+    assert rankings.shape == (config.n_layers, config.n_kv_heads, 128)
+    assert (rankings.sort(-1).values == torch.arange(128)).all()
+    import lzma
+
+    lists = json.loads(lzma.open(path, "rt").read())["model.layers.3.self_attn.qk_proj"]
+    if config.n_heads == config.n_kv_heads:
+        assert rankings[3].tolist() == lists
+    m = calibrate.Moments()
+    m.add(torch.randn(1, config.n_heads, 50, 128), torch.randn(1, config.n_kv_heads, 50, 128))
+    basis_k, *_ = calibrate.label_bases(m, "qk", 32, None, rankings[3])
+    assert torch.equal(basis_k.argmax(1), rankings[3][:, :32]), "the labels are the channels that the file names"
+
+
+# ---------------------------------------------------------------- the embedded checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    dtype = torch.bfloat16 if GPU else torch.float32
+    model = load_model(TINY, DEVICE, dtype)
+    return model, generate.Tokenizer(TINY, model.config.bos_id)
+
+
+def decoder(tiny, size, config):
+    maps = load_label_maps(TINY, tiny[0].config, config) if config else None
+    return evaluation.Decoder(*tiny, size, config, maps)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the project's shared test data")
+def test_tiny_perplexity(tiny):
+    """Held-out books: two windows of 4096. The card has the figures of all of them (dense 1.19 bits per byte)."""
+    texts = evaluation.read_texts(SHARED / "books-valid.jsonl.xz")
+    windows = evaluation.text_windows(tiny[1], texts, 4096, limit=2)
+    dense, sparse = (evaluation.perplexity(decoder(tiny, 4096, config), windows) for config in (None, DSConfig(n_tokens=256)))
+    assert dense["bits_per_byte"] < 1.25
+    assert 1.0 < sparse["perplexity"] / dense["perplexity"] < 1.015
+
+
+def test_tiny_retrieval_is_kept_at_a_sixteenth_and_breaks_with_too_little(tiny):
+    items = evaluation.kv_items(limit=6, n_records=50, seed=5)
+    found = {name: evaluation.kv_retrieval(decoder(tiny, 8192, config), items)["accuracy"] for name, config in {
+        "dense": None, "1/16": DSConfig(), "16 tokens, 8 dims": DSConfig(n_tokens=16, label_channels=8, recent=4)}.items()}
+    assert found["dense"] == found["1/16"] == 100.0
+    assert found["16 tokens, 8 dims"] <= 50.0
+
+
+# ---------------------------------------------------------------- command lines
+
+
+def command(*arguments, **more):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, **more)
+
+
+def test_generate_writes_its_json_and_streams_text(tmp_path):
+    run = command("generate.py", "--device", "cpu", "--prompt", "The sea was calm", "--prompt", "He said that", "--max_new_tokens", 8,
+                  "--json", tmp_path / "out.json")
+    assert run.returncode == 0, run.stderr
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert {"prompt_token_ids", "token_ids", "text", "ttft_ms", "decode_tokens_per_s", "kv_bytes_per_step",
+            "dense_kv_bytes_per_step", "kv_cache_bytes", "label_cache_bytes", "peak_memory_bytes", "config"} == set(out)
+    assert [len(ids) for ids in out["token_ids"]] == [8, 8] and all(text in run.stdout for text in out["text"])
+    alone = command("generate.py", "--device", "cpu", "--prompt", "He said that", "--max_new_tokens", 8)
+    assert alone.stdout.strip() == out["text"][1].strip() and "tokens/s" in alone.stderr
+
+
+def test_demonstration_finds_its_fact(tmp_path):
+    run = command("generate.py", "--device", "cpu", "--sparsity", 16, "--json", tmp_path / "out.json")
+    assert run.returncode == 0 and "the answer is right" in run.stderr, run.stderr
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert 3800 < len(out["prompt_token_ids"][0]) <= 4000 and out["text"][0].strip() == run.stdout.strip()
+    layers = load_model(TINY, "cpu", torch.float32).config.n_layers
+    live = len(out["prompt_token_ids"][0]) + 20
+    sparse_share = (live / 16 * 2 * 128 * 4 + live * 16) / (live * 2 * 128 * 4)  # fp32 K and V of N tokens, and labels
+    expected = (2 + (layers - 2) * sparse_share) / layers
+    assert out["kv_bytes_per_step"] / out["dense_kv_bytes_per_step"] == pytest.approx(expected, rel=0.01)
+
+
+def test_interactive_continues_one_conversation():
+    run = command("generate.py", "--device", "cpu", "--interactive", "--max_new_tokens", 5, input="Once upon a time\nAnd then\n\n")
+    assert run.returncode == 0 and run.stdout.count("> ") == 3 and run.stderr.count("tokens/s") == 2, run.stderr
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Directories with one thing wrong each."""
+    def copy(name):
+        shutil.copytree(TINY, tmp_path / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+        return tmp_path / name
+
+    path = copy("truncated") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+    config = json.loads((TINY / "config.json").read_text())
+    (copy("foreign") / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    (copy("shape") / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8}))
+    edit_weights(copy("channels"), lambda tensors: tensors["norm.weight"].add_(1))
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    return tmp_path
+
+
+BAD_INPUT = {
+    "missing": (["--checkpoint", "{}/nothing"], "no such directory"),
+    "truncated": (["--checkpoint", "{}/truncated"], "truncated"),
+    "foreign": (["--checkpoint", "{}/foreign"], "architecture GPT2LMHeadModel"),
+    "shape": (["--checkpoint", "{}/shape"], "missing, unexpected or of another shape"),
+    "channels": (["--checkpoint", "{}/channels"], "run calibrate.py"),
+    "too-long": (["--prompt", "hello", "--max_new_tokens", "9000"], "8192 positions"),
+    "empty": (["--prompt", ""], "prompt is empty"),
+    "sparsity-0": (["--sparsity", "0"], "sparsity=0: must be above 1"),
+    "sparsity-negative": (["--sparsity", "-2"], "sparsity=-2: must be above 1"),
+    "sparsity-word": (["--sparsity", "much"], "invalid float value: 'much'"),
+    "n-0": (["--n_tokens", "0"], "n_tokens=0: must be at least 1"),
+    "not-utf8": (["--prompt_file", "{}/latin1.txt"], "not UTF-8"),
+    "no-file": (["--prompt_file", "{}/absent.txt"], "No such file"),
+    "no-gpu": pytest.param(["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(GPU, reason="there is a GPU")),
+}
+
+
+@pytest.mark.parametrize("arguments, message", [v if isinstance(v, tuple) else v for v in BAD_INPUT.values()], ids=BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(arguments, message, damaged):
+    before = sorted(path for path in damaged.rglob("*"))
+    run = command("generate.py", *(a.format(damaged) for a in arguments))
+    assert run.returncode == 2 and run.stdout == "", run.stdout + run.stderr
+    assert message in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: ")
+    assert sorted(path for path in damaged.rglob("*")) == before
+
+
+def test_more_tokens_than_there_are_means_dense_and_says_so():
+    run = command("generate.py", "--device", "cpu", "--prompt", "The sea", "--max_new_tokens", 3, "--n_tokens", 500)
+    assert run.returncode == 0 and "every token is attended (dense)" in run.stderr
