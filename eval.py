@@ -1,19 +1,25 @@
 """Quality: what Double Sparsity loses against dense, through the same decode code that generates.
 
 Every scored token is decoded: it attends to its own past with its own selection. Nothing is masked after the fact.
+Each run prints its rows and appends them to results/quality.jsonl; the README's tables are printed from that file.
 Usage: python eval.py perplexity --data FILE [--context 4096] [--n_tokens 256]
        python eval.py kv_retrieval [--data FILE] [--limit 100]
+       python eval.py table
 """
 import argparse
+import datetime
 import gzip
 import json
 import lzma
 import math
 import random
+import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import triton
 from tqdm import tqdm
 
 from generate import (HERE, Tokenizer, add_sparsity_arguments, default_dtype, load_maps, pick_device, read_text,
@@ -125,9 +131,51 @@ def read_texts(path):
         return [json.loads(line)["text"] for line in file]
 
 
+# ---------------------------------------------------------------- results
+
+RESULTS = HERE / "results" / "quality.jsonl"
+
+
+def provenance(device):
+    """What a row was measured with: gpu, torch, triton, commit, date."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return {"gpu": torch.cuda.get_device_name() if device != "cpu" else "none (CPU)", "torch": torch.__version__,
+            "triton": triton.__version__, "commit": git.stdout.strip() or "unknown",
+            "date": datetime.date.today().isoformat()}
+
+
+def budget_name(ds):
+    """"1/16", "n=256" or "all" for dense."""
+    if ds is None:
+        return "all"
+    return f"n={ds.n_tokens}" if ds.n_tokens else f"1/{ds.sparsity:g}"
+
+
+def table(path=RESULTS):
+    """The rows of results/quality.jsonl as a Markdown table, the newest of each setting."""
+    if not path.exists():
+        raise ValueError(f"{path}: no results yet; run eval.py perplexity or kv_retrieval first")
+    rows = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[row["task"], row["checkpoint"], row["data"], row["context"], row["method"], row["budget"]] = row
+    lines = ["| task | text | context | budget | tokens read | score | dense | items |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows.values():
+        if row["method"] == "dense":
+            continue
+        if row["task"] == "perplexity":
+            score = f"{row['score']:.3f} ({row['score'] / row['dense_score']:.4f}x)"
+            dense = f"{row['dense_score']:.3f} = {row['dense_bits_per_byte']:.4f} bits/byte"
+        else:
+            score, dense = f"{row['score']:.1f}%", f"{row['dense_score']:.1f}%"
+        lines.append(f"| {row['task']} | {row['data']} | {row['context']} | {row['budget']} | {row['mean_tokens']:.0f} | {score} | "
+                     f"{dense} | {row['n_items']} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("perplexity", "kv_retrieval"))
+    parser.add_argument("task", choices=("perplexity", "kv_retrieval", "table"))
     parser.add_argument("--checkpoint", default=str(HERE / "tiny"), help="directory or hub id (default: the tiny model)")
     parser.add_argument("--data", help="perplexity: UTF-8 text, or .jsonl[.xz] with a \"text\" per line; kv_retrieval: items in "
                                        "the published format, .jsonl[.gz] (default: generated)")
@@ -137,6 +185,8 @@ def main():
     add_sparsity_arguments(parser)
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
+    if args.task == "table":
+        return print(table())
     ds = sparsity_from(args)
     if args.task == "perplexity" and not args.data:
         raise ValueError("perplexity needs a text: give --data FILE")
@@ -145,20 +195,31 @@ def main():
     model = load_model(checkpoint, device, default_dtype(device))
     tokenizer = Tokenizer(checkpoint, model.config.bos_id)
     label_maps = load_maps(checkpoint, model.config, ds, device) if ds else None
-    modes = [("dense", None)] + ([("ds", ds)] if ds else [])
     if args.task == "perplexity":
-        size = args.context
-        windows = text_windows(tokenizer, read_texts(args.data), args.context, args.limit)
+        run, size = perplexity, args.context
+        items = text_windows(tokenizer, read_texts(args.data), args.context, args.limit)
+        lengths = [range(1, args.context + 1)]
     else:
-        size = model.config.max_positions
+        run, size = kv_retrieval, model.config.max_positions
         items = kv_items(args.data, args.limit, args.records)
-    for name, mode in modes:
-        decoder = Decoder(model, tokenizer, size, mode, label_maps)
+        lengths = [[len(tokenizer.encode(kv_context(records)))] for records, _, _ in items]
+    dense = None
+    for method, mode in [("dense", None)] + ([("ds", ds)] if ds else []):
+        score = run(Decoder(model, tokenizer, size, mode, label_maps), items, progress=True)
+        dense = dense or score
+        main_score = "perplexity" if args.task == "perplexity" else "accuracy"
+        counts = [mode.budget(n) if mode else n for per_item in lengths for n in per_item]
+        row = {"task": args.task, "checkpoint": checkpoint.name, "data": Path(args.data).name if args.data else "generated",
+               "method": method, "budget": budget_name(mode), "mean_tokens": sum(counts) / len(counts),
+               "score": score[main_score], "dense_score": dense[main_score], "n_items": score["n_items"],
+               "context": args.context if args.task == "perplexity" else round(sum(map(sum, lengths)) / len(lengths)),
+               "config": asdict(mode) if mode else None, **provenance(device)}
         if args.task == "perplexity":
-            score = perplexity(decoder, windows, progress=True)
-        else:
-            score = kv_retrieval(decoder, items, progress=True)
-        print(json.dumps({"task": args.task, "method": name, **score}))
+            row |= {"bits_per_byte": score["bits_per_byte"], "dense_bits_per_byte": dense["bits_per_byte"]}
+        print(json.dumps(row))
+        RESULTS.parent.mkdir(exist_ok=True)
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
