@@ -459,16 +459,16 @@ def open_tensors(path):
 
 
 def fingerprint(path):
-    """Hash of a safetensors file's header and of the first 4 KiB of each tensor: quick, and any training changes it."""
+    """Hash of a safetensors file's tensor names, shapes and first 4 KiB each: quick, and any training changes it."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        digest = hashlib.sha256(header)
-        start = file.tell()
-        for name, entry in sorted(json.loads(header).items()):
-            if name != "__metadata__":
-                first, end = entry["data_offsets"]
-                file.seek(start + first)
-                digest.update(file.read(min(4096, end - first)))
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = file.tell()
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items()):
+            begin, end = entry["data_offsets"]
+            file.seek(data + begin)
+            digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode() + file.read(min(4096, end - begin)))
     return digest.hexdigest()[:16]
 
 

@@ -391,7 +391,7 @@ def train(args, recipe: Recipe, state: dict | None, began: float):
     config = recipe.hf_config(tokenizer.vocab)
     model = Transformer(ModelConfig.from_dict(config)).to(device)
     masters = Masters(model, recipe)
-    # Muon's defaults otherwise: Nesterov momentum 0.95, five Newton-Schulz steps; updates scaled by 0.2 sqrt(max(rows, columns)).
+    # Otherwise Muon's defaults: Nesterov momentum 0.95, 5 Newton-Schulz steps. Updates scale with 0.2 sqrt(max(rows, columns)).
     muon = torch.optim.Muon(masters.matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(masters.others, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=cuda)
     if state:
@@ -464,7 +464,7 @@ def main():
     arg("--preset", choices=PRESETS, default="full", help="model and schedule; smoke is a tiny one for a CPU")
     arg("--steps", type=int, help=f"optimiser steps; default {full.steps}, with --preset smoke {smoke.steps}")
     arg("--seconds", type=float, default=0, help="save the state and stop so many seconds after the start; 0: never")
-    arg("--seed", type=int, default=full.seed, help="decides initial weights and all batches")
+    arg("--seed", type=int, default=full.seed, help="decides the initial weights, all batches and the tokenizer's sample")
     arg("--workers", type=int, default=max(1, os.cpu_count() - 2), help="processes that make batches")
     arg("--tokenizer", type=Path, default=Path(__file__).parent / "tokenizer.model", help="SentencePiece model")
     arg("--train_tokenizer", action="store_true", help="train the tokenizer on the data, write it, exit")
