@@ -11,12 +11,14 @@ Shapes, used everywhere: B batch rows, T new tokens, S cached tokens (allocated;
 HQ / HKV query / KV heads, G = HQ // HKV, D head dim, C label dims, W 32-bit words of one token's label,
 N attended tokens. In a decode call q has no T: its rows are one token each.
 
-Every stage stands three times: `stage_ref` in plain torch is the specification, `_stage_kernel` is the Triton
-kernel, `stage` is its wrapper with the same signature. The kernels run on a GPU and, with TRITON_INTERPRET=1 set
-before triton is imported, on a CPU. Last run on: H200 with torch 2.11 / triton 3.6; CPU with torch 2.13 / triton 3.9.
+Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref. The Triton kernels do the same with fewer
+bytes: `label`, `select` (score and select in three launches: full scores are never written) and `attend`. They run on a GPU
+and, with TRITON_INTERPRET=1 set before triton is imported, on a CPU.
+Last run on: H200 with torch 2.11 / triton 3.6; CPU with torch 2.13 / triton 3.9.
 """
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 import triton
@@ -54,13 +56,18 @@ class DSConfig:
 
     def budget(self, live):
         """Tokens attended when `live` tokens are eligible. live: int, or int32 tensor of any shape; same type back."""
+        num, den = self.share()
         if isinstance(live, int):
-            wanted = self.n_tokens or max(self.min_tokens, math.ceil(live / self.sparsity))
-            return min(wanted, live)
+            return min(self.n_tokens or max(self.min_tokens, -(-live * den // num)), live)
         if self.n_tokens:
             return live.clamp(max=self.n_tokens)
-        share = torch.ceil(live.double() / self.sparsity).to(live.dtype)  # double: exact for any length
-        return torch.minimum(share.clamp(min=self.min_tokens), live)
+        share = (live.long() * den + num - 1) // num
+        return torch.minimum(share.clamp(min=self.min_tokens).to(live.dtype), live)
+
+    def share(self):
+        """sparsity as a fraction (num, den) of small integers, so that every implementation rounds alike."""
+        fraction = Fraction(self.sparsity).limit_denominator(1000)
+        return fraction.numerator, fraction.denominator
 
     def channels(self, D):
         """Label dims C for head dim D, a whole number of 32-bit words: label bytes are 1/sparsity of a 16-bit K."""
@@ -90,7 +97,8 @@ class LabelMap:
     """One layer's calibrated map from keys and queries to labels, with static ranges.
 
     k_label = k . basis_k[h, c]; the stored code is round((k_label - lo) / step) in `bits` bits;
-    q_label = q . basis_q[h, c]; the score of a token is sum_c q_label_c * (lo_c + step_c * code_c) / sqrt(D).
+    q_label = q . basis_q[h, c]; a token's score is sum_c q_label_c * step_c * code_c, the products q_label_c * step_c rounded
+    to 8 bits (see query_codes).
     """
 
     basis_k: torch.Tensor  # [HKV, C, D] fp32
@@ -108,18 +116,26 @@ class LabelMap:
     def to(self, device):
         return LabelMap(*(t.to(device) for t in (self.basis_k, self.basis_q, self.lo, self.step)), self.bits)
 
-    def query_labels(self, q, pool):
-        """q [B, HQ, D] -> (labels [B, HKV, P, C], bias [B, HKV, P]) fp32, so that score = labels . codes + bias.
+    def query_codes(self, q, pool):
+        """q [B, HQ, D] -> (codes [B, HKV, P, C], bias [B, HKV, P], unit [B, HKV]), so that a token's score is
 
-        P = 1 for pool "mean" (the mean of linear scores is the score of the mean query), G for "max".
+        unit * max over P of (codes . label codes + bias). codes and bias are integers in fp32, codes in [-127, 127]: the
+        query's labels, each times its label's step, on one scale per KV head. P = 1 for pool "mean" (the mean of linear
+        scores is the score of the mean query), G for "max".
         """
         B, HQ, D = q.shape
-        HKV, C, _ = self.basis_q.shape
+        HKV = len(self.basis_q)
         grouped = q.float().view(B, HKV, HQ // HKV, D)
         if pool == "mean":
             grouped = grouped.mean(2, keepdim=True)  # [B, HKV, P, D]
-        dots = torch.einsum("bhpd,hcd->bhpc", grouped, self.basis_q) / math.sqrt(D)
-        return dots * self.step[None, :, None], (dots * self.lo[None, :, None]).sum(-1)
+        dots = torch.einsum("bhpd,hcd->bhpc", grouped, self.basis_q)
+        largest = (dots * self.step[:, None]).abs().amax((2, 3))  # [B, HKV]
+        scale = torch.where(largest > 0, 127 / largest, 0.0)[..., None, None]
+        codes = torch.floor(dots * self.step[:, None] * scale + 0.5)
+        bias = torch.floor((dots * self.lo[:, None]).sum(-1) * scale[..., 0] + 0.5)
+        if pool == "mean":
+            bias = torch.zeros_like(bias)  # the same for all tokens: it matters only between the heads of a group
+        return codes, bias, largest / 127 / math.sqrt(D)
 
 
 # ---------------------------------------------------------------- label
@@ -198,59 +214,23 @@ def live_range(seq_lens, window):
 
 
 def score_ref(q, labels, label_map, seq_lens, window=None, pool="mean"):
-    """Label scores of every cached token, in the units of q . k / sqrt(D).
+    """Label scores of every cached token, in the units of q . k / sqrt(D) up to a constant per row and head.
 
     q [B, HQ, D]; labels [B, HKV, W, S] int32; seq_lens [B] int32. Returns [B, HKV, S] fp32, -inf where not eligible.
     """
     S = labels.shape[-1]
     shared = labels[:1] if labels.stride(0) == 0 else labels  # rows of one shared cache: unpack it once
     codes = unpack(shared.transpose(2, 3), label_map.bits).float()  # [B or 1, HKV, S, C]
-    q_labels, bias = label_map.query_labels(q, pool)  # [B, HKV, P, C], [B, HKV, P]
-    if len(codes) < len(q):
-        scores = torch.einsum("bhpc,hsc->bhps", q_labels, codes[0])
-    else:
-        scores = torch.einsum("bhpc,bhsc->bhps", q_labels, codes)
-    scores = (scores + bias[..., None]).amax(2)  # [B, HKV, S]
+    q_codes, bias, unit = label_map.query_codes(q, pool)  # [B, HKV, P, C], [B, HKV, P], [B, HKV]
+    if label_map.bits == 16:
+        q_codes, codes = q_codes.double(), codes.double()  # their sums do not fit fp32
+    operand = codes[0] if len(codes) < len(q) else codes
+    scores = torch.einsum(f"bhpc,{'hsc' if operand.ndim == 3 else 'bhsc'}->bhps", q_codes, operand)
+    scores = ((scores + bias[..., None]).amax(2) * unit[..., None]).float()  # [B, HKV, S]
     start, _ = live_range(seq_lens, window)
     position = torch.arange(S, device=q.device)
     eligible = (position >= start[:, None]) & (position < seq_lens[:, None])  # [B, S]
     return scores.masked_fill(~eligible[:, None], float("-inf"))
-
-
-@triton.jit
-def _score_kernel(q_labels, bias, labels, scores, seq_lens, l_sb, l_sh, l_sw, S, window, HKV: tl.constexpr,
-                  P: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, BLOCK_S: tl.constexpr):
-    pid_s, pid_h, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = (pid_b * HKV + pid_h).to(tl.int64)
-    offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
-    seq_len = tl.load(seq_lens + pid_b)
-    eligible = (offs_s < seq_len) & (offs_s >= seq_len - window)
-    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    if (pid_s * BLOCK_S < seq_len) & ((pid_s + 1) * BLOCK_S > seq_len - window):
-        PER_WORD: tl.constexpr = 32 // BITS
-        for p in tl.static_range(P):
-            score = tl.zeros([BLOCK_S], tl.float32) + tl.load(bias + row * P + p)
-            for w in range(W):
-                word = tl.load(labels + pid_b.to(tl.int64) * l_sb + pid_h * l_sh + w * l_sw + offs_s, mask=eligible, other=0)
-                for j in tl.static_range(PER_WORD):
-                    code = (word >> (BITS * j)) & ((1 << BITS) - 1)
-                    score += tl.load(q_labels + (row * P + p) * W * PER_WORD + w * PER_WORD + j) * code.to(tl.float32)
-            best = tl.maximum(best, score)
-    tl.store(scores + row * S + offs_s, tl.where(eligible, best, float("-inf")), mask=offs_s < S)
-
-
-NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
-
-
-def score(q, labels, label_map, seq_lens, window=None, pool="mean", block_s=1024):
-    """As score_ref; each label word is read once per query-label row (one with pool "mean")."""
-    B, HKV, W, S = labels.shape
-    q_labels, bias = label_map.query_labels(q, pool)
-    scores = torch.empty(B, HKV, S, dtype=torch.float32, device=q.device)
-    _score_kernel[(triton.cdiv(S, block_s), HKV, B)](
-        q_labels.contiguous(), bias.contiguous(), labels, scores, seq_lens, *labels.stride()[:3], S,
-        NO_WINDOW if window is None else window, HKV, q_labels.shape[2], W, label_map.bits, block_s)
-    return scores
 
 
 # ---------------------------------------------------------------- select
@@ -286,62 +266,345 @@ def select_ref(scores, seq_lens, n_tokens, max_tokens, sink=0, recent=1, window=
 
 
 @triton.jit
-def _order_key(scores, offs_s, seq_len, window, n_sink, n_recent):
-    """Unsigned keys in the order of the scores; forced tokens get the largest key, tokens not eligible are masked."""
-    eligible = (offs_s < seq_len) & (offs_s >= seq_len - window)
-    value = tl.load(scores + offs_s, mask=eligible, other=0.0) + 0.0  # + 0.0: one key for both zeros
-    bits = value.to(tl.int32, bitcast=True)
-    key = (bits ^ ((bits >> 31) | (-2147483647 - 1))).to(tl.uint32, bitcast=True)
-    forced = (offs_s < n_sink) | (offs_s >= seq_len - n_recent)
-    return tl.where(forced, 0xFFFFFFFF, key).to(tl.uint32), eligible
+def _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den):
+    """DSConfig.budget of one row."""
+    live = tl.minimum(seq_len, window)
+    share = ((live.to(tl.int64) * share_den + share_num - 1) // share_num).to(tl.int32)
+    wanted = tl.where(n_fixed > 0, n_fixed, tl.maximum(share, min_tokens))
+    return tl.minimum(wanted, live)
 
 
 @triton.jit
-def _select_kernel(scores, seq_lens, n_tokens, indices, S, max_tokens, sink, recent, window, HKV: tl.constexpr,
-                   BLOCK_S: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    seq_len = tl.load(seq_lens + row // HKV)
-    n = tl.load(n_tokens + row // HKV)
+def _dot4(a, b, acc, PTX: tl.constexpr):
+    """acc + the dot product of four unsigned bytes in a with four signed bytes in b; all int32."""
+    if PTX:
+        acc = tl.inline_asm_elementwise("dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], tl.int32, is_pure=True, pack=1)
+    else:
+        for i in tl.static_range(4):
+            acc += ((a >> (8 * i)) & 255) * ((b << (24 - 8 * i)) >> 24)
+    return acc
+
+
+@triton.jit
+def _token_scores(labels, query, offs_s, mask, l_sw, W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr):
+    """Integer scores of the tokens offs_s: max over P of (codes . 8-bit query codes + bias).
+
+    labels: one row's words; query: its [P, W * T + 1] int32 words, T a label word, then the bias.
+    """
+    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS  # byte-wise slices of a label word
+    best = tl.full(offs_s.shape, -(2**31) + 1, tl.int32)
+    for p in tl.static_range(P):
+        score = tl.zeros(offs_s.shape, tl.int32)
+        high = tl.zeros(offs_s.shape, tl.int32)
+        for w in tl.static_range(W):
+            word = tl.load(labels + w * l_sw + offs_s, mask=mask, other=0)
+            for t in tl.static_range(T):
+                q = tl.load(query + p * (W * T + 1) + w * T + t) + tl.zeros(offs_s.shape, tl.int32)
+                if BITS == 16:  # low bytes, then high bytes
+                    if t == 0:
+                        score = _dot4(word & 0x00FF00FF, q, score, PTX)
+                    else:
+                        high = _dot4((word >> 8) & 0x00FF00FF, q, high, PTX)
+                elif BITS == 8:
+                    score = _dot4(word, q, score, PTX)
+                elif BITS == 4:
+                    score = _dot4((word >> (4 * t)) & 0x0F0F0F0F, q, score, PTX)
+                else:
+                    score = _dot4((word >> (2 * t)) & 0x03030303, q, score, PTX)
+        best = tl.maximum(best, score + high * 256 + tl.load(query + p * (W * T + 1) + W * T))
+    return best
+
+
+FORCED = tl.constexpr(2**30)  # key of a token that is attended in any case: above all scores
+DEAD = tl.constexpr(-(2**31) + 1)  # key of a token that is not eligible: below all scores
+
+
+@triton.jit
+def _threshold(keys, n, low, high):
+    """The largest value in [low, high] that at least n keys reach. At least n keys must reach low."""
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        enough = tl.sum((keys >= middle).to(tl.int32)) >= n
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low
+
+
+@triton.jit
+def _bracket_kernel(q, basis, step, lo, labels, seq_lens, n_tokens, query, lower, q_sb, q_sh, l_sb, l_sh, l_sw, window,
+                    n_fixed, min_tokens, share_num, share_den, HKV: tl.constexpr, G: tl.constexpr,
+                    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+                    W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, PTX: tl.constexpr):
+    """Per row and KV head: the query's label codes, the budget, and a lower bracket of the n-th best score, from a sample."""
+    row = tl.program_id(0)
+    pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
+    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
+    PER_WORD: tl.constexpr = 32 // BITS
+    # the query's labels, times the label's step, in dims of their place in a word: dim = w * PER_WORD + byte * T + t
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    tile = mask_c[:, None] & (offs_d < D)[None, :]
+    columns = tl.load(basis + (pid_h * C + offs_c)[:, None] * D + offs_d[None, :], mask=tile, other=0.0)
+    steps = tl.load(step + pid_h * C + offs_c, mask=mask_c, other=0.0)
+    lows = tl.load(lo + pid_h * C + offs_c, mask=mask_c, other=0.0)
+    largest = 0.0
+    for p in tl.static_range(P):
+        vector = tl.zeros([BLOCK_D], tl.float32)
+        for g in tl.static_range(G // P):
+            head = pid_h * G + p * (G // P) + g
+            vector += tl.load(q + pid_b * q_sb + head * q_sh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        dots = tl.sum(columns * (vector / (G // P))[None, :], 1)  # [BLOCK_C]
+        largest = tl.maximum(largest, tl.max(tl.abs(dots * steps), 0))
+    scale = tl.where(largest > 0, 127.0 / largest, 0.0)
+    query += row.to(tl.int64) * P * (W * T + 1)
+    for p in tl.static_range(P):
+        vector = tl.zeros([BLOCK_D], tl.float32)
+        for g in tl.static_range(G // P):
+            head = pid_h * G + p * (G // P) + g
+            vector += tl.load(q + pid_b * q_sb + head * q_sh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        dots = tl.sum(columns * (vector / (G // P))[None, :], 1)
+        codes = tl.floor(dots * steps * scale + 0.5).to(tl.int32)  # [BLOCK_C] in [-127, 127]
+        if BITS == 16:  # the two dims of a word meet its low bytes, and again its high bytes
+            halves = tl.sum(tl.reshape(codes & 255, [BLOCK_W, 2]) << (16 * tl.arange(0, 2))[None, :], 1)
+            words = tl.join(halves, halves)  # [BLOCK_W, T]
+        else:
+            slots = tl.reshape(codes & 255, [BLOCK_W, 4, T])
+            words = tl.sum(slots << (8 * tl.arange(0, 4))[None, :, None], 1)  # [BLOCK_W, T]
+        offs_w, offs_t = tl.arange(0, BLOCK_W), tl.arange(0, T)
+        tl.store(query + p * (W * T + 1) + offs_w[:, None] * T + offs_t[None, :], words, mask=(offs_w < W)[:, None])
+        bias = 0.0  # the same for all tokens: it matters only between the heads of a group
+        if P > 1:
+            bias = tl.sum(dots * lows) * scale
+        tl.store(query + p * (W * T + 1) + W * T, tl.floor(bias + 0.5).to(tl.int32))
+    seq_len = tl.load(seq_lens + pid_b)
+    start = tl.maximum(seq_len - window, 0)
+    live = seq_len - start
+    n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
+    tl.store(n_tokens + pid_b, n)  # every head of the row stores the same
+    tl.debug_barrier()  # the query words are read back as scalars
+    # M tokens in runs of eight (a 32-byte sector of a label word each), spread over the live tokens
+    i = tl.arange(0, M)
+    sampled = start + ((i // 8).to(tl.int64) * live // (M // 8)).to(tl.int32) + i % 8
+    inside = sampled < seq_len
+    keys = _token_scores(labels + pid_b * l_sb + pid_h * l_sh, query, sampled, inside, l_sw, W, BITS, P, PTX)
+    keys = tl.where(inside, keys, DEAD)
+    share = M * (n.to(tl.float32) / live)
+    wanted = (share + 4.5 * tl.sqrt(share)).to(tl.int32) + 1  # 4.5 standard deviations of what the sample would show
+    bracket = DEAD + 1
+    if (wanted < M // 2) & (live >= 2 * M):
+        bracket = _threshold(keys, wanted, tl.min(tl.where(inside, keys, FORCED)), tl.max(keys))
+    tl.store(lower + row, bracket)
+
+
+@triton.jit
+def _token_keys(labels, query, offs_s, seq_len, start, n, sink, recent, l_sw, W: tl.constexpr, BITS: tl.constexpr,
+                P: tl.constexpr, PTX: tl.constexpr):
+    """Scores with the tokens that are attended in any case on top and those not eligible at the bottom."""
+    eligible = (offs_s < seq_len) & (offs_s >= start)
+    keys = _token_scores(labels, query, offs_s, eligible, l_sw, W, BITS, P, PTX)
     n_recent = tl.minimum(recent, n)
-    n_sink = tl.minimum(sink, n - n_recent)
-    begin = tl.maximum(seq_len - window, 0) // BLOCK_S * BLOCK_S
-    bins = tl.arange(0, 512)  # 256 digits; bin 256 collects the tokens that do not count
-    # the n-th largest key, one 8-bit digit at a time: the threshold, and how many ties at it are taken
-    threshold = tl.zeros([], tl.uint32)
-    room = n
-    for digit in tl.static_range(4):
-        SHIFT = 24 - 8 * digit
-        histogram = tl.zeros([512], tl.int32)
-        for s in range(begin, seq_len, BLOCK_S):
-            key, counts = _order_key(scores + row * S, s + tl.arange(0, BLOCK_S), seq_len, window, n_sink, n_recent)
-            if digit > 0:
-                counts = counts & ((key >> (SHIFT + 8)) == threshold)
-            histogram += tl.histogram(tl.where(counts, ((key >> SHIFT) & 255).to(tl.int32), 256), 512)
-        histogram = tl.where(bins < 256, histogram, 0)
-        at_least = tl.cumsum(histogram, 0, reverse=True)  # tokens with this digit or a larger one
-        chosen = tl.sum((at_least >= room).to(tl.int32), 0) - 1
-        room -= tl.sum(tl.where(bins > chosen, histogram, 0), 0)
-        threshold = ((threshold << 8) | chosen.to(tl.uint32)).to(tl.uint32)
-    taken = tl.zeros([], tl.int32)
-    ties = tl.zeros([], tl.int32)
-    for s in range(begin, seq_len, BLOCK_S):
-        offs_s = s + tl.arange(0, BLOCK_S)
-        key, eligible = _order_key(scores + row * S, offs_s, seq_len, window, n_sink, n_recent)
-        tied = ((key == threshold) & eligible).to(tl.int32)
-        keep = (((key > threshold) & eligible) | ((tied == 1) & (ties + tl.cumsum(tied, 0) <= room))).to(tl.int32)
-        slot = taken + tl.cumsum(keep, 0) - 1
-        tl.store(indices + row * max_tokens + slot, offs_s, mask=keep == 1)
-        taken += tl.sum(keep, 0)
-        ties += tl.sum(tied, 0)
+    forced = (offs_s >= seq_len - n_recent) | (offs_s < tl.minimum(sink, n - n_recent))
+    return tl.where(eligible, tl.where(forced, FORCED, keys), DEAD)
 
 
-def select(scores, seq_lens, n_tokens, max_tokens, sink=0, recent=1, window=None, block_s=1024):
-    """As select_ref: a radix selection, one program per row and KV head."""
-    B, HKV, S = scores.shape
-    indices = torch.full((B, HKV, max_tokens), -1, dtype=torch.int32, device=scores.device)
-    _select_kernel[(B * HKV,)](scores, seq_lens, n_tokens, indices, S, max_tokens, sink, recent,
-                               NO_WINDOW if window is None else window, HKV, block_s)
-    return indices
+@triton.jit
+def _emit_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, counts, l_sb, l_sh, l_sw, S, CHUNKS, window, sink,
+                 recent, HKV: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr,
+                 PTX: tl.constexpr):
+    """The candidates of one chunk of tokens: those at or above the lower bracket, in order, at the chunk's own place."""
+    chunk, row = tl.program_id(0), tl.program_id(1)
+    pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
+    seq_len = tl.load(seq_lens + pid_b)
+    start = tl.maximum(seq_len - window, 0)
+    if (chunk * BLOCK_S < seq_len) & ((chunk + 1) * BLOCK_S > start):
+        T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
+        offs_s = chunk * BLOCK_S + tl.arange(0, BLOCK_S)
+        key = _token_keys(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * T + 1), offs_s, seq_len, start,
+                          tl.load(n_tokens + pid_b), sink, recent, l_sw, W, BITS, P, PTX)
+        keep = key >= tl.load(lower + row)
+        slot = tl.cumsum(keep.to(tl.int32), 0)
+        place = row.to(tl.int64) * S + chunk * BLOCK_S + slot - 1
+        tl.store(keys + place, key, mask=keep)
+        tl.store(positions + place, offs_s, mask=keep)
+        tl.store(counts + row * CHUNKS + chunk, tl.max(slot, 0))
+
+
+@triton.jit
+def _place(key, position, indices, threshold, room, above, ties):
+    """Writes the chosen ones of a run of tokens behind `above` better and `ties` tied ones before it."""
+    better, tied = (key > threshold).to(tl.int32), (key == threshold).to(tl.int32)
+    better_before, tied_before = above + tl.cumsum(better, 0), ties + tl.cumsum(tied, 0)
+    chosen = (better == 1) | ((tied == 1) & (tied_before <= room))
+    tl.store(indices + better_before + tl.minimum(tied_before, room) - 1, position, mask=chosen)
+    return above + tl.sum(better, 0), ties + tl.sum(tied, 0)
+
+
+@triton.jit
+def _choose_kernel(labels, query, seq_lens, n_tokens, keys, positions, counts, dense_keys, dense_positions, indices, l_sb, l_sh,
+                   l_sw, S, CHUNKS, max_tokens, window, sink, recent, HKV: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+                   P: tl.constexpr, BLOCK_S: tl.constexpr, DENSE: tl.constexpr, TILE_CHUNKS: tl.constexpr,
+                   TILE_SLOTS: tl.constexpr, PTX: tl.constexpr):
+    """Exactly n of the candidates, ascending. When the bracket missed, all eligible tokens are candidates."""
+    row = tl.program_id(0)
+    pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
+    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
+    seq_len = tl.load(seq_lens + pid_b)
+    start = tl.maximum(seq_len - window, 0)
+    n = tl.load(n_tokens + pid_b)
+    keys += row.to(tl.int64) * S
+    positions += row.to(tl.int64) * S
+    indices += row.to(tl.int64) * max_tokens
+    dense_keys += row.to(tl.int64) * DENSE
+    dense_positions += row.to(tl.int64) * DENSE
+    # the chunks' candidates, one behind the other
+    end = tl.cdiv(seq_len, BLOCK_S)
+    total = 0
+    for c in range(start // BLOCK_S, end, TILE_CHUNKS):
+        chunk = c + tl.arange(0, TILE_CHUNKS)
+        count = tl.load(counts + row * CHUNKS + chunk, mask=chunk < end, other=0)
+        before = total + tl.cumsum(count, 0) - count
+        for j in range(0, tl.max(count, 0), TILE_SLOTS):
+            slot = j + tl.arange(0, TILE_SLOTS)
+            target = before[:, None] + slot[None, :]
+            valid = (slot[None, :] < count[:, None]) & (target < DENSE)
+            place = chunk[:, None] * BLOCK_S + slot[None, :]
+            tl.store(dense_keys + target, tl.load(keys + place, mask=valid, other=0), mask=valid)
+            tl.store(dense_positions + target, tl.load(positions + place, mask=valid, other=0), mask=valid)
+        total += tl.sum(count, 0)
+    tl.debug_barrier()
+    if (total >= n) & (total <= DENSE):
+        slot = tl.arange(0, DENSE)
+        key = tl.load(dense_keys + slot, mask=slot < total, other=DEAD)
+        position = tl.load(dense_positions + slot, mask=slot < total, other=0)
+        threshold = _threshold(key, n, tl.min(tl.where(slot < total, key, FORCED)), tl.max(tl.where(key < FORCED, key, DEAD)))
+        threshold = tl.where(tl.sum((key >= FORCED).to(tl.int32)) >= n, FORCED, threshold)
+        _place(key, position, indices, threshold, n - tl.sum((key > threshold).to(tl.int32)), 0, 0)
+    else:  # rare, slow and exact: all keys anew, then the same search over memory
+        offs = tl.arange(0, BLOCK_S)
+        first = start // BLOCK_S * BLOCK_S
+        low = FORCED + 0
+        high = DEAD + 0
+        for s in range(first, seq_len, BLOCK_S):
+            key = _token_keys(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * T + 1), s + offs, seq_len,
+                              start, n, sink, recent, l_sw, W, BITS, P, PTX)
+            tl.store(keys + s + offs, key, mask=s + offs < seq_len)
+            low = tl.minimum(low, tl.min(tl.where(key > DEAD, key, FORCED)))
+            high = tl.maximum(high, tl.max(key))
+        tl.debug_barrier()
+        while low < high:
+            middle = low + (high - low + 1) // 2
+            reached = 0
+            for s in range(first, seq_len, BLOCK_S):
+                reached += tl.sum((tl.load(keys + s + offs, mask=s + offs < seq_len, other=DEAD) >= middle).to(tl.int32))
+            low = tl.where(reached >= n, middle, low)
+            high = tl.where(reached >= n, high, middle - 1)
+        room = n
+        for s in range(first, seq_len, BLOCK_S):
+            room -= tl.sum((tl.load(keys + s + offs, mask=s + offs < seq_len, other=DEAD) > low).to(tl.int32))
+        above = 0
+        ties = 0
+        for s in range(first, seq_len, BLOCK_S):
+            key = tl.load(keys + s + offs, mask=s + offs < seq_len, other=DEAD)
+            above, ties = _place(key, s + offs, indices, low, room, above, ties)
+
+
+NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
+CHUNK = 1024  # tokens of one program of the emit stage
+SAMPLE = 2048  # tokens that bracket the n-th score; rows of less than twice as many are searched whole
+
+
+class Workspace:
+    """Scratch memory of the decode kernels for one shape of batch and cache; layers that run in turn share one.
+
+    Nothing in it outlives a call, and nothing needs clearing: a new prompt, another length or batch row start clean.
+    """
+
+    def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None):
+        """config: DSConfig, or None for dense decode alone. splits: programs that share a row's tokens in attend."""
+        def scratch(*shape, dtype=torch.int32):
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        R = B * HKV
+        self.splits = splits or min(64, triton.next_power_of_2(triton.cdiv(1024, R)))
+        self.partial = scratch(B * HQ, self.splits, D, dtype=torch.float32)
+        self.partial_lse = scratch(B * HQ, self.splits, dtype=torch.float32)
+        self.arrived = torch.zeros(R, dtype=torch.int32, device=device)  # the combine resets it
+        if config is not None:
+            self.n_tokens, self.lower = scratch(B), scratch(R)
+            self.query = scratch(R, HQ // HKV * (2 * D + 1))  # at most: two words per label dim, and a bias
+            self.keys, self.positions, self.counts = scratch(R, S), scratch(R, S), scratch(R, triton.cdiv(S, CHUNK))
+            max_tokens = config.budget(S if window is None else min(S, window))
+            self.dense = max(2 * SAMPLE, triton.next_power_of_2(2 * max_tokens))  # candidates that are searched in registers
+            self.dense_keys, self.dense_positions = scratch(R, self.dense), scratch(R, self.dense)
+            self.indices = scratch(B, HKV, max_tokens)
+
+
+@dataclass
+class Selection:
+    """One call's arguments of the three kernels that select; they run in the order bracket, emit, choose."""
+
+    q: torch.Tensor  # [B, HQ, D]
+    labels: torch.Tensor  # [B, HKV, W, S] int32
+    label_map: LabelMap
+    seq_lens: torch.Tensor  # [B] int32
+    config: DSConfig
+    workspace: Workspace
+    window: int | None = None
+    portable: bool = False  # without PTX instructions: for the interpreter and other vendors' GPUs
+
+    def __post_init__(self):
+        C, bits = self.label_map.basis_q.shape[1], self.label_map.bits
+        assert self.q.stride(2) == self.labels.stride(3) == 1
+        assert C * 127 * (2**bits - 1) < 2**30, f"{C} dims of {bits} bits overflow 32-bit scores"
+        B, HKV, W, S = self.labels.shape
+        self.rows, self.chunks = B * HKV, triton.cdiv(S, CHUNK)
+        self.eligible = NO_WINDOW if self.window is None else self.window
+        self.shape = dict(HKV=HKV, W=W, BITS=bits, P=1 if self.config.pool == "mean" else self.q.shape[1] // HKV,
+                          PTX=not self.portable and self.q.is_cuda and torch.version.cuda is not None)
+
+    def bracket(self, num_warps=4):
+        """The query's codes, the budget and a lower bracket of the n-th score from a sample of SAMPLE tokens."""
+        m, ws, D = self.label_map, self.workspace, self.q.shape[2]
+        block_w = triton.next_power_of_2(self.shape["W"])
+        _bracket_kernel[(self.rows,)](
+            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, *self.q.stride()[:2],
+            *self.labels.stride()[:3], self.eligible, self.config.n_tokens or 0, self.config.min_tokens, *self.config.share(),
+            G=self.q.shape[1] // self.shape["HKV"], D=D, BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[1],
+            BLOCK_C=block_w * 32 // m.bits, BLOCK_W=block_w, M=SAMPLE, num_warps=num_warps, **self.shape)
+
+    def emit(self, num_warps=4):
+        """The candidates: tokens at or above the bracket, chunk by chunk."""
+        ws = self.workspace
+        _emit_kernel[(self.chunks, self.rows)](
+            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.keys, ws.positions, ws.counts,
+            *self.labels.stride()[:3], self.labels.shape[3], self.chunks, self.eligible, self.config.sink, self.config.recent,
+            BLOCK_S=CHUNK, num_warps=num_warps, **self.shape)
+
+    def choose(self, num_warps=None):
+        """Exactly n of them, into workspace.indices."""
+        ws = self.workspace
+        _choose_kernel[(self.rows,)](
+            self.labels, ws.query, self.seq_lens, ws.n_tokens, ws.keys, ws.positions, ws.counts, ws.dense_keys,
+            ws.dense_positions, ws.indices, *self.labels.stride()[:3], self.labels.shape[3], self.chunks, ws.indices.shape[2],
+            self.eligible, self.config.sink, self.config.recent, BLOCK_S=CHUNK, DENSE=ws.dense, TILE_CHUNKS=16, TILE_SLOTS=256,
+            num_warps=num_warps or (8 if ws.dense <= 4096 else 16), **self.shape)
+
+
+def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False):
+    """score_ref and select_ref in three launches, without writing the scores. Shapes as in score_ref.
+
+    Returns (indices [B, HKV, N] int32, ascending, n_tokens [B] int32), both in the workspace; entries past n_tokens are not
+    written.
+    """
+    B, HQ, D = q.shape
+    HKV, _, S = labels.shape[1:]
+    workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
+    selection = Selection(q, labels, label_map, seq_lens, config, workspace, window, portable)
+    selection.bracket()
+    selection.emit()
+    selection.choose()
+    return workspace.indices, workspace.n_tokens
 
 
 # ---------------------------------------------------------------- attend
@@ -374,7 +637,7 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
 
 
 @triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, max_tokens, window, scale_log2, q_sb,
+def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, out, max_tokens, window, scale_log2, q_sb,
                    q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
                    BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
                    BLOCK_N: tl.constexpr, UPCAST: tl.constexpr):
@@ -422,46 +685,41 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, m
             acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         top = new_top
     # an empty split keeps top = -inf: the combine gives it no weight
-    head = (row.to(tl.int64) * G + offs_g) * SPLITS + pid_split
+    head = row.to(tl.int64) * G + offs_g
     total = tl.where(total > 0, total, 1.0)
-    tl.store(partial + head[:, None] * D + offs_d[None, :], acc / total[:, None],
-             mask=mask_g[:, None] & mask_d[None, :])
-    tl.store(partial_lse + head, top + tl.log2(total), mask=mask_g)
+    mask = mask_g[:, None] & mask_d[None, :]
+    tl.store(partial + (head * SPLITS + pid_split)[:, None] * D + offs_d[None, :], acc / total[:, None], mask=mask)
+    tl.store(partial_lse + head * SPLITS + pid_split, top + tl.log2(total), mask=mask_g)
+    # the last split to arrive combines all of them, in their order: whichever it is, the result has the same bits
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + row, 1, sem="acq_rel") == SPLITS - 1:
+        offs_s = tl.arange(0, SPLITS)
+        for g in tl.static_range(G):
+            part = (row.to(tl.int64) * G + g) * SPLITS + offs_s
+            lse = tl.load(partial_lse + part, cache_modifier=".cg")
+            weight = tl.exp2(lse - tl.max(lse, 0))  # [SPLITS]
+            parts = tl.load(partial + part[:, None] * D + offs_d[None, :], mask=mask_d[None, :], other=0.0,
+                            cache_modifier=".cg")  # [SPLITS, BLOCK_D]
+            result = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+            tl.store(out + (row.to(tl.int64) * G + g) * D + offs_d, result.to(out.dtype.element_ty), mask=mask_d)
+        tl.store(arrived + row, 0)
 
 
-@triton.jit
-def _combine_kernel(partial, partial_lse, out, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
-    head = tl.program_id(0).to(tl.int64)
-    offs_s, offs_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    lse = tl.load(partial_lse + head * SPLITS + offs_s)
-    weights = tl.exp2(lse - tl.max(lse, 0))
-    mask = offs_d[None, :] < D
-    parts = tl.load(partial + (head * SPLITS + offs_s[:, None]) * D + offs_d[None, :],
-                    mask=mask & (weights[:, None] > 0), other=0.0)
-    result = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(out + head * D + offs_d, result.to(out.dtype.element_ty), mask=offs_d < D)
-
-
-def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, splits=None, block_n=64):
-    """As attend_ref; K and V are read once per KV head, whole splits of the tokens in parallel, then combined."""
+def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=64, num_warps=4):
+    """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts."""
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     G = HQ // HKV
     assert q.stride(2) == k.stride(3) == v.stride(3) == 1
-    max_tokens = S if indices is None else indices.shape[-1]
-    if splits is None:  # about four programs for each of a large GPU's ~132 multiprocessors, at least two blocks each
-        splits = min(triton.next_power_of_2(triton.cdiv(512, B * HKV)),
-                     triton.next_power_of_2(triton.cdiv(max_tokens, 2 * block_n)), 64)
-    partial = torch.empty(B, HQ, splits, D, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(B, HQ, splits, dtype=torch.float32, device=q.device)
+    ws = workspace or Workspace(B, HQ, HKV, D, S, q.device)
     out = torch.empty(B, HQ, D, dtype=q.dtype, device=q.device)
-    _attend_kernel[(B * HKV, splits)](
-        q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, max_tokens,
-        NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        indices is not None, HKV, G, 1 if G == 1 else max(16, triton.next_power_of_2(G)), D,
-        triton.next_power_of_2(D), splits, block_n,
-        UPCAST=not q.is_cuda)  # the interpreter's dot takes bfloat16 for integers
-    _combine_kernel[(B * HQ,)](partial, partial_lse, out, D, triton.next_power_of_2(D), splits)
+    _attend_kernel[(B * HKV, ws.splits)](
+        q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,
+        S if indices is None else indices.shape[-1], NO_WINDOW if window is None else window,
+        math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], indices is not None, HKV, G,
+        1 if G == 1 else max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n,
+        UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
+        num_warps=num_warps)
     return out
 
 
@@ -473,24 +731,28 @@ def write_labels(k, positions, labels, label_map, config):
     (label if config.use_triton(k) else label_ref)(k, positions, labels, label_map)
 
 
-def dense_decode(q, k, v, seq_lens, window=None, impl="auto"):
+def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None):
     """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in attend_ref."""
-    triton_wanted = impl == "triton" or (impl == "auto" and q.is_cuda)
-    return (attend if triton_wanted else attend_ref)(q, k, v, seq_lens, window=window)
+    if impl == "triton" or (impl == "auto" and q.is_cuda):
+        return attend(q, k, v, seq_lens, window=window, workspace=workspace)
+    return attend_ref(q, k, v, seq_lens, window=window)
 
 
-def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None):
+def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None):
     """One query per row over the tokens that its label scores select.
 
     q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32; label_map: LabelMap of this layer;
-    seq_lens [B] int32, newest token included; window: sliding window in tokens or None. Returns [B, HQ, D].
+    seq_lens [B] int32, newest token included; window: sliding window in tokens or None; workspace: scratch of this shape,
+    so that nothing but the output is allocated. Returns [B, HQ, D].
     Rows may share one cache: expand k, v and labels along B (the strides are used as they are).
     """
-    stages = (score, select, attend) if config.use_triton(q) else (score_ref, select_ref, attend_ref)
-    score_stage, select_stage, attend_stage = stages
+    if config.use_triton(q):
+        ws = workspace or Workspace(*q.shape[:2], *k.shape[1:2], q.shape[2], k.shape[2], q.device, config, window)
+        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, ws)
+        return attend(q, k, v, seq_lens, indices, n_tokens, workspace=ws)
     n_tokens = config.budget(live_range(seq_lens, window)[1])
     S = labels.shape[-1]
-    max_tokens = config.budget(S if window is None else min(S, window))
-    scores = score_stage(q, labels, label_map, seq_lens, window, config.pool)
-    indices = select_stage(scores, seq_lens, n_tokens, max_tokens, config.sink, config.recent, window)
-    return attend_stage(q, k, v, seq_lens, indices, n_tokens)
+    scores = score_ref(q, labels, label_map, seq_lens, window, config.pool)
+    indices = select_ref(scores, seq_lens, n_tokens, config.budget(S if window is None else min(S, window)), config.sink,
+                         config.recent, window)
+    return attend_ref(q, k, v, seq_lens, indices, n_tokens)

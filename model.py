@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from ds_attention import DSConfig, LabelMap, dense_decode, ds_decode, write_labels
+from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, write_labels
 
 # ---------------------------------------------------------------- configuration
 
@@ -177,6 +177,7 @@ class LayerCache:
     ds: DSConfig | None = None  # None: a dense layer
     label_map: LabelMap | None = None
     labels: torch.Tensor | None = None  # [B, HKV, W, S] int32
+    workspace: Workspace | None = None  # scratch of a decode step of B rows; other shapes make their own
 
     def row(self, b):
         """The same layer of sequence b alone: a view with B = 1."""
@@ -197,10 +198,11 @@ class LayerCache:
     def decode(self, q, seq_lens):
         """q [R, HQ, D], one query per row; seq_lens [R]. R = B, or any R over the one sequence of a B = 1 cache."""
         k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
+        workspace = self.workspace if len(q) == len(self.kv) else None
         if self.ds is None:
-            return dense_decode(q, k, v, seq_lens, self.window)
+            return dense_decode(q, k, v, seq_lens, self.window, workspace=workspace)
         labels = self.labels.expand(len(q), -1, -1, -1)
-        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window)
+        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace)
 
 
 class KVCache:
@@ -212,8 +214,12 @@ class KVCache:
         self.max_seq_length = S
         self.seq_lens = torch.zeros(B, dtype=torch.int32, device=device)
         self.layers = []
+        workspace = None
+        if torch.device(device).type == "cuda":
+            workspace = Workspace(B, config.n_heads, HKV, D, S, device, ds, config.sliding_window)
         for i in range(config.n_layers):
-            layer = LayerCache(torch.zeros(B, HKV, S, 2, D, dtype=dtype, device=device), config.sliding_window)
+            kv = torch.zeros(B, HKV, S, 2, D, dtype=dtype, device=device)
+            layer = LayerCache(kv, config.sliding_window, workspace=workspace)
             if ds is not None and i >= ds.dense_layers:
                 layer.ds, layer.label_map = ds, label_maps[i].to(device)
                 layer.labels = torch.zeros(B, HKV, ds.words(D), S, dtype=torch.int32, device=device)
