@@ -511,7 +511,7 @@ def _choose_kernel(labels, query, seq_lens, n_tokens, keys, positions, counts, d
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
 CHUNK = 1024  # tokens of one program of the emit stage
-SAMPLE = 2048  # tokens that bracket the n-th score; rows of less than twice as many are searched whole
+SAMPLE = 1024  # tokens that bracket the n-th score; rows of less than twice as many are searched whole
 
 
 class Workspace:
@@ -573,7 +573,7 @@ class Selection:
             G=self.q.shape[1] // self.shape["HKV"], D=D, BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[1],
             BLOCK_C=block_w * 32 // m.bits, BLOCK_W=block_w, M=SAMPLE, num_warps=num_warps, **self.shape)
 
-    def emit(self, num_warps=4):
+    def emit(self, num_warps=8):
         """The candidates: tokens at or above the bracket, chunk by chunk."""
         ws = self.workspace
         _emit_kernel[(self.chunks, self.rows)](
@@ -581,14 +581,14 @@ class Selection:
             *self.labels.stride()[:3], self.labels.shape[3], self.chunks, self.eligible, self.config.sink, self.config.recent,
             BLOCK_S=CHUNK, num_warps=num_warps, **self.shape)
 
-    def choose(self, num_warps=None):
+    def choose(self, num_warps=8):
         """Exactly n of them, into workspace.indices."""
         ws = self.workspace
         _choose_kernel[(self.rows,)](
             self.labels, ws.query, self.seq_lens, ws.n_tokens, ws.keys, ws.positions, ws.counts, ws.dense_keys,
             ws.dense_positions, ws.indices, *self.labels.stride()[:3], self.labels.shape[3], self.chunks, ws.indices.shape[2],
             self.eligible, self.config.sink, self.config.recent, BLOCK_S=CHUNK, DENSE=ws.dense, TILE_CHUNKS=16, TILE_SLOTS=256,
-            num_warps=num_warps or (8 if ws.dense <= 4096 else 16), **self.shape)
+            num_warps=num_warps, **self.shape)
 
 
 def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False):
@@ -670,19 +670,13 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         values = tl.load(v + pid_b * v_sb + pid_h * v_sh + token * v_ss + offs_d[None, :], mask=mask, other=0.0)
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
-        if G == 1:
-            logits = tl.sum(keys.to(tl.float32) * query.to(tl.float32), 1)[None, :] * scale_log2
-        else:
-            logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale_log2  # [BLOCK_G, BLOCK_N]
+        logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale_log2  # [BLOCK_G, BLOCK_N]
         logits = tl.where(mask_n[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         weights = tl.exp2(logits - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weights, 1)
-        if G == 1:
-            acc = acc * decay[:, None] + tl.sum(tl.trans(weights) * values.to(tl.float32), 0)[None, :]
-        else:
-            acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         top = new_top
     # an empty split keeps top = -inf: the combine gives it no weight
     head = row.to(tl.int64) * G + offs_g
@@ -705,7 +699,7 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         tl.store(arrived + row, 0)
 
 
-def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=64, num_warps=4):
+def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=64, num_warps=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts."""
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
@@ -717,7 +711,7 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,
         S if indices is None else indices.shape[-1], NO_WINDOW if window is None else window,
         math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], indices is not None, HKV, G,
-        1 if G == 1 else max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n,
+        max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n,
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
         num_warps=num_warps)
     return out
