@@ -5,15 +5,16 @@ stand for q . k, most important dims first, and the statistics that set each dim
 Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method joint]
 """
 import argparse
+import dataclasses
 import datetime
 import hashlib
 import json
 import lzma
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from model import ArgumentParser, ModelConfig, fingerprint, load_model, run_comm
 METHODS = ("joint", "variance", "qk", "q", "k", "random")
 
 
-@dataclass
+@dataclasses.dataclass
 class Moments:
     """Sums over the tokens of one layer, all fp64: HKV first, the query sums pooled over each group's heads."""
 
@@ -121,12 +122,17 @@ def load_rankings(path, config, projection):
     rankings = []
     for i in range(config.n_layers):
         name = f"model.layers.{i}.self_attn.{projection}_proj"
-        if name not in content:
+        if not isinstance(content, dict) or name not in content:
             raise ValueError(f"{path}: no {name}; this model has {config.n_layers} layers (see --json_projection)")
-        heads = torch.tensor(content[name])  # [heads, D] channels in rank order
+        try:
+            heads = torch.tensor(content[name], dtype=torch.long)  # [heads, D] channels in rank order
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: {name} is not a list of channel numbers per head") from None
         if heads.shape not in ((config.n_heads, config.head_dim), (config.n_kv_heads, config.head_dim)):
             raise ValueError(f"{path}: {name} has shape {list(heads.shape)}, the model {config.n_heads} query and "
                              f"{config.n_kv_heads} KV heads of {config.head_dim} channels")
+        if not torch.equal(heads.sort(-1).values, torch.arange(config.head_dim).expand_as(heads)):
+            raise ValueError(f"{path}: {name} does not rank each of {config.head_dim} channels once")
         ranks = heads.argsort(-1).view(config.n_kv_heads, -1, config.head_dim)  # rank of each channel
         rankings.append(ranks.float().mean(1).sort(dim=-1, stable=True).indices)
     return torch.stack(rankings)
@@ -173,21 +179,23 @@ def builtin_text():
 def text_windows(tokenizer, text, samples, context):
     """Non-overlapping windows spread over the text -> (calibration windows, held-out windows), lists of [1, T]."""
     tokens = tokenizer.encode(text, bos=False)
+    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     count = min(samples + max(1, samples // 4), len(tokens) // (context - 1))
     if count < 3:
         raise ValueError(f"the text has {len(tokens)} tokens: at least {3 * context} are needed (two windows of --context "
                          f"{context} to calibrate on, one held out); give a longer --data or a smaller --context")
     starts = torch.linspace(0, len(tokens) - (context - 1), count).long().tolist()
-    windows = [torch.tensor([[tokenizer.bos_id] + tokens[i : i + context - 1]]) for i in starts]
+    windows = [torch.tensor([(first + tokens[i : i + context])[:context]]) for i in starts]
     return [w for i, w in enumerate(windows) if i % 5 != 2], windows[2::5]
 
 
 @torch.inference_mode()
-def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, dims=64, seed=0, ranking=None, device="cpu",
+def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, dims=None, seed=0, ranking=None, device="cpu",
               dtype=torch.float32, out=None, ds=DSConfig(), method_name=None):
     """Writes channels.safetensors for a checkpoint directory and prints each layer's figures. Returns its path.
 
-    text: None for the built-in one. samples: windows to calibrate on, a quarter as many more are held out.
+    text: None for the built-in one. samples: windows to calibrate on, a quarter as many more are held out. dims: label
+    dims to keep, most important first (None: all).
     context: tokens per window. ranking: [L, HKV, D] channels given instead of the method's, then method_name says whose.
     ds: the configuration that the printed figures are for.
     """
@@ -196,12 +204,14 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     config = model.config
     text = builtin_text() if text is None else text
     context = min(context, config.max_positions)
-    dims = min(dims, config.head_dim)
+    dims = min(dims or config.head_dim, config.head_dim)
     windows, held_out = text_windows(Tokenizer(checkpoint, config.bos_id), text, samples, context)
     hidden = {"fit": [model.embed(w.to(device)) for w in windows], "check": [model.embed(w.to(device)) for w in held_out]}
     cos, sin = model.rope(torch.arange(context, device=device)[None])
     generator = torch.Generator().manual_seed(seed)
-    C = min(ds.channels(config.head_dim), dims)
+    if dims < ds.channels(config.head_dim):
+        ds = dataclasses.replace(ds, label_channels=dims)
+    C = ds.channels(config.head_dim)
     columns = {name: [] for name in ("basis_k", "basis_q", "mean", "std", "ranking")}
     print(f"layer  mass kept by labels  by exact scores  overlap of two halves   ({C} dims of {ds.label_bits} bits, "
           f"1/{ds.sparsity:g} of the tokens)")
@@ -236,8 +246,13 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     out = Path(out or checkpoint / "channels.safetensors")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, provenance)
+        temporary.chmod(mode)  # safetensors writes a file for its owner alone
         os.replace(temporary, out)
+    except SafetensorError as error:
+        raise OSError(f"{out}: cannot be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
     return out
@@ -247,22 +262,25 @@ def main():
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="checkpoint directory; channels.safetensors is written there")
     parser.add_argument("--data", help="UTF-8 text file to calibrate on (default: the Python language reference)")
-    parser.add_argument("--method", choices=METHODS, default="joint",
-                        help="joint: the linear map that keeps most of q.k; the others choose channels: qk by mean |q_c k_c| "
-                             "(the paper's), q and k by their mean size, variance by E[q_c^2] var(k_c), random")
-    parser.add_argument("--from_json", help="channel rankings in the authors' JSON format (.json or .json.xz) instead of "
-                                            "--method; the text then only sets the label ranges")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--method", choices=METHODS, default="joint",
+                     help="joint (the default): the linear map that keeps most of q.k; the others choose channels: qk by mean |q_c k_c| "
+                          "(the paper's), q and k by their mean size, variance by E[q_c^2] var(k_c), random")
+    how.add_argument("--from_json", help="channel rankings in the authors' JSON format (.json or .json.xz) instead of "
+                                         "--method; the text then only sets the label ranges")
     parser.add_argument("--json_projection", choices=("qk", "q", "k"), default="qk", help="which of its rankings to take")
     parser.add_argument("--samples", type=int, default=10, help="windows of text to calibrate on; a quarter as many more are held out (default 10)")
     parser.add_argument("--context", type=int, default=4096, help="tokens per window (default 4096)")
-    parser.add_argument("--dims", type=int, default=64, help="label dims kept in the file, most important first (default 64)")
+    parser.add_argument("--dims", type=int, help="label dims kept in the file, most important first (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of --method random")
     parser.add_argument("--out", help="output file (default: channels.safetensors in the checkpoint)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
     for name, low in [("samples", 3), ("context", 64), ("dims", 1)]:
-        if getattr(args, name) < low:
+        if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least {low}")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"{args.out}: no such directory to write to")
     device = pick_device(args.device)
     ranking = None
     if args.from_json:

@@ -9,7 +9,6 @@ written first, then each source tensor goes to its own place in the file. Host m
 RoPE stays in Hugging Face's half-split order: weights are copied, never permuted.
 """
 
-import argparse
 import errno
 import json
 import math
@@ -27,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from model import ModelConfig, open_tensors, parameter_shapes, run_command
+from model import ArgumentParser, ModelConfig, open_tensors, parameter_shapes, run_command
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -242,7 +241,7 @@ def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Converts a Hugging Face checkpoint to ours.")
+    parser = ArgumentParser(description="Converts a Hugging Face checkpoint to ours.")
     parser.add_argument("source", metavar="HF_DIR_OR_HUB_ID", help="a local directory, or a hub id such as owner/name")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the directory to make; must be absent or empty")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],

@@ -699,8 +699,9 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         tl.store(arrived + row, 0)
 
 
-def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=64, num_warps=2):
+def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=None, num_warps=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts."""
+    block_n = block_n or 128 // q.element_size()  # fp32 tiles of 64 tokens overrun the shared memory of smaller GPUs
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     G = HQ // HKV
@@ -729,7 +730,8 @@ def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None):
     """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in attend_ref."""
     if impl == "triton" or (impl == "auto" and q.is_cuda):
         return attend(q, k, v, seq_lens, window=window, workspace=workspace)
-    return attend_ref(q, k, v, seq_lens, window=window)
+    live = int(seq_lens.max())
+    return attend_ref(q, k[:, :, :live], v[:, :, :live], seq_lens, window=window)
 
 
 def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None):
@@ -744,8 +746,9 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
         ws = workspace or Workspace(*q.shape[:2], *k.shape[1:2], q.shape[2], k.shape[2], q.device, config, window)
         indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, ws)
         return attend(q, k, v, seq_lens, indices, n_tokens, workspace=ws)
+    S = int(seq_lens.max())  # the reference's cost, too, follows the live length
+    k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
     n_tokens = config.budget(live_range(seq_lens, window)[1])
-    S = labels.shape[-1]
     scores = score_ref(q, labels, label_map, seq_lens, window, config.pool)
     indices = select_ref(scores, seq_lens, n_tokens, config.budget(S if window is None else min(S, window)), config.sink,
                          config.recent, window)

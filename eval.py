@@ -1,7 +1,7 @@
 """Quality: what Double Sparsity loses against dense, through the same decode code that generates.
 
 Every scored token is decoded: it attends to its own past with its own selection. Nothing is masked after the fact.
-Each run prints its rows and appends them to results/quality.jsonl; the README's tables are printed from that file.
+Each run prints its rows; with --save it appends them to results/quality.jsonl, whence `table` prints the README's table.
 Usage: python eval.py perplexity --data FILE [--context 4096] [--n_tokens 256]
        python eval.py kv_retrieval [--data FILE] [--limit 100]
        python eval.py table
@@ -22,9 +22,8 @@ import torch.nn.functional as F
 import triton
 from tqdm import tqdm
 
-from generate import (HERE, Tokenizer, add_sparsity_arguments, default_dtype, load_maps, pick_device, read_text,
-                      resolve_checkpoint, sparsity_from)
-from model import ArgumentParser, KVCache, load_model, run_command
+from generate import HERE, add_sparsity_arguments, default_dtype, load, load_maps, pick_device, read_text, sparsity_from
+from model import ArgumentParser, KVCache, run_command
 from tiny.tasks import kv_answer, kv_context, kv_question, random_kv
 
 
@@ -70,6 +69,8 @@ class Decoder:
 
 def text_windows(tokenizer, texts, context, limit=None):
     """Non-overlapping windows of `context` tokens, BOS in front of each; short tails are dropped. limit: spread evenly."""
+    if tokenizer.bos_id is None:
+        raise ValueError("perplexity needs a model with a beginning-of-text token: its config.json has no bos_token_id")
     windows = []
     for text in texts:
         tokens = tokenizer.encode(text, bos=False)
@@ -100,35 +101,43 @@ def kv_items(path=None, limit=None, n_records=50, seed=0):
         rng = random.Random(seed)
         drawn = [(random_kv(rng, n_records), rng.randrange(n_records)) for _ in range(limit or 100)]
         return [(records, *records[i]) for records, i in drawn]
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file][:limit]
-    return [(line["ordered_kv_records"], line["key"], line["value"]) for line in lines]
+    return [tuple(item) for item in read_json_lines(path, ("ordered_kv_records", "key", "value"))[:limit]]
+
+
+def encode_kv_item(tokenizer, records, key, value):
+    """(context, question, answer) as token ids: the prompt is tokenised whole, then cut where the question starts."""
+    whole = tokenizer.encode(kv_context(records) + kv_question(key))
+    context = tokenizer.encode(kv_context(records))
+    split = next((i for i, (a, b) in enumerate(zip(context, whole)) if a != b), len(context))
+    answer = tokenizer.encode(kv_answer(value)[1:], bos=False)  # the encoder puts the leading space itself
+    return whole[:split], whole[split:], answer
 
 
 def kv_retrieval(decoder, items, progress=False):
-    """Exact-match accuracy in percent: the document is prefilled, question and answer are decoded."""
+    """items: (context, question, answer) token ids. Exact match in percent: the context is prefilled, the rest decoded."""
     right = 0
     bar = tqdm(items, desc="kv_retrieval", unit="item", leave=False, disable=not progress)
-    for done, (records, key, value) in enumerate(bar, 1):
-        encode = decoder.tokenizer.encode
-        # pieces start at a space or a new line's first character, so the parts are encoded as they stand in the whole
-        whole = encode(kv_context(records) + kv_question(key))
-        context = encode(kv_context(records))
-        split = next((i for i, (a, b) in enumerate(zip(context, whole)) if a != b), len(context))
-        answer = encode(kv_answer(value)[1:], bos=False)  # the encoder puts the leading space itself
-        right += decoder.answers(whole[:split], whole[split:], answer)
+    for done, item in enumerate(bar, 1):
+        right += decoder.answers(*item)
         bar.set_postfix_str(f"{100 * right / done:.1f}%")
     return {"accuracy": 100 * right / len(items), "n_items": len(items)}
 
 
+def read_json_lines(path, keys):
+    """The values of these keys in each line of a .jsonl, .jsonl.gz or .jsonl.xz file: a list of lists."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return [[item[key] for key in keys] for item in map(json.loads, file)]
+    except (json.JSONDecodeError, UnicodeDecodeError, lzma.LZMAError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, or not a line of JSON with {', '.join(keys)} per item ({error!r})") from None
+
+
 def read_texts(path):
-    """A UTF-8 text file -> [text]; a .jsonl or .jsonl.xz file with a "text" per line -> a list of them."""
+    """A UTF-8 text file -> [text]; a .jsonl[.gz|.xz] file with a "text" per line -> a list of them."""
     if ".jsonl" not in Path(path).name:
         return [read_text(path)]
-    opener = lzma.open if str(path).endswith(".xz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
+    return [text for text, in read_json_lines(path, ("text",))]
 
 
 # ---------------------------------------------------------------- results
@@ -158,8 +167,11 @@ def table(path=RESULTS):
     rows = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        rows[row["task"], row["checkpoint"], row["data"], row["context"], row["method"], row["budget"]] = row
-    lines = ["| task | text | context | budget | tokens read | score | dense | items |", "|---|---|---|---|---|---|---|---|"]
+        config = row["config"] or {}
+        rows[tuple(row[name] for name in ("task", "checkpoint", "data", "context", "method", "budget", "n_items", "gpu")) +
+             (config.get("label_channels"), config.get("label_bits"), config.get("dense_layers"))] = row
+    lines = ["| task | text | context | budget | tokens in a sparse layer | score | dense | items |",
+             "|---|---|---|---|---|---|---|---|"]
     for row in rows.values():
         if row["method"] == "dense":
             continue
@@ -182,27 +194,33 @@ def main():
     parser.add_argument("--context", type=int, default=4096, help="tokens per perplexity window (default %(default)s)")
     parser.add_argument("--limit", type=int, help="windows or items at most (default: all; 100 generated items)")
     parser.add_argument("--records", type=int, default=50, help="pairs of a generated item (default %(default)s)")
+    parser.add_argument("--save", action="store_true", help="append the rows to results/quality.jsonl")
     add_sparsity_arguments(parser)
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
     if args.task == "table":
         return print(table())
+    for name in ("context", "limit", "records"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
     ds = sparsity_from(args)
     if args.task == "perplexity" and not args.data:
         raise ValueError("perplexity needs a text: give --data FILE")
     device = pick_device(args.device)
-    checkpoint = resolve_checkpoint(args.checkpoint)
-    model = load_model(checkpoint, device, default_dtype(device))
-    tokenizer = Tokenizer(checkpoint, model.config.bos_id)
-    label_maps = load_maps(checkpoint, model.config, ds, device) if ds else None
+    model, tokenizer, checkpoint = load(args.checkpoint, device, default_dtype(device))
     if args.task == "perplexity":
         run, size = perplexity, args.context
         items = text_windows(tokenizer, read_texts(args.data), args.context, args.limit)
         lengths = [range(1, args.context + 1)]
     else:
-        run, size = kv_retrieval, model.config.max_positions
-        items = kv_items(args.data, args.limit, args.records)
-        lengths = [[len(tokenizer.encode(kv_context(records)))] for records, _, _ in items]
+        run = kv_retrieval
+        items = [encode_kv_item(tokenizer, *item) for item in kv_items(args.data, args.limit, args.records)]
+        lengths = [[len(context)] for context, _, _ in items]
+        size = max(sum(map(len, item)) for item in items)
+    if size > model.config.max_positions:
+        raise ValueError(f"{size} tokens are more than the model's {model.config.max_positions} positions: take a smaller "
+                         "--context, or fewer --records")
+    label_maps = load_maps(checkpoint, model.config, ds, device, args.channels) if ds else None
     dense = None
     for method, mode in [("dense", None)] + ([("ds", ds)] if ds else []):
         score = run(Decoder(model, tokenizer, size, mode, label_maps), items, progress=True)
@@ -217,9 +235,10 @@ def main():
         if args.task == "perplexity":
             row |= {"bits_per_byte": score["bits_per_byte"], "dense_bits_per_byte": dense["bits_per_byte"]}
         print(json.dumps(row))
-        RESULTS.parent.mkdir(exist_ok=True)
-        with open(RESULTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if args.save:
+            RESULTS.parent.mkdir(exist_ok=True)
+            with open(RESULTS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

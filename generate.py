@@ -40,7 +40,7 @@ class Tokenizer:
                 processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
             except (RuntimeError, OSError):
                 raise ValueError(f"{model_file}: not a SentencePiece model") from None
-            self._encode, self.decode = processor.encode, processor.decode
+            self._encode, self.decode, self.size = processor.encode, processor.decode, processor.get_piece_size
         elif json_file.exists():
             try:
                 import tokenizers
@@ -48,12 +48,13 @@ class Tokenizer:
                 raise ValueError(f"{json_file}: this tokenizer needs one more package: pip install tokenizers") from None
             processor = tokenizers.Tokenizer.from_file(str(json_file))
             self._encode = lambda text: processor.encode(text, add_special_tokens=False).ids
-            self.decode = processor.decode
+            self.decode, self.size = processor.decode, processor.get_vocab_size
         else:
             raise ValueError(f"{checkpoint}: no tokenizer.model or tokenizer.json")
 
     def encode(self, text, bos=True):
-        """text -> token ids, bos_id in front unless bos is False."""
+        """text -> token ids, bos_id in front unless bos is False or the model has none."""
+        text.encode()  # raises for a command line argument that was not UTF-8
         return ([self.bos_id] if bos and self.bos_id is not None else []) + self._encode(text)
 
 
@@ -61,9 +62,9 @@ def pick_device(name):
     """The --device argument -> "cuda" or "cpu". Raises ValueError for a GPU that is not there."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cuda", "cpu"):
+    if name not in ("cuda", "cpu"):
         raise ValueError(f"device={name}: must be cuda or cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name}: no GPU that torch can use; run with --device cpu")
     return name
 
@@ -90,6 +91,8 @@ def is_converted(directory):
 def resolve_checkpoint(name):
     """A checkpoint directory of ours for a path or hub id; a Hugging Face one is converted to checkpoints/ first."""
     source = Path(name)
+    if not name:
+        raise ValueError("the checkpoint's name is empty: give a directory or a hub id")
     if source.is_dir():
         if is_converted(source):
             return source
@@ -99,20 +102,31 @@ def resolve_checkpoint(name):
     else:
         converted = HERE / "checkpoints" / name.replace("/", "--")
     if not is_converted(converted):
-        print(f"{name} is not converted yet: converting to {converted}", file=sys.stderr)
         convert(name, converted)
+        print(f"{name} was not converted yet: converted to {converted}", file=sys.stderr)
     return converted
 
 
-def load_maps(checkpoint, config, ds, device):
-    """The label maps of a checkpoint, which is calibrated first if it has none."""
-    if not (checkpoint / "channels.safetensors").exists():
+def load_maps(checkpoint, config, ds, device, channels=None):
+    """The label maps of a checkpoint, which is calibrated first if it has none. channels: another file with them."""
+    if channels is None and not (checkpoint / "channels.safetensors").exists():
         from calibrate import calibrate  # calibrate is built on this file: imported only where it is called
 
         print(f"{checkpoint} is not calibrated yet: calibrating (once)", file=sys.stderr)
         with contextlib.redirect_stdout(sys.stderr):
             calibrate(checkpoint, device=device, dtype=default_dtype(device), ds=ds)
-    return load_label_maps(checkpoint, config, ds)
+    return load_label_maps(checkpoint, config, ds, channels)
+
+
+def load(name, device, dtype):
+    """A checkpoint by directory or hub id -> (model, tokenizer, our checkpoint directory)."""
+    checkpoint = resolve_checkpoint(name)
+    model = load_model(checkpoint, device, dtype)
+    tokenizer = Tokenizer(checkpoint, model.config.bos_id)
+    if tokenizer.size() > model.config.vocab_size:
+        raise ValueError(f"{checkpoint}: the tokenizer has {tokenizer.size()} pieces, the model a vocabulary of "
+                         f"{model.config.vocab_size}: they do not belong together")
+    return model, tokenizer, checkpoint
 
 
 # ---------------------------------------------------------------- generation
@@ -188,17 +202,24 @@ class Streamer:
     """Prints one sequence's text as its tokens come; a character is held back until all its bytes are there."""
 
     def __init__(self, tokenizer, context=()):
-        """context: the tokens before, so that the first new piece keeps its leading space."""
+        """context: the tokens before; the last few suffice for the first new piece to keep its leading space."""
         self.tokenizer = tokenizer
-        self.ids = list(context)
+        self.ids = list(context)[-16:]
         self.printed = len(tokenizer.decode(self.ids))
 
     def __call__(self, b, token):
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
         if not text.endswith("\ufffd"):
-            print(text[self.printed :], end="", flush=True)
-            self.printed = len(text)
+            self._print(text)
+
+    def _print(self, text):
+        print(text[self.printed :], end="", flush=True)
+        self.printed = len(text)
+
+    def finish(self):
+        """Prints what is left of a character that was never completed, and the end of the line."""
+        self._print(self.tokenizer.decode(self.ids) + "\n")
 
 
 # ---------------------------------------------------------------- command line
@@ -239,6 +260,7 @@ def add_sparsity_arguments(parser):
     parser.add_argument("--label_channels", type=int, metavar="C", help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=int, default=default.label_bits, help="bits per label dim: 2, 4, 8 or 16 "
                                                                                    "(default %(default)s)")
+    parser.add_argument("--channels", metavar="FILE", help="label maps of calibrate.py --out (default: the checkpoint's own)")
     parser.add_argument("--dense_layers", type=int, default=default.dense_layers,
                         help="first layers that attend to everything (default %(default)s)")
 
@@ -260,7 +282,7 @@ def parse_arguments():
                         help="converted directory, Hugging Face directory or hub id (default: the embedded tiny model)")
     parser.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch (default: a demonstration)")
     parser.add_argument("--prompt_file", help="UTF-8 file with the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate per prompt (default %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate per prompt; the demonstration stops after its answer (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token (default %(default)g)")
     parser.add_argument("--top_k", type=int, help="sample among the k most likely tokens (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
@@ -290,14 +312,15 @@ def check_lengths(prompts, max_new_tokens, config, ds):
     if longest + max_new_tokens > config.max_positions:
         raise ValueError(f"{longest} prompt tokens + max_new_tokens={max_new_tokens} is more than the model's "
                          f"{config.max_positions} positions; shorten one of them")
-    if ds is not None and ds.n_tokens and ds.n_tokens >= longest + max_new_tokens:
-        print(f"n_tokens={ds.n_tokens} is no less than the {longest + max_new_tokens} tokens there will be: "
-              "every token is attended (dense)", file=sys.stderr)
+    total = longest + max_new_tokens
+    if ds is not None and ds.budget(total) >= total:
+        least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"the least budget, {ds.min_tokens} tokens,"
+        print(f"{least} is no less than the {total} tokens there will be: every token is attended (dense)", file=sys.stderr)
 
 
 def converse(model, tokenizer, cache, args):
-    """The --interactive loop: each line continues the text so far, the answer streams."""
-    ids = []
+    """The --interactive loop: each line continues the text so far, the answer streams. The cache keeps what is unchanged."""
+    text, ids = "", []
     while True:
         try:
             line = input("> ")
@@ -305,18 +328,19 @@ def converse(model, tokenizer, cache, args):
             return
         if not line:
             return
-        new = tokenizer.encode(line if not ids else "\n" + line, bos=not ids)
-        cached = max(0, len(ids) - 1)  # the last token's K and V are not in the cache yet
-        prompt = ids[cached:] + new
-        room = cache.max_seq_length - cached - len(prompt)
+        whole = tokenizer.encode(f"{text}\n{line}" if text else line)
+        room = cache.max_seq_length - len(whole)
         if room < 1:
             print("the conversation has used up the model's positions", file=sys.stderr)
             return
-        ids += new
-        result = generate(model, cache, [prompt], min(args.max_new_tokens, room), cached, args.temperature, args.top_k,
-                          args.seed, Streamer(tokenizer, ids))
-        ids += result.token_ids[0]
-        print()
+        cached = max(0, len(ids) - 1)  # K and V of the last new token were not needed yet
+        kept = min([i for i, (a, b) in enumerate(zip(ids[:cached], whole)) if a != b] + [cached, len(whole) - 1])
+        stream = Streamer(tokenizer, whole)
+        result = generate(model, cache, [whole[kept:]], min(args.max_new_tokens, room), kept, args.temperature, args.top_k,
+                          args.seed, stream)
+        ids = whole + result.token_ids[0]
+        text = tokenizer.decode(ids)
+        stream.finish()
         print_statistics(result, cache, args.device)
 
 
@@ -328,18 +352,18 @@ def main():
     texts = list(args.prompt or [])
     if args.prompt_file:
         texts.append(read_text(args.prompt_file))
-    checkpoint = resolve_checkpoint(args.checkpoint)
-    model = load_model(checkpoint, args.device, dtype)
-    tokenizer = Tokenizer(checkpoint, model.config.bos_id)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"{args.json}: no such directory to write to")
+    model, tokenizer, checkpoint = load(args.checkpoint, args.device, dtype)
     answer = None
     if not texts and not args.interactive:
         prompt, answer = demonstration(tokenizer)
         texts = [prompt]
-        args.max_new_tokens = len(tokenizer.encode(answer, bos=False))
+        args.max_new_tokens = min(args.max_new_tokens, len(tokenizer.encode(answer[1:], bos=False)))
     prompts = [tokenizer.encode(text) for text in texts]
     if prompts:
         check_lengths(prompts, args.max_new_tokens, model.config, ds)
-    label_maps = load_maps(checkpoint, model.config, ds, args.device) if ds else None
+    label_maps = load_maps(checkpoint, model.config, ds, args.device, args.channels) if ds else None
     size = model.config.max_positions if args.interactive else max(map(len, prompts)) + args.max_new_tokens
     cache = KVCache(model.config, max(1, len(prompts)), size, args.device, dtype, ds, label_maps)
     if args.interactive:
@@ -355,7 +379,7 @@ def main():
     bar.close()
     outputs = [tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :] for prompt, ids in zip(prompts, result.token_ids)]
     if stream:
-        print()
+        stream.finish()
     else:
         for b, (text, output) in enumerate(zip(texts, outputs)):
             print(f"=== prompt {b + 1}\n{text}{output}")

@@ -66,6 +66,8 @@ class ModelConfig:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a JSON file ({error})") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: not a JSON object")
         try:
             return ModelConfig.from_dict(content)
         except ValueError as error:
@@ -105,16 +107,19 @@ class ModelConfig:
                 tie_embeddings=bool(c.pop("tie_word_embeddings", False)), n_experts=c.pop("num_local_experts", 0),
                 experts_per_token=c.pop("num_experts_per_tok", 0), bos_id=c.pop("bos_token_id", 1),
                 eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+            rope_frequencies(config)
         except KeyError as error:
             raise ValueError(f"missing key {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"a key has a value of the wrong type ({error})") from None
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_positions"):
+            value = getattr(config, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a positive integer")
         unknown = sorted(set(c) - IGNORED_KEYS)
         if unknown:
             raise ValueError(f"unknown keys {', '.join(unknown)}: not implemented")
         return config
-
-    def kv_bytes(self, tokens, element_size=2):
-        """Bytes of K and V of all layers for so many cached tokens of one sequence."""
-        return tokens * self.n_layers * self.n_kv_heads * self.head_dim * 2 * element_size
 
 
 def _llama(dim, ffn_dim, n_layers, n_heads, n_kv_heads, max_positions, vocab_size=32000, **more):
@@ -260,10 +265,14 @@ class KVCache:
 def causal_attention(q, k, v, window=None):
     """The last T of S tokens attend to their past: q [B, HQ, T, D], k, v [B, HKV, S, D] -> [B, HQ, T, D].
 
-    Flash attention where it exists; no [S, S] tensor (a window's mask is [T, T + window]).
+    Flash attention where it exists; no [S, S] tensor (a window's mask is [T, T + window], T at most 2048 at a time).
     """
     T, S = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
+    if window is not None and S > window and T > 2048:
+        ends = [S - T + min(i + 2048, T) for i in range(0, T, 2048)]
+        return torch.cat([causal_attention(part, k[:, :, :end], v[:, :, :end], window)
+                          for part, end in zip(q.split(2048, 2), ends)], 2)
     if window is not None and S > window:
         first = max(0, S - T - window)  # nothing before it is visible to any of the queries
         k, v = k[:, :, first:], v[:, :, first:]
@@ -496,12 +505,12 @@ def load_model(checkpoint, device, dtype):
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_label_maps(checkpoint, config, ds):
-    """channels.safetensors of a checkpoint directory -> one LabelMap per layer, as wide as `ds` wants.
+def load_label_maps(checkpoint, config, ds, path=None):
+    """channels.safetensors of a checkpoint directory, or the file `path` -> one LabelMap per layer, as wide as `ds` wants.
 
     Raises ValueError when the file is absent, belongs to another model, or holds fewer dims than wanted.
     """
-    path = Path(checkpoint) / "channels.safetensors"
+    path = Path(path or Path(checkpoint) / "channels.safetensors")
     with open_tensors(path) as file:
         provenance = file.metadata() or {}
         model_hash = fingerprint(Path(checkpoint) / "model.safetensors")
@@ -535,8 +544,9 @@ def run_command(main):
     """Runs a script's main(). What the user can mend is one line on stderr and exit status 2, without a traceback."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        message = str(error).split("\n")[0] if isinstance(error, torch.OutOfMemoryError) else error
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,7 +11,6 @@ Usage:
     python tiny/train.py --data ../shared/data --out /tmp/tiny
     python tiny/train.py --data ../shared/data --out /tmp/smoke --preset smoke --workers 2
 """
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -20,6 +19,7 @@ import lzma
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tiny/train.py` puts only tiny/ on the path
-from model import ModelConfig, Transformer, run_command  # noqa: E402
+from model import ArgumentParser, ModelConfig, Transformer, run_command  # noqa: E402
 from tiny import tasks  # noqa: E402
 
 BOS, EOS = 1, 2
@@ -99,8 +99,11 @@ def read_books(data: Path):
     """Yields the text of each training book."""
     for path in sorted(data.glob("books-train-*.jsonl.xz")):
         with lzma.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)["text"]
+            try:
+                for line in lines:
+                    yield json.loads(line)["text"]
+            except (lzma.LZMAError, EOFError, json.JSONDecodeError, KeyError) as error:
+                raise ValueError(f"{path}: damaged, or not a line of JSON with a \"text\" per book ({error!r})") from None
 
 
 def train_tokenizer(data: Path, path: Path, seed: int = 0):
@@ -133,7 +136,10 @@ class Tokenizer:
     """SentencePiece, with loss kinds carried from text to tokens. Ids fit int16."""
 
     def __init__(self, path: Path):
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise ValueError(f"{path}: not a SentencePiece model; --train_tokenizer makes one") from None
         self.vocab = self.sp.get_piece_size()
         pieces = [self.sp.id_to_piece(i) for i in range(self.vocab)]
         self.n_bytes = np.array([  # [V] bytes of text a token stands for
@@ -457,7 +463,7 @@ def train(args, recipe: Recipe, state: dict | None, began: float):
 def main():
     began = time.monotonic()
     full, smoke = PRESETS["full"], PRESETS["smoke"]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
     arg = parser.add_argument
     arg("--data", type=Path, default="../shared/data", help="directory with books-train-*.jsonl.xz")
     arg("--out", type=Path, help="directory for book tokens, resumable state and checkpoint")
@@ -483,10 +489,15 @@ def main():
         raise ValueError("--out: is missing; name a directory")
     if not args.tokenizer.exists():
         raise ValueError(f"--tokenizer {args.tokenizer}: does not exist; --train_tokenizer makes it")
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"torch {torch.__version__} has no torch.optim.Muon: training needs torch 2.9 or newer")
     args.out.mkdir(parents=True, exist_ok=True)
     state = None
     if (args.out / "state.pt").exists():
-        state = torch.load(args.out / "state.pt", map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(args.out / "state.pt", map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError):
+            raise ValueError(f"{args.out / 'state.pt'}: not a saved state; use another --out") from None
         if state["recipe"] != dataclasses.asdict(recipe):
             raise ValueError(f"--out {args.out}: holds a run of another recipe, {state['recipe']}; use another directory")
     train(args, recipe, state, began)
