@@ -331,6 +331,16 @@ def _threshold(keys, n, low, high):
 
 
 @triton.jit
+def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The mean of HEADS query heads from `first` on, times each column of the basis [BLOCK_C, BLOCK_D]: [BLOCK_C] fp32."""
+    offs_d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for g in tl.static_range(HEADS):
+        total += tl.load(q + (first + g) * q_sh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    return tl.sum(columns * (total / HEADS)[None, :], 1)
+
+
+@triton.jit
 def _bracket_kernel(q, basis, step, lo, labels, seq_lens, n_tokens, query, lower, q_sb, q_sh, l_sb, l_sh, l_sw, window,
                     n_fixed, min_tokens, share_num, share_den, HKV: tl.constexpr, G: tl.constexpr,
                     P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -339,8 +349,7 @@ def _bracket_kernel(q, basis, step, lo, labels, seq_lens, n_tokens, query, lower
     row = tl.program_id(0)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
-    PER_WORD: tl.constexpr = 32 // BITS
-    # the query's labels, times the label's step, in dims of their place in a word: dim = w * PER_WORD + byte * T + t
+    # the query's label codes, packed as the label words are sliced: byte b of word (w, t) is dim (4 * w + b) * T + t
     offs_d = tl.arange(0, BLOCK_D)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -349,21 +358,14 @@ def _bracket_kernel(q, basis, step, lo, labels, seq_lens, n_tokens, query, lower
     steps = tl.load(step + pid_h * C + offs_c, mask=mask_c, other=0.0)
     lows = tl.load(lo + pid_h * C + offs_c, mask=mask_c, other=0.0)
     largest = 0.0
+    q += pid_b * q_sb + pid_h * G * q_sh
     for p in tl.static_range(P):
-        vector = tl.zeros([BLOCK_D], tl.float32)
-        for g in tl.static_range(G // P):
-            head = pid_h * G + p * (G // P) + g
-            vector += tl.load(q + pid_b * q_sb + head * q_sh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-        dots = tl.sum(columns * (vector / (G // P))[None, :], 1)  # [BLOCK_C]
+        dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
         largest = tl.maximum(largest, tl.max(tl.abs(dots * steps), 0))
     scale = tl.where(largest > 0, 127.0 / largest, 0.0)
     query += row.to(tl.int64) * P * (W * T + 1)
     for p in tl.static_range(P):
-        vector = tl.zeros([BLOCK_D], tl.float32)
-        for g in tl.static_range(G // P):
-            head = pid_h * G + p * (G // P) + g
-            vector += tl.load(q + pid_b * q_sb + head * q_sh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-        dots = tl.sum(columns * (vector / (G // P))[None, :], 1)
+        dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
         codes = tl.floor(dots * steps * scale + 0.5).to(tl.int32)  # [BLOCK_C] in [-127, 127]
         if BITS == 16:  # the two dims of a word meet its low bytes, and again its high bytes
             halves = tl.sum(tl.reshape(codes & 255, [BLOCK_W, 2]) << (16 * tl.arange(0, 2))[None, :], 1)
@@ -511,7 +513,7 @@ def _choose_kernel(labels, query, seq_lens, n_tokens, keys, positions, counts, d
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
 CHUNK = 1024  # tokens of one program of the emit stage
-SAMPLE = 1024  # tokens that bracket the n-th score; rows of less than twice as many are searched whole
+SAMPLE = 2048  # tokens that bracket the n-th score; rows of less than twice as many are searched whole
 
 
 class Workspace:
@@ -699,9 +701,11 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         tl.store(arrived + row, 0)
 
 
-def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=None, num_warps=2):
+def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=None, num_warps=None):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts."""
-    block_n = block_n or 128 // q.element_size()  # fp32 tiles of 64 tokens overrun the shared memory of smaller GPUs
+    half = q.element_size() == 2
+    block_n = block_n or (64 if half else 32)  # fp32 tiles of 64 tokens overrun the shared memory of smaller GPUs
+    num_warps = num_warps or (2 if half else 4)
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     G = HQ // HKV

@@ -8,8 +8,8 @@ Dimensions: `B` windows in a batch, `T` tokens in a window, `V` vocabulary, `E` 
 
 Usage:
     python tiny/train.py --data ../shared/data --train_tokenizer
-    python tiny/train.py --data ../shared/data --out /tmp/tiny
-    python tiny/train.py --data ../shared/data --out /tmp/smoke --preset smoke --workers 2
+    python tiny/train.py --data ../shared/data --out runs/tiny
+    python tiny/train.py --data ../shared/data --out runs/smoke --preset smoke --workers 2
 """
 import contextlib
 import dataclasses
