@@ -176,7 +176,7 @@ def builtin_text():
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def text_windows(tokenizer, text, samples, context):
+def calibration_windows(tokenizer, text, samples, context):
     """Non-overlapping windows spread over the text -> (calibration windows, held-out windows), lists of [1, T]."""
     tokens = tokenizer.encode(text, bos=False)
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -195,9 +195,8 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     """Writes channels.safetensors for a checkpoint directory and prints each layer's figures. Returns its path.
 
     text: None for the built-in one. samples: windows to calibrate on, a quarter as many more are held out. dims: label
-    dims to keep, most important first (None: all).
-    context: tokens per window. ranking: [L, HKV, D] channels given instead of the method's, then method_name says whose.
-    ds: the configuration that the printed figures are for.
+    dims to keep, most important first (None: all). context: tokens per window. ranking: [L, HKV, D] channels given
+    instead of the method's, then method_name says whose. ds: the configuration that the printed figures are for.
     """
     checkpoint = Path(checkpoint)
     model = load_model(checkpoint, device, dtype)
@@ -205,7 +204,7 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     text = builtin_text() if text is None else text
     context = min(context, config.max_positions)
     dims = min(dims or config.head_dim, config.head_dim)
-    windows, held_out = text_windows(Tokenizer(checkpoint, config.bos_id), text, samples, context)
+    windows, held_out = calibration_windows(Tokenizer(checkpoint, config.bos_id), text, samples, context)
     hidden = {"fit": [model.embed(w.to(device)) for w in windows], "check": [model.embed(w.to(device)) for w in held_out]}
     cos, sin = model.rope(torch.arange(context, device=device)[None])
     generator = torch.Generator().manual_seed(seed)

@@ -519,7 +519,7 @@ SAMPLE = 2048  # tokens that bracket the n-th score; rows of less than twice as 
 class Workspace:
     """Scratch memory of the decode kernels for one shape of batch and cache; layers that run in turn share one.
 
-    Nothing in it outlives a call, and nothing needs clearing: a new prompt, another length or batch row start clean.
+    Nothing in it carries over from call to call: a new prompt, another length or batch row start clean.
     """
 
     def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None):
@@ -534,7 +534,7 @@ class Workspace:
         self.arrived = torch.zeros(R, dtype=torch.int32, device=device)  # the combine resets it
         if config is not None:
             self.n_tokens, self.lower = scratch(B), scratch(R)
-            self.query = scratch(R, HQ // HKV * (2 * D + 1))  # at most: two words per label dim, and a bias
+            self.query = scratch(R, HQ // HKV * (D + 1))  # at most a word per label dim, and a bias
             self.keys, self.positions, self.counts = scratch(R, S), scratch(R, S), scratch(R, triton.cdiv(S, CHUNK))
             max_tokens = config.budget(S if window is None else min(S, window))
             self.dense = max(2 * SAMPLE, triton.next_power_of_2(2 * max_tokens))  # candidates that are searched in registers
@@ -747,9 +747,11 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
     Rows may share one cache: expand k, v and labels along B (the strides are used as they are).
     """
     if config.use_triton(q):
-        ws = workspace or Workspace(*q.shape[:2], *k.shape[1:2], q.shape[2], k.shape[2], q.device, config, window)
-        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, ws)
-        return attend(q, k, v, seq_lens, indices, n_tokens, workspace=ws)
+        B, HQ, D = q.shape
+        HKV, S = k.shape[1:3]
+        workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
+        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, workspace)
+        return attend(q, k, v, seq_lens, indices, n_tokens, workspace=workspace)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
     k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
     n_tokens = config.budget(live_range(seq_lens, window)[1])

@@ -370,7 +370,7 @@ def main():
         return converse(model, tokenizer, cache, args)
 
     if answer:
-        question = texts[0][texts[0].rindex("\n\n") :].strip() if "\n\n" in texts[0] else texts[0]
+        question = texts[0].rpartition("}\n")[2].strip()  # what follows the document
         print(f"no prompt given: a generated document of {len(prompts[0])} tokens, then\n{question}", file=sys.stderr)
     bar = tqdm(total=sum(map(len, prompts)), desc="prefill", unit="token", leave=False, delay=2)
     stream = Streamer(tokenizer, prompts[0]) if len(prompts) == 1 else None
