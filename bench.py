@@ -8,7 +8,9 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,15 @@ RESULTS = HERE / "results"
 # B, S, HQ, HKV
 SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536, 32, 32), (16, 16384, 32, 32),
           (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8)]
+SMALLER_LABELS = [(32, 2), (8, 4)]  # label dims and bits that the README's table also shows, at (16, 16384)
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
 
 
 def graph_us(calls, repeats=30):
-    """Median microseconds of one call, all of them replayed as one CUDA graph (on a CPU: run once, timed as it is)."""
+    """Median microseconds of one call among eight or more of one CUDA graph, as in a decode step of that many layers.
+
+    On a CPU: each call once, timed as it is.
+    """
     if not torch.cuda.is_available():
         began = time.perf_counter()
         for call in calls:
@@ -38,6 +44,7 @@ def graph_us(calls, repeats=30):
     for call in calls:  # compiles
         call()
     torch.cuda.synchronize()
+    calls = calls * math.ceil(8 / len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -83,7 +90,7 @@ class Inputs:
         self.kv = normal(B, HKV, S, 2, D)
         self.k, self.v = self.kv.unbind(3)
         C = config.channels(D)
-        basis = torch.eye(D, device=device)[:C].expand(HKV, -1, -1)
+        basis = torch.eye(D, device=device)[:, :C].expand(HKV, -1, -1)
         self.map = LabelMap.from_statistics(basis, basis, torch.zeros(HKV, C, device=device), torch.ones(HKV, C, device=device),
                                             config.label_bits)
         self.labels = torch.zeros(B, HKV, config.words(D), S, dtype=torch.int32, device=device)
@@ -92,7 +99,6 @@ class Inputs:
             positions = torch.arange(start, min(S, start + 16384), dtype=torch.int32, device=device).expand(B, -1).contiguous()
             write(self.k[:, :, start : start + 16384], positions, self.labels, self.map)
         self.seq_lens = torch.full((B,), S, dtype=torch.int32, device=device)
-        self.newest = (self.seq_lens - 1)[:, None]
 
 
 def dense_kernels(x):
@@ -162,34 +168,39 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
         return row | provenance(device)
 
     row |= {"copy_gb_per_s": bandwidth / 1e9, "limit_us": step_bytes / bandwidth * 1e6}
-    out = ds.ds_decode(xs[0].q, xs[0].k, xs[0].v, xs[0].labels, xs[0].map, xs[0].seq_lens, config, workspace=workspace)
-    row["max_rel_err"], row["selected_mass"] = check(xs[0], config, out)
+
+    def step(x):
+        return ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config, workspace=workspace)
+
+    checks = [check(x, config, step(x)) for x in xs]
+    row |= {"max_rel_err": max(error for error, _ in checks), "selected_mass": min(mass for _, mass in checks)}
     exact = ds.attend_ref(xs[0].q[:1].float(), xs[0].k[:1], xs[0].v[:1], xs[0].seq_lens[:1])
-    for name in dense_kernels(xs[0]):
+    kernels = [dense_kernels(x) for x in xs]
+    for name in kernels[0]:
         try:
-            dense = dense_kernels(xs[0])[name]()[:1, :, 0]
-            assert (dense - exact).norm() / exact.norm() < 0.02, f"{name}: dense kernel is wrong"
-            row[f"{name}_us"] = graph_us([dense_kernels(x)[name] for x in xs])
+            dense = kernels[0][name]()[:1, :, 0]
+            if (dense - exact).norm() / exact.norm() > 0.02:
+                raise RuntimeError("its result is wrong")
+            row[f"{name}_us"] = graph_us([kernel[name] for kernel in kernels])
         except (RuntimeError, torch.OutOfMemoryError) as error:  # a backend that does not take this shape: shown as absent
             row[f"{name}_us"] = None
             row[f"{name}_error"] = str(error).split("\n")[0][:80]
-    timed = {name: row[f"{name}_us"] for name in dense_kernels(xs[0]) if row[f"{name}_us"]}
+    timed = {name: row[f"{name}_us"] for name in kernels[0] if row[f"{name}_us"]}
     row["dense_kernel"] = min(timed, key=timed.get)
     row["dense_us"] = timed[row["dense_kernel"]]
 
     def stages(x, last):
-        """The step up to its `last`-th stage: label of the newest token, bracket, emit, choose, attend."""
+        """The step up to its `last`-th kernel."""
         def run():
-            selection = Selection(x.q, x.labels, x.map, x.seq_lens, config, workspace)
-            for stage in (lambda: ds.label(x.k[:, :, -1:], x.newest, x.labels, x.map), selection.bracket, selection.emit,
-                          selection.choose, lambda: ds.attend(x.q, x.k, x.v, x.seq_lens, workspace.indices, workspace.n_tokens,
-                                                              workspace=workspace))[:last]:
+            selection = Selection(x.q, x.k, x.labels, x.map, x.seq_lens, config, workspace)
+            for stage in (selection.bracket, selection.emit, selection.choose)[:last]:
                 stage()
         return run
 
-    upto = [graph_us([stages(x, last) for x in xs]) for last in range(1, 6)]
-    row |= {"label_us": upto[0], "bracket_us": upto[1] - upto[0], "emit_us": upto[2] - upto[1], "score_us": upto[2] - upto[0],
-            "select_us": upto[3] - upto[2], "attend_us": upto[4] - upto[3], "ds_us": upto[4]}
+    upto = [graph_us([stages(x, last) for x in xs]) for last in (1, 2, 3)]
+    row["ds_us"] = graph_us([lambda x=x: step(x) for x in xs])
+    row |= {"bracket_us": upto[0], "emit_us": upto[1] - upto[0], "score_us": upto[1], "select_us": upto[2] - upto[1],
+            "attend_us": row["ds_us"] - upto[2]}
     try:
         row["naive_us"] = graph_us([lambda x=x: naive_chain(x, config) for x in xs[:1]], 5)
     except torch.OutOfMemoryError:
@@ -200,21 +211,42 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
 
 
 def attention_table(rows):
-    """Rows of results/attention.jsonl -> Markdown."""
-    lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | label + score + select + attend | speedup | "
+    """Rows of results/attention.jsonl -> Markdown. Times in microseconds."""
+    lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | = score + select + attend | speedup | "
              "GB/s | byte limit | topk chain |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
 
     def us(value):
         return "-" if value is None else f"{value:.0f}"
 
     for r in rows:
-        stages = " + ".join(us(r.get(f"{name}_us")) for name in ("label", "score", "select", "attend"))
+        stages = " + ".join(us(r.get(f"{name}_us")) for name in ("score", "select", "attend"))
         speedup = f"{r['speedup']:.1f}x" if r.get("speedup") else "wrong" if "speedup" in r else "CPU reference"
         limit = f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})" if "limit_us" in r else "-"
         lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {r['label_channels']} x {r['label_bits']} bit | {us(r.get('sdpa_us'))} | "
                      f"{us(r.get('cudnn_us'))} | {us(r.get('flash_us'))} | {us(r['dense_us'])} | {us(r['ds_us'])} | {stages} | {speedup} | "
                      f"{r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | {us(r.get('naive_us'))} |")
     return "\n".join(lines)
+
+
+def plot(rows, path):
+    """Speedup over S, a line for each B and head count, into an image file. Needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines = {}
+    for r in rows:
+        if r.get("speedup"):
+            lines.setdefault((r["B"], f"{r['HQ']}/{r['HKV']}", f"{r['label_channels']} x {r['label_bits']} bit"), []).append(r)
+    for (B, heads, labels), found in sorted(lines.items()):
+        found.sort(key=lambda r: r["S"])
+        axes.plot([r["S"] for r in found], [r["speedup"] for r in found], "o-", label=f"B = {B}, {heads} heads, {labels}")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="live tokens S", ylabel="speedup over the fastest dense kernel")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
 
 
 def newest_rows(path):
@@ -251,25 +283,41 @@ def main():
     parser.add_argument("--label_channels", type=int, help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=int, default=DSConfig.label_bits, help="bits per dim: 2, 4, 8 or 16 (default %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of q, K and V (default %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", help="draw speedup over S, of this run or of the table (needs matplotlib)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda; a CPU only checks correctness)")
     args = parser.parse_args()
     if args.what == "table":
-        return print(attention_table(newest_rows(RESULTS / "attention.jsonl")))
-    if args.device is None and not torch.cuda.is_available():
-        raise ValueError("bench.py needs a CUDA GPU for its times; --device cpu runs a small correctness pass")
-    device = pick_device(args.device)
-    config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels, label_bits=args.label_bits)
-    shapes = parse_shapes(args.shapes, args.heads) if args.shapes else SHAPES if device != "cpu" else [(2, 2000, 4, 2)]
+        rows = newest_rows(RESULTS / "attention.jsonl")
+    else:
+        if args.device is None and not torch.cuda.is_available():
+            raise ValueError("bench.py needs a CUDA GPU for its times; --device cpu runs a small correctness pass")
+        device = pick_device(args.device)
+        config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels, label_bits=args.label_bits)
+        if args.shapes:
+            settings = [(shape, config) for shape in parse_shapes(args.shapes, args.heads)]
+        elif device == "cpu":
+            settings = [((2, 2000, 4, 2), config)]
+        else:
+            settings = [(shape, config) for shape in SHAPES]
+            settings += [((16, 16384, 32, 32), replace(config, label_channels=C, label_bits=bits)) for C, bits in SMALLER_LABELS]
+        rows = measure(settings, args.head_dim, getattr(torch, args.dtype), device)
+    print(attention_table(rows))
+    if args.plot:
+        plot(rows, args.plot)
+
+
+def measure(settings, D, dtype, device):
+    """Rows of [((B, S, HQ, HKV), DSConfig)], each written to results/attention.jsonl as it comes (none from a CPU)."""
     bandwidth = copy_bandwidth(device) if device != "cpu" else None
     rows = []
-    for shape in tqdm(shapes, desc="attention", unit="shape", leave=False):
-        rows.append(attention_row(*shape, args.head_dim, getattr(torch, args.dtype), config, device, bandwidth))
+    for shape, config in tqdm(settings, desc="attention", unit="shape", leave=False):
+        rows.append(attention_row(*shape, D, dtype, config, device, bandwidth))
         if device != "cpu":
             RESULTS.mkdir(exist_ok=True)
             with open(RESULTS / "attention.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             torch.cuda.empty_cache()
-    print(attention_table(rows))
+    return rows
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
             columns[name].append(tensor.cpu())
         a, b = (label_bases(half, method, C, generator, given)[0] for half in halves)
         basis_k, basis_q, mean, std = (t[..., :C].float() for t in found[:4])
-        label_map = LabelMap.from_statistics(basis_k.transpose(1, 2), basis_q.transpose(1, 2), mean, std, ds.label_bits)
+        label_map = LabelMap.from_statistics(basis_k, basis_q, mean, std, ds.label_bits)
         checks = [layer.attn.project(layer.attn_norm(x), cos, sin)[:2] for x in hidden["check"]]
         kept = torch.tensor([kept_mass(q, k, label_map, ds) for q, k in checks]).mean(0)
         kept_sums += kept

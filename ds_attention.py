@@ -96,20 +96,20 @@ CLIP = {2: 1.494, 4: 2.513, 8: 3.92, 16: 6.0}
 class LabelMap:
     """One layer's calibrated map from keys and queries to labels, with static ranges.
 
-    k_label = k . basis_k[h, c]; the stored code is round((k_label - lo) / step) in `bits` bits;
-    q_label = q . basis_q[h, c]; a token's score is sum_c q_label_c * step_c * code_c, the products q_label_c * step_c rounded
+    k_label = k @ basis_k[h]; the stored code is round((k_label - lo) / step) in `bits` bits;
+    q_label = q @ basis_q[h]; a token's score is sum_c q_label_c * step_c * code_c, the products q_label_c * step_c rounded
     to 8 bits (see query_codes).
     """
 
-    basis_k: torch.Tensor  # [HKV, C, D] fp32
-    basis_q: torch.Tensor  # [HKV, C, D] fp32
+    basis_k: torch.Tensor  # [HKV, D, C] fp32
+    basis_q: torch.Tensor  # [HKV, D, C] fp32
     lo: torch.Tensor  # [HKV, C] fp32
     step: torch.Tensor  # [HKV, C] fp32
     bits: int
 
     @staticmethod
     def from_statistics(basis_k, basis_q, mean, std, bits):
-        """basis_k, basis_q: [HKV, C, D]; mean, std: [HKV, C] of the key labels on the calibration text."""
+        """basis_k, basis_q: [HKV, D, C]; mean, std: [HKV, C] of the key labels on the calibration text."""
         step = (2 * CLIP[bits] / (2**bits - 1) * std).clamp(min=1e-12)
         return LabelMap(basis_k.float().contiguous(), basis_q.float().contiguous(), mean - CLIP[bits] * std, step, bits)
 
@@ -128,7 +128,7 @@ class LabelMap:
         grouped = q.float().view(B, HKV, HQ // HKV, D)
         if pool == "mean":
             grouped = grouped.mean(2, keepdim=True)  # [B, HKV, P, D]
-        dots = torch.einsum("bhpd,hcd->bhpc", grouped, self.basis_q)
+        dots = torch.einsum("bhpd,hdc->bhpc", grouped, self.basis_q)
         largest = (dots * self.step[:, None]).abs().amax((2, 3))  # [B, HKV]
         scale = torch.where(largest > 0, 127 / largest, 0.0)[..., None, None]
         codes = torch.floor(dots * self.step[:, None] * scale + 0.5)
@@ -162,10 +162,15 @@ def label_ref(k, positions, labels, label_map):
     """
     B, HKV, T, D = k.shape
     m = label_map
-    dots = torch.einsum("bhtd,hcd->bhtc", k.float(), m.basis_k)
+    dots = torch.einsum("bhtd,hdc->bhtc", k.float(), m.basis_k)
     codes = torch.round((dots - m.lo[:, None]) / m.step[:, None]).clamp(0, 2**m.bits - 1)  # [B, HKV, T, C]
     rows = torch.arange(B, device=k.device)[:, None]
     labels.permute(0, 3, 1, 2)[rows, positions] = pack(codes, m.bits).transpose(1, 2)  # [B, T, HKV, W]
+
+
+@triton.jit
+def _label_codes(dots, lo, step, BITS: tl.constexpr):
+    return tl.floor(tl.minimum(tl.maximum((dots - lo) / step, 0.0), 2.0**BITS - 1) + 0.5).to(tl.int32)
 
 
 @triton.jit
@@ -180,14 +185,14 @@ def _label_kernel(k, positions, labels, basis, lo, step, T, k_sb, k_sh, k_st, p_
                    mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
     pos = tl.load(positions + pid_b * p_sb + offs_t, mask=mask_t, other=0).to(tl.int64)
     PER_WORD: tl.constexpr = 32 // BITS
+    C: tl.constexpr = W * PER_WORD
     for w in range(W):
         word = tl.zeros([BLOCK_T], tl.int32)
         for j in tl.static_range(PER_WORD):
-            c = pid_h * W * PER_WORD + w * PER_WORD + j
-            column = tl.load(basis + c * D + offs_d, mask=mask_d, other=0.0)
-            code = (tl.sum(keys * column[None, :], 1) - tl.load(lo + c)) / tl.load(step + c)
-            code = tl.floor(tl.minimum(tl.maximum(code, 0.0), 2.0**BITS - 1) + 0.5).to(tl.int32)
-            word |= code << (BITS * j)
+            c = w * PER_WORD + j
+            column = tl.load(basis + (pid_h * D + offs_d) * C + c, mask=mask_d, other=0.0)
+            c += pid_h * C
+            word |= _label_codes(tl.sum(keys * column[None, :], 1), tl.load(lo + c), tl.load(step + c), BITS) << (BITS * j)
         tl.store(labels + pid_b * l_sb + pid_h * l_sh + w * l_sw + pos, word, mask=mask_t)
 
 
@@ -196,7 +201,7 @@ def label(k, positions, labels, label_map):
     B, HKV, T, D = k.shape
     W = labels.shape[2]
     m = label_map
-    assert W * 32 // m.bits == m.basis_k.shape[1], f"{W} words cannot hold {m.basis_k.shape[1]} dims of {m.bits} bits"
+    assert W * 32 // m.bits == m.basis_k.shape[2], f"{W} words cannot hold {m.basis_k.shape[2]} dims of {m.bits} bits"
     assert k.stride(3) == positions.stride(1) == labels.stride(3) == 1
     BLOCK_T = 1 if T == 1 else 64
     _label_kernel[(triton.cdiv(T, BLOCK_T), HKV, B)](
@@ -286,32 +291,37 @@ def _dot4(a, b, acc, PTX: tl.constexpr):
 
 
 @triton.jit
-def _token_scores(labels, query, offs_s, mask, l_sw, W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr):
-    """Integer scores of the tokens offs_s: max over P of (codes . 8-bit query codes + bias).
+def _readable(end, S):
+    """The first position not to read for tokens up to `end`: a multiple of 16 where S is one, so that loads take four words."""
+    return tl.minimum(tl.cdiv(end, 16) * 16, S)
 
-    labels: one row's words; query: its [P, W * T + 1] int32 words, T a label word, then the bias.
+
+@triton.jit
+def _load_words(labels, offs_s, mask, l_sw, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Label words of the tokens offs_s of one row and KV head: [BLOCK_W, tokens]."""
+    offs_w = tl.arange(0, BLOCK_W)
+    return tl.load(labels + offs_w[:, None] * l_sw + offs_s[None, :], mask=(offs_w < W)[:, None] & mask[None, :], other=0)
+
+
+@triton.jit
+def _token_scores(words, query, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr):
+    """Integer scores of tokens with label words [BLOCK_W, tokens]: max over P of (codes . 8-bit query codes + bias).
+
+    query: one row's [P, W * T + 1] int32 words, T a label word, then the bias.
     """
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS  # byte-wise slices of a label word
-    best = tl.full(offs_s.shape, -(2**31) + 1, tl.int32)
+    offs_w = tl.arange(0, BLOCK_W)
+    best = tl.full([words.shape[1]], -(2**31) + 1, tl.int32)
     for p in tl.static_range(P):
-        score = tl.zeros(offs_s.shape, tl.int32)
-        high = tl.zeros(offs_s.shape, tl.int32)
-        for w in tl.static_range(W):
-            word = tl.load(labels + w * l_sw + offs_s, mask=mask, other=0)
-            for t in tl.static_range(T):
-                q = tl.load(query + p * (W * T + 1) + w * T + t) + tl.zeros(offs_s.shape, tl.int32)
-                if BITS == 16:  # low bytes, then high bytes
-                    if t == 0:
-                        score = _dot4(word & 0x00FF00FF, q, score, PTX)
-                    else:
-                        high = _dot4((word >> 8) & 0x00FF00FF, q, high, PTX)
-                elif BITS == 8:
-                    score = _dot4(word, q, score, PTX)
-                elif BITS == 4:
-                    score = _dot4((word >> (4 * t)) & 0x0F0F0F0F, q, score, PTX)
-                else:
-                    score = _dot4((word >> (2 * t)) & 0x03030303, q, score, PTX)
-        best = tl.maximum(best, score + high * 256 + tl.load(query + p * (W * T + 1) + W * T))
+        score = tl.zeros_like(best) + tl.load(query + p * (W * T + 1) + W * T)
+        for t in tl.static_range(T):
+            q = tl.load(query + p * (W * T + 1) + offs_w * T + t, mask=offs_w < W, other=0)[:, None] + tl.zeros_like(words)
+            if BITS == 16:  # low bytes, then high bytes
+                score += tl.sum(_dot4((words >> (8 * t)) & 0x00FF00FF, q, tl.zeros_like(words), PTX), 0) << (8 * t)
+            else:  # the slice stays where it is in the byte, and its sum is shifted instead
+                slices = words & (((0x01010101 * (2**BITS - 1) << (BITS * t)) + 2**31) % 2**32 - 2**31)  # as a signed int32
+                score += tl.sum(_dot4(slices, q, tl.zeros_like(words), PTX), 0) >> (BITS * t)
+        best = tl.maximum(best, score)
     return best
 
 
@@ -320,43 +330,60 @@ DEAD = tl.constexpr(-(2**31) + 1)  # key of a token that is not eligible: below 
 
 
 @triton.jit
-def _threshold(keys, n, low, high):
-    """The largest value in [low, high] that at least n keys reach. At least n keys must reach low."""
-    while low < high:
+def _threshold(keys, n, low, high, within):
+    """The largest value in [low, high] that at least n keys reach, or one that just n reach, or up to `within` less. At least n
+    keys must reach low."""
+    while high - low > within:
         middle = low + (high - low + 1) // 2
-        enough = tl.sum((keys >= middle).to(tl.int32)) >= n
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
+        reached = tl.sum((keys >= middle).to(tl.int32))
+        low = tl.where(reached >= n, middle, low)
+        high = tl.where(reached > n, high, tl.where(reached == n, middle, middle - 1))
     return low
 
 
 @triton.jit
 def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The mean of HEADS query heads from `first` on, times each column of the basis [BLOCK_C, BLOCK_D]: [BLOCK_C] fp32."""
+    """The mean of HEADS query heads from `first` on, times each column of the basis [BLOCK_D, BLOCK_C]: [BLOCK_C] fp32."""
     offs_d = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     for g in tl.static_range(HEADS):
         total += tl.load(q + (first + g) * q_sh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-    return tl.sum(columns * (total / HEADS)[None, :], 1)
+    return tl.sum(columns * (total / HEADS)[:, None], 0)
 
 
 @triton.jit
-def _bracket_kernel(q, basis, step, lo, labels, seq_lens, n_tokens, query, lower, q_sb, q_sh, l_sb, l_sh, l_sw, window,
-                    n_fixed, min_tokens, share_num, share_den, HKV: tl.constexpr, G: tl.constexpr,
-                    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-                    W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, PTX: tl.constexpr):
-    """Per row and KV head: the query's label codes, the budget, and a lower bracket of the n-th best score, from a sample."""
+def _bracket_kernel(q, k, basis_q, basis_k, step, lo, labels, seq_lens, n_tokens, query, lower, q_sb, q_sh, k_sb, k_sh, k_ss, l_sb,
+                    l_sh, l_sw, S, window, n_fixed, min_tokens, share_num, share_den, HKV: tl.constexpr, G: tl.constexpr,
+                    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+                    BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, LABEL: tl.constexpr, PTX: tl.constexpr,
+                    PDL: tl.constexpr):
+    """Per row and KV head: the newest key's label, the query's label codes, the budget, and a lower bracket of the n-th best score,
+    from a sample."""
     row = tl.program_id(0)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
-    # the query's label codes, packed as the label words are sliced: byte b of word (w, t) is dim (4 * w + b) * T + t
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_c = tl.arange(0, BLOCK_C)
+    PER_WORD: tl.constexpr = 32 // BITS
+    offs_d, offs_c, offs_w = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_W * PER_WORD), tl.arange(0, BLOCK_W)
     mask_c = offs_c < C
-    tile = mask_c[:, None] & (offs_d < D)[None, :]
-    columns = tl.load(basis + (pid_h * C + offs_c)[:, None] * D + offs_d[None, :], mask=tile, other=0.0)
-    steps = tl.load(step + pid_h * C + offs_c, mask=mask_c, other=0.0)
+    matrix = pid_h * C * D + offs_d[:, None] * C + offs_c[None, :]
+    tile = (offs_d < D)[:, None] & mask_c[None, :]
+    steps = tl.load(step + pid_h * C + offs_c, mask=mask_c, other=1.0)
     lows = tl.load(lo + pid_h * C + offs_c, mask=mask_c, other=0.0)
+    columns = tl.load(basis_q + matrix, mask=tile, other=0.0)
+    if PDL:  # all before this is constant; all after it may have been written by the kernel before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    labels += pid_b * l_sb + pid_h * l_sh
+    seq_len = tl.load(seq_lens + pid_b)
+    start = tl.maximum(seq_len - window, 0)
+    live = seq_len - start
+    # the sample: M tokens in aligned runs of RUN, spread over the live tokens
+    RUNS: tl.constexpr = M // RUN
+    run = tl.arange(0, M) // RUN
+    sampled = (start + run * (live // RUNS) + run * (live % RUNS) // RUNS) // RUN * RUN + tl.arange(0, M) % RUN
+    inside = (sampled < seq_len) & (sampled >= start)
+    words = _load_words(labels, sampled, sampled < _readable(seq_len, S), l_sw, W, BLOCK_W)
+    # the query's label codes, packed as the label words are sliced: byte b of word (w, t) is dim (4 * w + b) * T + t
     largest = 0.0
     q += pid_b * q_sb + pid_h * G * q_sh
     for p in tl.static_range(P):
@@ -365,155 +392,251 @@ def _bracket_kernel(q, basis, step, lo, labels, seq_lens, n_tokens, query, lower
     scale = tl.where(largest > 0, 127.0 / largest, 0.0)
     query += row.to(tl.int64) * P * (W * T + 1)
     for p in tl.static_range(P):
-        dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
+        if P > 1:
+            dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
         codes = tl.floor(dots * steps * scale + 0.5).to(tl.int32)  # [BLOCK_C] in [-127, 127]
         if BITS == 16:  # the two dims of a word meet its low bytes, and again its high bytes
             halves = tl.sum(tl.reshape(codes & 255, [BLOCK_W, 2]) << (16 * tl.arange(0, 2))[None, :], 1)
-            words = tl.join(halves, halves)  # [BLOCK_W, T]
+            packed = tl.join(halves, halves)  # [BLOCK_W, T]
         else:
             slots = tl.reshape(codes & 255, [BLOCK_W, 4, T])
-            words = tl.sum(slots << (8 * tl.arange(0, 4))[None, :, None], 1)  # [BLOCK_W, T]
-        offs_w, offs_t = tl.arange(0, BLOCK_W), tl.arange(0, T)
-        tl.store(query + p * (W * T + 1) + offs_w[:, None] * T + offs_t[None, :], words, mask=(offs_w < W)[:, None])
+            packed = tl.sum(slots << (8 * tl.arange(0, 4))[None, :, None], 1)  # [BLOCK_W, T]
+        offs_t = tl.arange(0, T)
+        tl.store(query + p * (W * T + 1) + offs_w[:, None] * T + offs_t[None, :], packed, mask=(offs_w < W)[:, None])
         bias = 0.0  # the same for all tokens: it matters only between the heads of a group
         if P > 1:
             bias = tl.sum(dots * lows) * scale
         tl.store(query + p * (W * T + 1) + W * T, tl.floor(bias + 0.5).to(tl.int32))
-    seq_len = tl.load(seq_lens + pid_b)
-    start = tl.maximum(seq_len - window, 0)
-    live = seq_len - start
     n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
     tl.store(n_tokens + pid_b, n)  # every head of the row stores the same
-    tl.debug_barrier()  # the query words are read back as scalars
-    # M tokens in runs of eight (a 32-byte sector of a label word each), spread over the live tokens
-    i = tl.arange(0, M)
-    sampled = start + ((i // 8).to(tl.int64) * live // (M // 8)).to(tl.int32) + i % 8
-    inside = sampled < seq_len
-    keys = _token_scores(labels + pid_b * l_sb + pid_h * l_sh, query, sampled, inside, l_sw, W, BITS, P, PTX)
-    keys = tl.where(inside, keys, DEAD)
-    share = M * (n.to(tl.float32) / live)
-    wanted = (share + 4.5 * tl.sqrt(share)).to(tl.int32) + 1  # 4.5 standard deviations of what the sample would show
+    if LABEL:  # nobody reads it in this step: the newest token is attended in any case
+        newest = tl.load(k + pid_b * k_sb + pid_h * k_sh + (seq_len - 1).to(tl.int64) * k_ss + offs_d, mask=offs_d < D, other=0.0)
+        columns = tl.load(basis_k + matrix, mask=tile, other=0.0)
+        codes = _label_codes(tl.sum(columns * newest.to(tl.float32)[:, None], 0), lows, steps, BITS)
+        word = tl.sum(tl.reshape(codes, [BLOCK_W, PER_WORD]) << (BITS * tl.arange(0, PER_WORD))[None, :], 1)
+        tl.store(labels + offs_w * l_sw + seq_len - 1, word, mask=offs_w < W)
+    tl.debug_barrier()  # the query words are read back in another order
     bracket = DEAD + 1
-    if (wanted < M // 2) & (live >= 2 * M):
-        bracket = _threshold(keys, wanted, tl.min(tl.where(inside, keys, FORCED)), tl.max(keys))
+    share = M * (n.to(tl.float32) / live)
+    wanted = (share + MARGIN * tl.sqrt(share)).to(tl.int32) + 1
+    if (wanted < M // 2) & (live >= M):
+        keys = tl.where(inside, _token_scores(words, query, W, BLOCK_W, BITS, P, PTX), DEAD)
+        low, high = tl.min(tl.where(inside, keys, FORCED)), tl.max(keys)
+        bracket = _threshold(keys, wanted, low, high, (high - low) // 512)
     tl.store(lower + row, bracket)
 
 
 @triton.jit
-def _token_keys(labels, query, offs_s, seq_len, start, n, sink, recent, l_sw, W: tl.constexpr, BITS: tl.constexpr,
-                P: tl.constexpr, PTX: tl.constexpr):
-    """Scores with the tokens that are attended in any case on top and those not eligible at the bottom."""
-    eligible = (offs_s < seq_len) & (offs_s >= start)
-    keys = _token_scores(labels, query, offs_s, eligible, l_sw, W, BITS, P, PTX)
+def _token_keys(words, query, s, seq_len, start, n, sink, recent, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
+                P: tl.constexpr, BLOCK_S: tl.constexpr, PTX: tl.constexpr):
+    """Scores of the block from token s on, with the tokens that are attended in any case on top and those not eligible at the
+    bottom."""
+    keys = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
     n_recent = tl.minimum(recent, n)
-    forced = (offs_s >= seq_len - n_recent) | (offs_s < tl.minimum(sink, n - n_recent))
-    return tl.where(eligible, tl.where(forced, FORCED, keys), DEAD)
+    n_sink = tl.minimum(sink, n - n_recent)
+    if (s < tl.maximum(n_sink, start)) | (s + BLOCK_S > seq_len - n_recent):
+        offs_s = s + tl.arange(0, BLOCK_S)
+        keys = tl.where((offs_s >= seq_len - n_recent) | (offs_s < n_sink), FORCED, keys)
+        keys = tl.where((offs_s < seq_len) & (offs_s >= start), keys, DEAD)
+    return keys
 
 
 @triton.jit
-def _emit_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, counts, l_sb, l_sh, l_sw, S, CHUNKS, window, sink,
-                 recent, HKV: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr,
-                 PTX: tl.constexpr):
-    """The candidates of one chunk of tokens: those at or above the lower bracket, in order, at the chunk's own place."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
+def _append(keys, positions, slot, key, position, bracket):
+    """Lists the candidates of one position in every group of tokens; returns the groups' next slots."""
+    keep = key >= bracket
+    tl.store(keys + slot, key, mask=keep)
+    tl.store(positions + slot, position, mask=keep)
+    return slot + keep.to(tl.int32)
+
+
+@triton.jit
+def _fours(s, TILE: tl.constexpr):
+    """TILE consecutive numbers from s on as [4, TILE / 4]: every column is four in a row, which one thread holds."""
+    return s + 4 * tl.arange(0, TILE // 4)[None, :] + tl.arange(0, 4)[:, None]
+
+
+@triton.jit
+def _sources(counts, before, s, groups, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TILE: tl.constexpr):
+    """Where the candidates of a row lie, as [4, TILE / 4], from the s-th on: (offsets, which are candidates, groups to load).
+
+    A block's list fills whole groups of four slots; counts, before [2**LOG_BLOCKS]: its candidates, and the groups before it.
+    """
+    group = s // 4 + tl.arange(0, TILE // 4)
+    block = tl.zeros_like(group)
+    for i in tl.static_range(LOG_BLOCKS):  # the last block that begins at or before the group
+        probe = block + (2**LOG_BLOCKS >> (i + 1))
+        block = tl.where(tl.load(before + probe) <= group, probe, block)
+    nth = group - tl.load(before + block)
+    offset = (block * (BLOCK_S // 4) + nth) * 4
+    inside = (group < groups)[None, :]
+    listed = (tl.arange(0, 4)[:, None] < (tl.load(counts + block) - 4 * nth)[None, :]) & inside
+    return offset[None, :] + tl.arange(0, 4)[:, None], listed, inside
+
+
+@triton.jit
+def _place(key, position, threshold, room, above, ties, indices):
+    """Writes the chosen ones of candidates [4, any] behind `above` better and `ties` tied ones; returns both for the next."""
+    both = ((key > threshold).to(tl.int32) << 16) + (key == threshold).to(tl.int32)
+    column = tl.sum(both, 0)
+    upto = (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(both, 0)
+    tied = ties + (upto & 0xFFFF)
+    chosen = (key > threshold) | ((key == threshold) & (tied <= room))
+    tl.store(indices + above + (upto >> 16) + tl.minimum(tied, room) - 1, position, mask=chosen)
+    count = tl.sum(column, 0)
+    return above + (count >> 16), ties + (count & 0xFFFF)
+
+
+@triton.jit
+def _listed(keys, s, total, TILE: tl.constexpr):
+    return tl.load(keys + _fours(s, TILE), mask=_fours(s, TILE) < total, other=DEAD)
+
+
+@triton.jit
+def _take_best(keys, positions, total, n, indices, TILE: tl.constexpr):
+    """The positions of the n best of a list in memory, in its order, which is that of positions; ties to the earlier."""
+    low = FORCED + 0
+    high = DEAD + 0
+    for s in range(0, total, TILE):
+        key = _listed(keys, s, total, TILE)
+        low = tl.minimum(low, tl.min(tl.where(key > DEAD, key, FORCED)))
+        high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        reached = 0
+        for s in range(0, total, TILE):
+            reached += tl.sum((_listed(keys, s, total, TILE) >= middle).to(tl.int32))
+        low = tl.where(reached >= n, middle, low)
+        high = tl.where(reached > n, high, tl.where(reached == n, middle, middle - 1))
+    room = n
+    for s in range(0, total, TILE):
+        room -= tl.sum((_listed(keys, s, total, TILE) > low).to(tl.int32))
+    above = 0
+    ties = 0
+    for s in range(0, total, TILE):
+        key = _listed(keys, s, total, TILE)
+        above, ties = _place(key, _listed(positions, s, total, TILE), low, room, above, ties, indices)
+
+
+@triton.jit
+def _emit_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, counts, l_sb, l_sh, l_sw, S, window, sink, recent,
+                 HKV: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
+                 SEGMENTS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr):
+    """Scores one segment of a row's tokens and lists, block by block, the candidates: those at or above the lower bracket."""
+    row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
+    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
+    labels += pid_b * l_sb + pid_h * l_sh
+    query += row.to(tl.int64) * P * (W * T + 1)
+    keys += row.to(tl.int64) * BLOCKS * BLOCK_S
+    positions += row.to(tl.int64) * BLOCKS * BLOCK_S
+    counts += row.to(tl.int64) * BLOCKS
     seq_len = tl.load(seq_lens + pid_b)
     start = tl.maximum(seq_len - window, 0)
-    if (chunk * BLOCK_S < seq_len) & ((chunk + 1) * BLOCK_S > start):
-        T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
-        offs_s = chunk * BLOCK_S + tl.arange(0, BLOCK_S)
-        key = _token_keys(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * T + 1), offs_s, seq_len, start,
-                          tl.load(n_tokens + pid_b), sink, recent, l_sw, W, BITS, P, PTX)
-        keep = key >= tl.load(lower + row)
-        slot = tl.cumsum(keep.to(tl.int32), 0)
-        place = row.to(tl.int64) * S + chunk * BLOCK_S + slot - 1
-        tl.store(keys + place, key, mask=keep)
-        tl.store(positions + place, offs_s, mask=keep)
-        tl.store(counts + row * CHUNKS + chunk, tl.max(slot, 0))
+    first = start // BLOCK_S * BLOCK_S
+    span = tl.cdiv(seq_len - first, SEGMENTS * BLOCK_S) * BLOCK_S
+    begin = first + segment * span
+    end = tl.minimum(begin + span, seq_len)
+    readable = _readable(end, S)
+    offs_s = tl.arange(0, BLOCK_S)
+    words = _load_words(labels, begin + offs_s, begin + offs_s < readable, l_sw, W, BLOCK_W)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    n = tl.load(n_tokens + pid_b)
+    bracket = tl.load(lower + row)
+    group = tl.arange(0, BLOCK_S // 4)
+    for s in range(begin, end, BLOCK_S):
+        following = _load_words(labels, s + BLOCK_S + offs_s, s + BLOCK_S + offs_s < readable, l_sw, W, BLOCK_W)
+        block = _token_keys(words, query, s, seq_len, start, n, sink, recent, W, BLOCK_W, BITS, P, BLOCK_S, PTX)
+        # a thread holds four tokens in a row: count them, place the groups, list their tokens one by one
+        even, odd = tl.split(tl.reshape(block, [BLOCK_S // 4, 2, 2]))
+        key_0, key_2 = tl.split(even)
+        key_1, key_3 = tl.split(odd)
+        count = ((key_0 >= bracket).to(tl.int32) + (key_1 >= bracket).to(tl.int32) + (key_2 >= bracket).to(tl.int32)
+                 + (key_3 >= bracket).to(tl.int32))
+        upto = tl.cumsum(count, 0)
+        slot = s + upto - count
+        position = s + 4 * group
+        slot = _append(keys, positions, slot, key_0, position, bracket)
+        slot = _append(keys, positions, slot, key_1, position + 1, bracket)
+        slot = _append(keys, positions, slot, key_2, position + 2, bracket)
+        _append(keys, positions, slot, key_3, position + 3, bracket)
+        tl.store(counts + s // BLOCK_S + tl.zeros_like(upto), upto, mask=group == BLOCK_S // 4 - 1)
+        words = following
 
 
 @triton.jit
-def _place(key, position, indices, threshold, room, above, ties):
-    """Writes the chosen ones of a run of tokens behind `above` better and `ties` tied ones before it."""
-    better, tied = (key > threshold).to(tl.int32), (key == threshold).to(tl.int32)
-    better_before, tied_before = above + tl.cumsum(better, 0), ties + tl.cumsum(tied, 0)
-    chosen = (better == 1) | ((tied == 1) & (tied_before <= room))
-    tl.store(indices + better_before + tl.minimum(tied_before, room) - 1, position, mask=chosen)
-    return above + tl.sum(better, 0), ties + tl.sum(tied, 0)
-
-
-@triton.jit
-def _choose_kernel(labels, query, seq_lens, n_tokens, keys, positions, counts, dense_keys, dense_positions, indices, l_sb, l_sh,
-                   l_sw, S, CHUNKS, max_tokens, window, sink, recent, HKV: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
-                   P: tl.constexpr, BLOCK_S: tl.constexpr, DENSE: tl.constexpr, TILE_CHUNKS: tl.constexpr,
-                   TILE_SLOTS: tl.constexpr, PTX: tl.constexpr):
-    """Exactly n of the candidates, ascending. When the bracket missed, all eligible tokens are candidates."""
+def _choose_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, counts, before, long_keys, long_positions, indices, l_sb, l_sh,
+                   l_sw, S, longest, max_tokens, window, sink, recent, HKV: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
+                   P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TILE: tl.constexpr, TILE_LONG: tl.constexpr,
+                   PTX: tl.constexpr, PDL: tl.constexpr):
+    """Exactly n of a row's candidates, ascending. Lists of up to TILE candidates are searched in registers."""
     row = tl.program_id(0)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
+    BLOCKS: tl.constexpr = 2**LOG_BLOCKS
+    before += row.to(tl.int64) * BLOCKS
+    keys += row.to(tl.int64) * BLOCKS * BLOCK_S
+    positions += row.to(tl.int64) * BLOCKS * BLOCK_S
+    counts += row.to(tl.int64) * BLOCKS
+    indices += row.to(tl.int64) * max_tokens
     seq_len = tl.load(seq_lens + pid_b)
     start = tl.maximum(seq_len - window, 0)
+    first = start // BLOCK_S * BLOCK_S
+    block = tl.arange(0, BLOCKS)
+    live = (block >= first // BLOCK_S) & (block * BLOCK_S < seq_len)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.load(n_tokens + pid_b)
-    keys += row.to(tl.int64) * S
-    positions += row.to(tl.int64) * S
-    indices += row.to(tl.int64) * max_tokens
-    dense_keys += row.to(tl.int64) * DENSE
-    dense_positions += row.to(tl.int64) * DENSE
-    # the chunks' candidates, one behind the other
-    end = tl.cdiv(seq_len, BLOCK_S)
-    total = 0
-    for c in range(start // BLOCK_S, end, TILE_CHUNKS):
-        chunk = c + tl.arange(0, TILE_CHUNKS)
-        count = tl.load(counts + row * CHUNKS + chunk, mask=chunk < end, other=0)
-        before = total + tl.cumsum(count, 0) - count
-        for j in range(0, tl.max(count, 0), TILE_SLOTS):
-            slot = j + tl.arange(0, TILE_SLOTS)
-            target = before[:, None] + slot[None, :]
-            valid = (slot[None, :] < count[:, None]) & (target < DENSE)
-            place = chunk[:, None] * BLOCK_S + slot[None, :]
-            tl.store(dense_keys + target, tl.load(keys + place, mask=valid, other=0), mask=valid)
-            tl.store(dense_positions + target, tl.load(positions + place, mask=valid, other=0), mask=valid)
-        total += tl.sum(count, 0)
+    count = tl.load(counts + block, mask=live, other=0)
+    total = tl.sum(count, 0)
+    column = (count + 3) // 4
+    groups = tl.sum(column, 0)
+    tl.store(before + block, tl.cumsum(column, 0) - column)
     tl.debug_barrier()
-    if (total >= n) & (total <= DENSE):
-        slot = tl.arange(0, DENSE)
-        key = tl.load(dense_keys + slot, mask=slot < total, other=DEAD)
-        position = tl.load(dense_positions + slot, mask=slot < total, other=0)
-        threshold = _threshold(key, n, tl.min(tl.where(slot < total, key, FORCED)), tl.max(tl.where(key < FORCED, key, DEAD)))
-        threshold = tl.where(tl.sum((key >= FORCED).to(tl.int32)) >= n, FORCED, threshold)
-        _place(key, position, indices, threshold, n - tl.sum((key > threshold).to(tl.int32)), 0, 0)
-    else:  # rare, slow and exact: all keys anew, then the same search over memory
-        offs = tl.arange(0, BLOCK_S)
-        first = start // BLOCK_S * BLOCK_S
-        low = FORCED + 0
-        high = DEAD + 0
-        for s in range(first, seq_len, BLOCK_S):
-            key = _token_keys(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * T + 1), s + offs, seq_len,
-                              start, n, sink, recent, l_sw, W, BITS, P, PTX)
-            tl.store(keys + s + offs, key, mask=s + offs < seq_len)
-            low = tl.minimum(low, tl.min(tl.where(key > DEAD, key, FORCED)))
-            high = tl.maximum(high, tl.max(key))
+    if (total >= n) & (groups * 4 <= TILE):
+        offset, listed, inside = _sources(counts, before, 0, groups, BLOCK_S, LOG_BLOCKS, TILE)
+        key = tl.where(listed, tl.load(keys + offset, mask=inside, other=0), DEAD)
+        low = tl.maximum(tl.load(lower + row), -FORCED)
+        high = tl.maximum(tl.max(tl.where(key < FORCED, key, DEAD)), low)
+        position = tl.load(positions + offset, mask=inside, other=0)  # in flight while the threshold is searched
+        threshold = _threshold(key, n, low, high, 0)
+        _place(key, position, threshold, n - tl.sum((key > threshold).to(tl.int32)), 0, 0, indices)
+    elif (total >= n) & (groups * 4 <= longest):  # in memory, the blocks' lists one behind the other
+        long_keys += row.to(tl.int64) * longest
+        long_positions += row.to(tl.int64) * longest
+        for s in range(0, groups * 4, TILE_LONG):
+            offset, listed, inside = _sources(counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
+            key = tl.where(listed, tl.load(keys + offset, mask=inside, other=0), DEAD)
+            tl.store(long_keys + _fours(s, TILE_LONG), key, mask=inside)
+            tl.store(long_positions + _fours(s, TILE_LONG), tl.load(positions + offset, mask=inside), mask=inside)
         tl.debug_barrier()
-        while low < high:
-            middle = low + (high - low + 1) // 2
-            reached = 0
-            for s in range(first, seq_len, BLOCK_S):
-                reached += tl.sum((tl.load(keys + s + offs, mask=s + offs < seq_len, other=DEAD) >= middle).to(tl.int32))
-            low = tl.where(reached >= n, middle, low)
-            high = tl.where(reached >= n, high, middle - 1)
-        room = n
+        _take_best(long_keys, long_positions, groups * 4, n, indices, TILE_LONG)
+    else:  # the bracket missed, which is rare: all tokens are candidates
+        labels += pid_b * l_sb + pid_h * l_sh
+        query += row.to(tl.int64) * P * (W * T + 1)
         for s in range(first, seq_len, BLOCK_S):
-            room -= tl.sum((tl.load(keys + s + offs, mask=s + offs < seq_len, other=DEAD) > low).to(tl.int32))
-        above = 0
-        ties = 0
-        for s in range(first, seq_len, BLOCK_S):
-            key = tl.load(keys + s + offs, mask=s + offs < seq_len, other=DEAD)
-            above, ties = _place(key, s + offs, indices, low, room, above, ties)
+            offs_s = s + tl.arange(0, BLOCK_S)
+            words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W, BLOCK_W)
+            key = _token_keys(words, query, s, seq_len, start, n, sink, recent, W, BLOCK_W, BITS, P, BLOCK_S, PTX)
+            tl.store(keys + offs_s, key, mask=offs_s < seq_len)
+            tl.store(positions + offs_s, offs_s, mask=offs_s < seq_len)
+        tl.debug_barrier()
+        _take_best(keys + first, positions + first, seq_len - first, n, indices, TILE_LONG)
 
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
-CHUNK = 1024  # tokens of one program of the emit stage
-SAMPLE = 2048  # tokens that bracket the n-th score; rows of less than twice as many are searched whole
+RUN = 16  # of them side by side: the 64 bytes that memory gives at a time
+MARGIN = 6.0  # standard deviations of a sampled rank between the bracket and the n-th score: neighbours are alike
+BLOCK = 1024  # tokens that select scores at a time
+SAMPLE = 2048  # tokens that bracket the n-th score; rows of less than that are searched whole
+
+
+def pdl(tensor):
+    """Whether kernels may start while the one before them ends (programmatic dependent launch)."""
+    return tensor.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 class Workspace:
@@ -522,8 +645,9 @@ class Workspace:
     Nothing in it carries over from call to call: a new prompt, another length or batch row start clean.
     """
 
-    def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None):
-        """config: DSConfig, or None for dense decode alone. splits: programs that share a row's tokens in attend."""
+    def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None, segments=None):
+        """config: DSConfig, or None for dense decode alone. splits, segments: programs that share a row's tokens in attend and in
+        select, both powers of two."""
         def scratch(*shape, dtype=torch.int32):
             return torch.empty(*shape, dtype=dtype, device=device)
 
@@ -531,14 +655,18 @@ class Workspace:
         self.splits = splits or min(64, triton.next_power_of_2(triton.cdiv(1024, R)))
         self.partial = scratch(B * HQ, self.splits, D, dtype=torch.float32)
         self.partial_lse = scratch(B * HQ, self.splits, dtype=torch.float32)
-        self.arrived = torch.zeros(R, dtype=torch.int32, device=device)  # the combine resets it
+        self.arrived = torch.zeros(R, dtype=torch.int32, device=device)  # whoever arrives last resets it
         if config is not None:
+            self.segments = segments or min(64, triton.next_power_of_2(triton.cdiv(1024, R)))
             self.n_tokens, self.lower = scratch(B), scratch(R)
             self.query = scratch(R, HQ // HKV * (D + 1))  # at most a word per label dim, and a bias
-            self.keys, self.positions, self.counts = scratch(R, S), scratch(R, S), scratch(R, triton.cdiv(S, CHUNK))
+            self.blocks = triton.next_power_of_2(triton.cdiv(S, BLOCK))
+            self.keys, self.positions = scratch(R, self.blocks * BLOCK), scratch(R, self.blocks * BLOCK)
+            self.counts, self.before = scratch(R, self.blocks), scratch(R, self.blocks)
             max_tokens = config.budget(S if window is None else min(S, window))
-            self.dense = max(2 * SAMPLE, triton.next_power_of_2(2 * max_tokens))  # candidates that are searched in registers
-            self.dense_keys, self.dense_positions = scratch(R, self.dense), scratch(R, self.dense)
+            self.tile = min(max(SAMPLE, triton.next_power_of_2(max_tokens * 7 // 4)), 16384)  # candidates searched in registers
+            self.longest = 4 * max_tokens  # candidates searched in memory
+            self.long_keys, self.long_positions = scratch(R, self.longest), scratch(R, self.longest)
             self.indices = scratch(B, HKV, max_tokens)
 
 
@@ -547,6 +675,7 @@ class Selection:
     """One call's arguments of the three kernels that select; they run in the order bracket, emit, choose."""
 
     q: torch.Tensor  # [B, HQ, D]
+    k: torch.Tensor | None  # [B, HKV, S, D]; given, the newest key's label is written
     labels: torch.Tensor  # [B, HKV, W, S] int32
     label_map: LabelMap
     seq_lens: torch.Tensor  # [B] int32
@@ -556,53 +685,58 @@ class Selection:
     portable: bool = False  # without PTX instructions: for the interpreter and other vendors' GPUs
 
     def __post_init__(self):
-        C, bits = self.label_map.basis_q.shape[1], self.label_map.bits
+        C, bits = self.label_map.basis_q.shape[2], self.label_map.bits
         assert self.q.stride(2) == self.labels.stride(3) == 1
         assert C * 127 * (2**bits - 1) < 2**30, f"{C} dims of {bits} bits overflow 32-bit scores"
         B, HKV, W, S = self.labels.shape
-        self.rows, self.chunks = B * HKV, triton.cdiv(S, CHUNK)
+        self.rows = B * HKV
         self.eligible = NO_WINDOW if self.window is None else self.window
-        self.shape = dict(HKV=HKV, W=W, BITS=bits, P=1 if self.config.pool == "mean" else self.q.shape[1] // HKV,
-                          PTX=not self.portable and self.q.is_cuda and torch.version.cuda is not None)
+        overlapped = pdl(self.q) and not self.portable
+        self.pdl = dict(launch_pdl=True) if overlapped else {}
+        self.shape = dict(HKV=HKV, W=W, BLOCK_W=triton.next_power_of_2(W), BITS=bits,
+                          P=1 if self.config.pool == "mean" else self.q.shape[1] // HKV,
+                          PTX=not self.portable and self.q.is_cuda and torch.version.cuda is not None, PDL=overlapped)
 
-    def bracket(self, num_warps=4):
-        """The query's codes, the budget and a lower bracket of the n-th score from a sample of SAMPLE tokens."""
+    def bracket(self, num_warps=4, maxnreg=128):
+        """The newest key's label, the query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
         m, ws, D = self.label_map, self.workspace, self.q.shape[2]
-        block_w = triton.next_power_of_2(self.shape["W"])
         _bracket_kernel[(self.rows,)](
-            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, *self.q.stride()[:2],
-            *self.labels.stride()[:3], self.eligible, self.config.n_tokens or 0, self.config.min_tokens, *self.config.share(),
-            G=self.q.shape[1] // self.shape["HKV"], D=D, BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[1],
-            BLOCK_C=block_w * 32 // m.bits, BLOCK_W=block_w, M=SAMPLE, num_warps=num_warps, **self.shape)
+            self.q, self.k, m.basis_q, m.basis_k, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower,
+            *self.q.stride()[:2], *((0, 0, 0) if self.k is None else self.k.stride()[:3]), *self.labels.stride()[:3],
+            self.labels.shape[3], self.eligible, self.config.n_tokens or 0, self.config.min_tokens, *self.config.share(), G=self.q.shape[1] // self.shape["HKV"], D=D,
+            BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[2], M=SAMPLE, RUN=RUN, MARGIN=MARGIN, LABEL=self.k is not None, num_warps=num_warps,
+            maxnreg=maxnreg, **self.pdl, **self.shape)
 
     def emit(self, num_warps=8):
-        """The candidates: tokens at or above the bracket, chunk by chunk."""
+        """The candidates: tokens at or above the bracket, block by block."""
         ws = self.workspace
-        _emit_kernel[(self.chunks, self.rows)](
-            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.keys, ws.positions, ws.counts,
-            *self.labels.stride()[:3], self.labels.shape[3], self.chunks, self.eligible, self.config.sink, self.config.recent,
-            BLOCK_S=CHUNK, num_warps=num_warps, **self.shape)
+        _emit_kernel[(self.rows * ws.segments,)](
+            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.keys, ws.positions, ws.counts, *self.labels.stride()[:3],
+            self.labels.shape[3], self.eligible, self.config.sink, self.config.recent, SEGMENTS=ws.segments, BLOCK_S=BLOCK,
+            BLOCKS=ws.blocks, num_warps=num_warps, **self.pdl, **self.shape)
 
-    def choose(self, num_warps=8):
+    def choose(self, num_warps=None):
         """Exactly n of them, into workspace.indices."""
         ws = self.workspace
+        num_warps = num_warps or max(1, min(16, ws.tile // (256 if self.rows <= 256 else 512)))
         _choose_kernel[(self.rows,)](
-            self.labels, ws.query, self.seq_lens, ws.n_tokens, ws.keys, ws.positions, ws.counts, ws.dense_keys,
-            ws.dense_positions, ws.indices, *self.labels.stride()[:3], self.labels.shape[3], self.chunks, ws.indices.shape[2],
-            self.eligible, self.config.sink, self.config.recent, BLOCK_S=CHUNK, DENSE=ws.dense, TILE_CHUNKS=16, TILE_SLOTS=256,
-            num_warps=num_warps, **self.shape)
+            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.keys, ws.positions, ws.counts, ws.before,
+            ws.long_keys, ws.long_positions, ws.indices,
+            *self.labels.stride()[:3], self.labels.shape[3], ws.longest, ws.indices.shape[2], self.eligible,
+            self.config.sink, self.config.recent, BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1, TILE=ws.tile,
+            TILE_LONG=min(ws.tile, 256 * num_warps), num_warps=num_warps, **self.pdl, **self.shape)
 
 
-def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False):
+def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False, k=None):
     """score_ref and select_ref in three launches, without writing the scores. Shapes as in score_ref.
 
-    Returns (indices [B, HKV, N] int32, ascending, n_tokens [B] int32), both in the workspace; entries past n_tokens are not
-    written.
+    k [B, HKV, S, D]: if given, the label of the newest key is written, too. Returns (indices [B, HKV, N] int32, ascending,
+    n_tokens [B] int32), both in the workspace; entries past n_tokens are not written.
     """
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
     workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-    selection = Selection(q, labels, label_map, seq_lens, config, workspace, window, portable)
+    selection = Selection(q, k, labels, label_map, seq_lens, config, workspace, window, portable)
     selection.bracket()
     selection.emit()
     selection.choose()
@@ -642,7 +776,7 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
 def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, out, max_tokens, window, scale_log2, q_sb,
                    q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
                    BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-                   BLOCK_N: tl.constexpr, UPCAST: tl.constexpr):
+                   BLOCK_N: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
     row, pid_split = tl.program_id(0), tl.program_id(1)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     offs_d, offs_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -651,6 +785,8 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
                     mask=mask_g[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_G, BLOCK_D]
     if UPCAST:
         query = query.to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     seq_len = tl.load(seq_lens + pid_b)
     begin = 0 if SPARSE else tl.maximum(seq_len - window, 0)
     end = tl.load(n_tokens + pid_b) if SPARSE else seq_len
@@ -660,16 +796,22 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for n in range(begin, end, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < end
-        token = offs_n
-        if SPARSE:
-            token = tl.load(indices + row.to(tl.int64) * max_tokens + offs_n, mask=mask_n, other=0)
-        token = token.to(tl.int64)[:, None]
+    k += pid_b * k_sb + pid_h * k_sh
+    v += pid_b * v_sb + pid_h * v_sh
+    offs_n = begin + tl.arange(0, BLOCK_N)
+    token = offs_n
+    if SPARSE:
+        indices += row.to(tl.int64) * max_tokens
+        token = tl.load(indices + offs_n, mask=offs_n < end, other=0)
+    for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        mask_n = n + tl.arange(0, BLOCK_N) < end
         mask = mask_n[:, None] & mask_d[None, :]
-        keys = tl.load(k + pid_b * k_sb + pid_h * k_sh + token * k_ss + offs_d[None, :], mask=mask, other=0.0)
-        values = tl.load(v + pid_b * v_sb + pid_h * v_sh + token * v_ss + offs_d[None, :], mask=mask, other=0.0)
+        rows = token.to(tl.int64)[:, None]
+        keys = tl.load(k + rows * k_ss + offs_d[None, :], mask=mask, other=0.0)
+        values = tl.load(v + rows * v_ss + offs_d[None, :], mask=mask, other=0.0)
+        token = n + BLOCK_N + tl.arange(0, BLOCK_N)
+        if SPARSE:  # a block ahead: its latency does not add to that of the rows
+            token = tl.load(indices + token, mask=token < end, other=0)
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale_log2  # [BLOCK_G, BLOCK_N]
@@ -701,11 +843,11 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         tl.store(arrived + row, 0)
 
 
-def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=None, num_warps=None):
+def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=None, num_warps=None, stages=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts."""
     half = q.element_size() == 2
-    block_n = block_n or (64 if half else 32)  # fp32 tiles of 64 tokens overrun the shared memory of smaller GPUs
-    num_warps = num_warps or (2 if half else 4)
+    block_n = block_n or 32
+    num_warps = num_warps or (1 if half else 4)
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     G = HQ // HKV
@@ -716,9 +858,9 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,
         S if indices is None else indices.shape[-1], NO_WINDOW if window is None else window,
         math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], indices is not None, HKV, G,
-        max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n,
+        max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n, stages,
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
-        num_warps=num_warps)
+        PDL=pdl(q), num_warps=num_warps, **(dict(launch_pdl=True) if pdl(q) else {}))
     return out
 
 
@@ -738,20 +880,24 @@ def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None):
     return attend_ref(q, k[:, :, :live], v[:, :, :live], seq_lens, window=window)
 
 
-def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None):
+def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None, label_newest=True):
     """One query per row over the tokens that its label scores select.
 
     q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32; label_map: LabelMap of this layer;
     seq_lens [B] int32, newest token included; window: sliding window in tokens or None; workspace: scratch of this shape,
-    so that nothing but the output is allocated. Returns [B, HQ, D].
-    Rows may share one cache: expand k, v and labels along B (the strides are used as they are).
+    so that nothing but the output is allocated; label_newest: write the label of each row's newest key. Returns [B, HQ, D].
+    Rows may share one cache whose labels are written: expand k, v and labels along B (the strides are used as they are).
     """
     if config.use_triton(q):
         B, HQ, D = q.shape
         HKV, S = k.shape[1:3]
         workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, workspace)
+        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, workspace, k=k if label_newest else None)
         return attend(q, k, v, seq_lens, indices, n_tokens, workspace=workspace)
+    if label_newest:
+        newest = (seq_lens - 1)[:, None]
+        rows = newest.long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        label_ref(k.gather(2, rows), newest, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
     k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
     n_tokens = config.budget(live_range(seq_lens, window)[1])

@@ -189,11 +189,11 @@ class LayerCache:
         labels = None if self.labels is None else self.labels[b : b + 1]
         return LayerCache(self.kv[b : b + 1], self.window, self.ds, self.label_map, labels)
 
-    def write(self, k, v, positions):
-        """k, v [B, HKV, T, D] to positions [B, T]."""
+    def write(self, k, v, positions, labels=True):
+        """k, v [B, HKV, T, D] to positions [B, T]; labels=False leaves the keys' labels to `decode`."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.kv.transpose(1, 2)[rows, positions] = torch.stack([k, v], 3).transpose(1, 2)  # [B, T, HKV, 2, D]
-        if self.ds is not None:
+        if labels and self.ds is not None:
             write_labels(k, positions, self.labels, self.label_map, self.ds)
 
     def past(self, length):
@@ -201,13 +201,15 @@ class LayerCache:
         return self.kv[:, :, :length].unbind(3)
 
     def decode(self, q, seq_lens):
-        """q [R, HQ, D], one query per row; seq_lens [R]. R = B, or any R over the one sequence of a B = 1 cache."""
+        """q [R, HQ, D], one query per row; seq_lens [R]. R = B, and the newest keys' labels are written, or R over the one sequence
+        of a B = 1 cache."""
         k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
-        workspace = self.workspace if len(q) == len(self.kv) else None
+        own = len(q) == len(self.kv)
+        workspace = self.workspace if own else None
         if self.ds is None:
             return dense_decode(q, k, v, seq_lens, self.window, workspace=workspace)
         labels = self.labels.expand(len(q), -1, -1, -1)
-        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace)
+        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace, own)
 
 
 class KVCache:
@@ -303,7 +305,7 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v, self.window).transpose(1, 2)  # [B, T, HQ, D]
         else:
-            cache.write(k, v, step.positions)
+            cache.write(k, v, step.positions, labels=step.prefill_length is not None or T > 1)
             if step.prefill_length is not None:
                 y = causal_attention(q, *cache.past(step.prefill_length), self.window).transpose(1, 2)
             else:
@@ -525,7 +527,7 @@ def load_label_maps(checkpoint, config, ds, path=None):
         if C > available:
             raise ValueError(f"{path}: holds {available} label dims, {C} wanted; lower --label_channels or run "
                              f"calibrate.py --checkpoint {checkpoint} --dims {C}")
-        basis_k, basis_q = (file.get_tensor(name)[..., :C].transpose(2, 3) for name in ("basis_k", "basis_q"))
+        basis_k, basis_q = (file.get_tensor(name)[..., :C] for name in ("basis_k", "basis_q"))
         mean, std = (file.get_tensor(name)[..., :C] for name in ("mean", "std"))
     return [LabelMap.from_statistics(*tensors, ds.label_bits) for tensors in zip(basis_k, basis_q, mean, std)]
 
