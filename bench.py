@@ -91,8 +91,8 @@ class Inputs:
         self.k, self.v = self.kv.unbind(3)
         C = config.channels(D)
         basis = torch.eye(D, device=device)[:, :C].expand(HKV, -1, -1)
-        self.map = LabelMap.from_statistics(basis, basis, torch.zeros(HKV, C, device=device), torch.ones(HKV, C, device=device),
-                                            config.label_bits)
+        zeros = torch.zeros(HKV, C, device=device)
+        self.map = LabelMap.from_statistics(basis, basis, zeros, zeros + 1, config.label_bits)
         self.labels = torch.zeros(B, HKV, config.words(D), S, dtype=torch.int32, device=device)
         write = ds.label if config.use_triton(self.q) else ds.label_ref
         for start in range(0, S, 16384):
@@ -164,7 +164,8 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
         row["ds_us"] = graph_us([lambda: ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config)])
         row["dense_us"] = graph_us([lambda: ds.dense_decode(x.q, x.k, x.v, x.seq_lens)])
         row["dense_kernel"] = "reference"
-        row["max_rel_err"], row["selected_mass"] = check(x, config, ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config))
+        out = ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config)
+        row["max_rel_err"], row["selected_mass"] = check(x, config, out)
         return row | provenance(device)
 
     row |= {"copy_gb_per_s": bandwidth / 1e9, "limit_us": step_bytes / bandwidth * 1e6}
@@ -192,7 +193,7 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     def stages(x, last):
         """The step up to its `last`-th kernel."""
         def run():
-            selection = Selection(x.q, x.k, x.labels, x.map, x.seq_lens, config, workspace)
+            selection = Selection(x.q, x.labels, x.map, x.seq_lens, config, workspace)
             for stage in (selection.bracket, selection.emit, selection.choose)[:last]:
                 stage()
         return run
@@ -222,9 +223,10 @@ def attention_table(rows):
         stages = " + ".join(us(r.get(f"{name}_us")) for name in ("score", "select", "attend"))
         speedup = f"{r['speedup']:.1f}x" if r.get("speedup") else "wrong" if "speedup" in r else "CPU reference"
         limit = f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})" if "limit_us" in r else "-"
-        lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {r['label_channels']} x {r['label_bits']} bit | {us(r.get('sdpa_us'))} | "
-                     f"{us(r.get('cudnn_us'))} | {us(r.get('flash_us'))} | {us(r['dense_us'])} | {us(r['ds_us'])} | {stages} | {speedup} | "
-                     f"{r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | {us(r.get('naive_us'))} |")
+        dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))
+        lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {r['label_channels']} x {r['label_bits']} bit | {dense} | "
+                     f"{us(r['ds_us'])} | {stages} | {speedup} | {r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | "
+                     f"{us(r.get('naive_us'))} |")
     return "\n".join(lines)
 
 
@@ -279,10 +281,13 @@ def main():
     parser.add_argument("--shapes", help="BxS, comma-separated, S in tokens (default: the README's rows)")
     parser.add_argument("--heads", default="32/32", help="query/KV heads for --shapes (default %(default)s)")
     parser.add_argument("--head_dim", type=int, default=128, help="channels per head (default %(default)s)")
-    parser.add_argument("--sparsity", type=float, default=DSConfig.sparsity, help="1/R of tokens and label bytes (default %(default)g)")
+    parser.add_argument("--sparsity", type=float, default=DSConfig.sparsity,
+                        help="1/R of tokens and label bytes (default %(default)g)")
     parser.add_argument("--label_channels", type=int, help="label dims per KV head (default: from --sparsity)")
-    parser.add_argument("--label_bits", type=int, default=DSConfig.label_bits, help="bits per dim: 2, 4, 8 or 16 (default %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of q, K and V (default %(default)s)")
+    parser.add_argument("--label_bits", type=int, default=DSConfig.label_bits,
+                        help="bits per dim: 2, 4, 8 or 16 (default %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16",
+                        help="of q, K and V (default %(default)s)")
     parser.add_argument("--plot", metavar="FILE", help="draw speedup over S, of this run or of the table (needs matplotlib)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda; a CPU only checks correctness)")
     args = parser.parse_args()
@@ -299,7 +304,8 @@ def main():
             settings = [((2, 2000, 4, 2), config)]
         else:
             settings = [(shape, config) for shape in SHAPES]
-            settings += [((16, 16384, 32, 32), replace(config, label_channels=C, label_bits=bits)) for C, bits in SMALLER_LABELS]
+            settings += [((16, 16384, 32, 32), replace(config, label_channels=C, label_bits=bits))
+                         for C, bits in SMALLER_LABELS]
         rows = measure(settings, args.head_dim, getattr(torch, args.dtype), device)
     print(attention_table(rows))
     if args.plot:

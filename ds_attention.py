@@ -311,9 +311,8 @@ def _token_scores(words, query, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl
     """
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS  # byte-wise slices of a label word
     offs_w = tl.arange(0, BLOCK_W)
-    best = tl.full([words.shape[1]], -(2**31) + 1, tl.int32)
     for p in tl.static_range(P):
-        score = tl.zeros_like(best) + tl.load(query + p * (W * T + 1) + W * T)
+        score = tl.zeros([words.shape[1]], tl.int32) + tl.load(query + p * (W * T + 1) + W * T)
         for t in tl.static_range(T):
             q = tl.load(query + p * (W * T + 1) + offs_w * T + t, mask=offs_w < W, other=0)[:, None] + tl.zeros_like(words)
             if BITS == 16:  # low bytes, then high bytes
@@ -321,12 +320,13 @@ def _token_scores(words, query, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl
             else:  # the slice stays where it is in the byte, and its sum is shifted instead
                 slices = words & (((0x01010101 * (2**BITS - 1) << (BITS * t)) + 2**31) % 2**32 - 2**31)  # as a signed int32
                 score += tl.sum(_dot4(slices, q, tl.zeros_like(words), PTX), 0) >> (BITS * t)
-        best = tl.maximum(best, score)
+        best = score if p == 0 else tl.maximum(best, score)
     return best
 
 
 FORCED = tl.constexpr(2**30)  # key of a token that is attended in any case: above all scores
 DEAD = tl.constexpr(-(2**31) + 1)  # key of a token that is not eligible: below all scores
+NO_ENTRY = tl.constexpr((-(2**31) + 1) * 2**32)  # such a key in an _entry
 
 
 @triton.jit
@@ -342,6 +342,13 @@ def _threshold(keys, n, low, high, within):
 
 
 @triton.jit
+def _columns(basis, C, offs_c, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One KV head's basis [D, C] as [BLOCK_D, BLOCK_C]; a warp's lanes take the dims, so that sums over D stay in a thread."""
+    offs_d = tl.arange(0, BLOCK_D)
+    return tl.load(basis + offs_d[:, None] * C + offs_c[None, :], mask=(offs_d < D)[:, None] & (offs_c < C)[None, :], other=0.0)
+
+
+@triton.jit
 def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The mean of HEADS query heads from `first` on, times each column of the basis [BLOCK_D, BLOCK_C]: [BLOCK_C] fp32."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -352,24 +359,21 @@ def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, B
 
 
 @triton.jit
-def _bracket_kernel(q, k, basis_q, basis_k, step, lo, labels, seq_lens, n_tokens, query, lower, q_sb, q_sh, k_sb, k_sh, k_ss, l_sb,
-                    l_sh, l_sw, S, window, n_fixed, min_tokens, share_num, share_den, HKV: tl.constexpr, G: tl.constexpr,
-                    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-                    BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, LABEL: tl.constexpr, PTX: tl.constexpr,
+def _bracket_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, q_sb, q_sh, l_sb, l_sh, l_sw, S, window,
+                    n_fixed, min_tokens, share_num, share_den, HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+                    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+                    BITS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, PTX: tl.constexpr,
                     PDL: tl.constexpr):
-    """Per row and KV head: the newest key's label, the query's label codes, the budget, and a lower bracket of the n-th best score,
-    from a sample."""
+    """Per row and KV head: the query's label codes, the budget, and a lower bracket of the n-th best score, from a sample."""
     row = tl.program_id(0)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
     PER_WORD: tl.constexpr = 32 // BITS
-    offs_d, offs_c, offs_w = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_W * PER_WORD), tl.arange(0, BLOCK_W)
+    offs_c, offs_w = tl.arange(0, BLOCK_W * PER_WORD), tl.arange(0, BLOCK_W)
     mask_c = offs_c < C
-    matrix = pid_h * C * D + offs_d[:, None] * C + offs_c[None, :]
-    tile = (offs_d < D)[:, None] & mask_c[None, :]
     steps = tl.load(step + pid_h * C + offs_c, mask=mask_c, other=1.0)
     lows = tl.load(lo + pid_h * C + offs_c, mask=mask_c, other=0.0)
-    columns = tl.load(basis_q + matrix, mask=tile, other=0.0)
+    columns = _columns(basis_q + pid_h * D * C, C, offs_c, D, BLOCK_D)
     if PDL:  # all before this is constant; all after it may have been written by the kernel before
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -389,7 +393,7 @@ def _bracket_kernel(q, k, basis_q, basis_k, step, lo, labels, seq_lens, n_tokens
     for p in tl.static_range(P):
         dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
         largest = tl.maximum(largest, tl.max(tl.abs(dots * steps), 0))
-    scale = tl.where(largest > 0, 127.0 / largest, 0.0)
+    scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
     query += row.to(tl.int64) * P * (W * T + 1)
     for p in tl.static_range(P):
         if P > 1:
@@ -409,12 +413,6 @@ def _bracket_kernel(q, k, basis_q, basis_k, step, lo, labels, seq_lens, n_tokens
         tl.store(query + p * (W * T + 1) + W * T, tl.floor(bias + 0.5).to(tl.int32))
     n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
     tl.store(n_tokens + pid_b, n)  # every head of the row stores the same
-    if LABEL:  # nobody reads it in this step: the newest token is attended in any case
-        newest = tl.load(k + pid_b * k_sb + pid_h * k_sh + (seq_len - 1).to(tl.int64) * k_ss + offs_d, mask=offs_d < D, other=0.0)
-        columns = tl.load(basis_k + matrix, mask=tile, other=0.0)
-        codes = _label_codes(tl.sum(columns * newest.to(tl.float32)[:, None], 0), lows, steps, BITS)
-        word = tl.sum(tl.reshape(codes, [BLOCK_W, PER_WORD]) << (BITS * tl.arange(0, PER_WORD))[None, :], 1)
-        tl.store(labels + offs_w * l_sw + seq_len - 1, word, mask=offs_w < W)
     tl.debug_barrier()  # the query words are read back in another order
     bracket = DEAD + 1
     share = M * (n.to(tl.float32) / live)
@@ -442,11 +440,16 @@ def _token_keys(words, query, s, seq_len, start, n, sink, recent, W: tl.constexp
 
 
 @triton.jit
-def _append(keys, positions, slot, key, position, bracket):
+def _entry(key, position):
+    """Key and position of a candidate in one int64."""
+    return (key.to(tl.int64) << 32) | position.to(tl.int64)
+
+
+@triton.jit
+def _append(entries, slot, key, position, bracket):
     """Lists the candidates of one position in every group of tokens; returns the groups' next slots."""
     keep = key >= bracket
-    tl.store(keys + slot, key, mask=keep)
-    tl.store(positions + slot, position, mask=keep)
+    tl.store(entries + slot, _entry(key, position), mask=keep)
     return slot + keep.to(tl.int32)
 
 
@@ -488,38 +491,43 @@ def _place(key, position, threshold, room, above, ties, indices):
 
 
 @triton.jit
-def _listed(keys, s, total, TILE: tl.constexpr):
-    return tl.load(keys + _fours(s, TILE), mask=_fours(s, TILE) < total, other=DEAD)
+def _listed(entries, s, total, TILE: tl.constexpr):
+    """(keys, positions) of a list in memory from the s-th on, [4, TILE / 4] each."""
+    inside = _fours(s, TILE) < total
+    entry = tl.load(entries + _fours(s, TILE), mask=inside, other=0)
+    return tl.where(inside, (entry >> 32).to(tl.int32), DEAD), entry.to(tl.int32)
 
 
 @triton.jit
-def _take_best(keys, positions, total, n, indices, TILE: tl.constexpr):
+def _take_best(entries, total, n, indices, TILE: tl.constexpr):
     """The positions of the n best of a list in memory, in its order, which is that of positions; ties to the earlier."""
     low = FORCED + 0
     high = DEAD + 0
     for s in range(0, total, TILE):
-        key = _listed(keys, s, total, TILE)
+        key, _ = _listed(entries, s, total, TILE)
         low = tl.minimum(low, tl.min(tl.where(key > DEAD, key, FORCED)))
         high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
     while low < high:
         middle = low + (high - low + 1) // 2
         reached = 0
         for s in range(0, total, TILE):
-            reached += tl.sum((_listed(keys, s, total, TILE) >= middle).to(tl.int32))
+            key, _ = _listed(entries, s, total, TILE)
+            reached += tl.sum((key >= middle).to(tl.int32))
         low = tl.where(reached >= n, middle, low)
         high = tl.where(reached > n, high, tl.where(reached == n, middle, middle - 1))
     room = n
     for s in range(0, total, TILE):
-        room -= tl.sum((_listed(keys, s, total, TILE) > low).to(tl.int32))
+        key, _ = _listed(entries, s, total, TILE)
+        room -= tl.sum((key > low).to(tl.int32))
     above = 0
     ties = 0
     for s in range(0, total, TILE):
-        key = _listed(keys, s, total, TILE)
-        above, ties = _place(key, _listed(positions, s, total, TILE), low, room, above, ties, indices)
+        key, position = _listed(entries, s, total, TILE)
+        above, ties = _place(key, position, low, room, above, ties, indices)
 
 
 @triton.jit
-def _emit_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, counts, l_sb, l_sh, l_sw, S, window, sink, recent,
+def _emit_kernel(labels, query, lower, seq_lens, n_tokens, entries, counts, l_sb, l_sh, l_sw, S, window, sink, recent,
                  HKV: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
                  SEGMENTS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr):
     """Scores one segment of a row's tokens and lists, block by block, the candidates: those at or above the lower bracket."""
@@ -528,8 +536,7 @@ def _emit_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, coun
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
     labels += pid_b * l_sb + pid_h * l_sh
     query += row.to(tl.int64) * P * (W * T + 1)
-    keys += row.to(tl.int64) * BLOCKS * BLOCK_S
-    positions += row.to(tl.int64) * BLOCKS * BLOCK_S
+    entries += row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S
     counts += row.to(tl.int64) * BLOCKS
     seq_len = tl.load(seq_lens + pid_b)
     start = tl.maximum(seq_len - window, 0)
@@ -558,27 +565,39 @@ def _emit_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, coun
         upto = tl.cumsum(count, 0)
         slot = s + upto - count
         position = s + 4 * group
-        slot = _append(keys, positions, slot, key_0, position, bracket)
-        slot = _append(keys, positions, slot, key_1, position + 1, bracket)
-        slot = _append(keys, positions, slot, key_2, position + 2, bracket)
-        _append(keys, positions, slot, key_3, position + 3, bracket)
+        slot = _append(entries, slot, key_0, position, bracket)
+        slot = _append(entries, slot, key_1, position + 1, bracket)
+        slot = _append(entries, slot, key_2, position + 2, bracket)
+        _append(entries, slot, key_3, position + 3, bracket)
         tl.store(counts + s // BLOCK_S + tl.zeros_like(upto), upto, mask=group == BLOCK_S // 4 - 1)
         words = following
 
 
 @triton.jit
-def _choose_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, counts, before, long_keys, long_positions, indices, l_sb, l_sh,
-                   l_sw, S, longest, max_tokens, window, sink, recent, HKV: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
-                   P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TILE: tl.constexpr, TILE_LONG: tl.constexpr,
-                   PTX: tl.constexpr, PDL: tl.constexpr):
-    """Exactly n of a row's candidates, ascending. Lists of up to TILE candidates are searched in registers."""
+def _take_listed(entries, counts, before, groups, n, bracket, indices, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
+                 TILE: tl.constexpr):
+    """The positions of the n best candidates, all of which reach the bracket, ascending; ties to the earlier."""
+    offset, listed, inside = _sources(counts, before, 0, groups, BLOCK_S, LOG_BLOCKS, TILE)
+    key = tl.where(listed, (tl.load(entries + offset, mask=inside, other=0) >> 32).to(tl.int32), DEAD)
+    low = tl.maximum(bracket, -FORCED)
+    high = tl.maximum(tl.max(tl.where(key < FORCED, key, DEAD)), low)
+    threshold = _threshold(key, n, low, high, 0)
+    position = tl.load(entries + offset, mask=inside, other=0).to(tl.int32)  # again: registers are scarcer than loads
+    _place(key, position, threshold, n - tl.sum((key > threshold).to(tl.int32)), 0, 0, indices)
+
+
+@triton.jit
+def _choose_kernel(labels, query, lower, seq_lens, n_tokens, entries, counts, before, long_entries, indices, l_sb, l_sh, l_sw,
+                   S, longest, max_tokens, window, sink, recent, HKV: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+                   BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TILE: tl.constexpr,
+                   TIERS: tl.constexpr, TILE_LONG: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr):
+    """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) candidates are searched in registers."""
     row = tl.program_id(0)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
     BLOCKS: tl.constexpr = 2**LOG_BLOCKS
     before += row.to(tl.int64) * BLOCKS
-    keys += row.to(tl.int64) * BLOCKS * BLOCK_S
-    positions += row.to(tl.int64) * BLOCKS * BLOCK_S
+    entries += row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S
     counts += row.to(tl.int64) * BLOCKS
     indices += row.to(tl.int64) * max_tokens
     seq_len = tl.load(seq_lens + pid_b)
@@ -590,30 +609,25 @@ def _choose_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, co
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     n = tl.load(n_tokens + pid_b)
+    bracket = tl.load(lower + row)
     count = tl.load(counts + block, mask=live, other=0)
     total = tl.sum(count, 0)
     column = (count + 3) // 4
     groups = tl.sum(column, 0)
     tl.store(before + block, tl.cumsum(column, 0) - column)
     tl.debug_barrier()
-    if (total >= n) & (groups * 4 <= TILE):
-        offset, listed, inside = _sources(counts, before, 0, groups, BLOCK_S, LOG_BLOCKS, TILE)
-        key = tl.where(listed, tl.load(keys + offset, mask=inside, other=0), DEAD)
-        low = tl.maximum(tl.load(lower + row), -FORCED)
-        high = tl.maximum(tl.max(tl.where(key < FORCED, key, DEAD)), low)
-        position = tl.load(positions + offset, mask=inside, other=0)  # in flight while the threshold is searched
-        threshold = _threshold(key, n, low, high, 0)
-        _place(key, position, threshold, n - tl.sum((key > threshold).to(tl.int32)), 0, 0, indices)
+    if (total >= n) & (groups * 4 <= TILE << (TIERS - 1)):
+        for i in tl.static_range(TIERS):  # in registers, as many as it takes: the cost follows the live length
+            if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)):
+                _take_listed(entries, counts, before, groups, n, bracket, indices, BLOCK_S, LOG_BLOCKS, TILE << i)
     elif (total >= n) & (groups * 4 <= longest):  # in memory, the blocks' lists one behind the other
-        long_keys += row.to(tl.int64) * longest
-        long_positions += row.to(tl.int64) * longest
+        long_entries += row.to(tl.int64) * longest
         for s in range(0, groups * 4, TILE_LONG):
             offset, listed, inside = _sources(counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
-            key = tl.where(listed, tl.load(keys + offset, mask=inside, other=0), DEAD)
-            tl.store(long_keys + _fours(s, TILE_LONG), key, mask=inside)
-            tl.store(long_positions + _fours(s, TILE_LONG), tl.load(positions + offset, mask=inside), mask=inside)
+            entry = tl.where(listed, tl.load(entries + offset, mask=inside, other=0), NO_ENTRY)
+            tl.store(long_entries + _fours(s, TILE_LONG), entry, mask=inside)
         tl.debug_barrier()
-        _take_best(long_keys, long_positions, groups * 4, n, indices, TILE_LONG)
+        _take_best(long_entries, groups * 4, n, indices, TILE_LONG)
     else:  # the bracket missed, which is rare: all tokens are candidates
         labels += pid_b * l_sb + pid_h * l_sh
         query += row.to(tl.int64) * P * (W * T + 1)
@@ -621,17 +635,18 @@ def _choose_kernel(labels, query, lower, seq_lens, n_tokens, keys, positions, co
             offs_s = s + tl.arange(0, BLOCK_S)
             words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W, BLOCK_W)
             key = _token_keys(words, query, s, seq_len, start, n, sink, recent, W, BLOCK_W, BITS, P, BLOCK_S, PTX)
-            tl.store(keys + offs_s, key, mask=offs_s < seq_len)
-            tl.store(positions + offs_s, offs_s, mask=offs_s < seq_len)
+            tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
         tl.debug_barrier()
-        _take_best(keys + first, positions + first, seq_len - first, n, indices, TILE_LONG)
+        _take_best(entries + first, seq_len - first, n, indices, TILE_LONG)
 
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
+SAMPLE = 2048  # tokens that bracket the n-th score; rows of less than that are searched whole
 RUN = 16  # of them side by side: the 64 bytes that memory gives at a time
 MARGIN = 6.0  # standard deviations of a sampled rank between the bracket and the n-th score: neighbours are alike
-BLOCK = 1024  # tokens that select scores at a time
-SAMPLE = 2048  # tokens that bracket the n-th score; rows of less than that are searched whole
+BLOCK = 1024  # tokens that emit scores at a time
+TILE = 2048  # candidates that choose searches in registers; doubled for long contexts, up to MAX_TILE
+MAX_TILE = 16384
 
 
 def pdl(tensor):
@@ -646,8 +661,8 @@ class Workspace:
     """
 
     def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None, segments=None):
-        """config: DSConfig, or None for dense decode alone. splits, segments: programs that share a row's tokens in attend and in
-        select, both powers of two."""
+        """config: DSConfig, or None for dense decode alone. splits, segments: programs that share a row's tokens in attend and
+        in emit, powers of two."""
         def scratch(*shape, dtype=torch.int32):
             return torch.empty(*shape, dtype=dtype, device=device)
 
@@ -661,12 +676,12 @@ class Workspace:
             self.n_tokens, self.lower = scratch(B), scratch(R)
             self.query = scratch(R, HQ // HKV * (D + 1))  # at most a word per label dim, and a bias
             self.blocks = triton.next_power_of_2(triton.cdiv(S, BLOCK))
-            self.keys, self.positions = scratch(R, self.blocks * BLOCK), scratch(R, self.blocks * BLOCK)
+            self.entries = scratch(R, triton.cdiv(S, BLOCK) * BLOCK, dtype=torch.int64)
             self.counts, self.before = scratch(R, self.blocks), scratch(R, self.blocks)
             max_tokens = config.budget(S if window is None else min(S, window))
-            self.tile = min(max(SAMPLE, triton.next_power_of_2(max_tokens * 7 // 4)), 16384)  # candidates searched in registers
+            self.tile = min(max(TILE, triton.next_power_of_2(max_tokens * 7 // 4)), MAX_TILE)
             self.longest = 4 * max_tokens  # candidates searched in memory
-            self.long_keys, self.long_positions = scratch(R, self.longest), scratch(R, self.longest)
+            self.long_entries = scratch(R, self.longest, dtype=torch.int64)
             self.indices = scratch(B, HKV, max_tokens)
 
 
@@ -675,7 +690,6 @@ class Selection:
     """One call's arguments of the three kernels that select; they run in the order bracket, emit, choose."""
 
     q: torch.Tensor  # [B, HQ, D]
-    k: torch.Tensor | None  # [B, HKV, S, D]; given, the newest key's label is written
     labels: torch.Tensor  # [B, HKV, W, S] int32
     label_map: LabelMap
     seq_lens: torch.Tensor  # [B] int32
@@ -691,27 +705,30 @@ class Selection:
         B, HKV, W, S = self.labels.shape
         self.rows = B * HKV
         self.eligible = NO_WINDOW if self.window is None else self.window
-        overlapped = pdl(self.q) and not self.portable
+        nvidia = not self.portable and self.q.is_cuda and torch.version.cuda is not None
+        overlapped = not self.portable and pdl(self.q)
         self.pdl = dict(launch_pdl=True) if overlapped else {}
+        self.registers = dict(maxnreg=128) if nvidia else {}  # so that a multiprocessor holds four rows of bracket
         self.shape = dict(HKV=HKV, W=W, BLOCK_W=triton.next_power_of_2(W), BITS=bits,
                           P=1 if self.config.pool == "mean" else self.q.shape[1] // HKV,
-                          PTX=not self.portable and self.q.is_cuda and torch.version.cuda is not None, PDL=overlapped)
+                          PTX=nvidia, PDL=overlapped)
 
-    def bracket(self, num_warps=4, maxnreg=128):
-        """The newest key's label, the query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
+    def bracket(self, num_warps=4):
+        """The query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
         m, ws, D = self.label_map, self.workspace, self.q.shape[2]
         _bracket_kernel[(self.rows,)](
-            self.q, self.k, m.basis_q, m.basis_k, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower,
-            *self.q.stride()[:2], *((0, 0, 0) if self.k is None else self.k.stride()[:3]), *self.labels.stride()[:3],
-            self.labels.shape[3], self.eligible, self.config.n_tokens or 0, self.config.min_tokens, *self.config.share(), G=self.q.shape[1] // self.shape["HKV"], D=D,
-            BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[2], M=SAMPLE, RUN=RUN, MARGIN=MARGIN, LABEL=self.k is not None, num_warps=num_warps,
-            maxnreg=maxnreg, **self.pdl, **self.shape)
+            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, *self.q.stride()[:2],
+            *self.labels.stride()[:3], self.labels.shape[3], self.eligible, self.config.n_tokens or 0, self.config.min_tokens,
+            *self.config.share(), G=self.q.shape[1] // self.shape["HKV"], D=D, BLOCK_D=triton.next_power_of_2(D),
+            C=m.basis_q.shape[2], M=SAMPLE, RUN=RUN, MARGIN=MARGIN, num_warps=num_warps,
+            enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
+            **self.registers, **self.pdl, **self.shape)
 
     def emit(self, num_warps=8):
         """The candidates: tokens at or above the bracket, block by block."""
         ws = self.workspace
         _emit_kernel[(self.rows * ws.segments,)](
-            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.keys, ws.positions, ws.counts, *self.labels.stride()[:3],
+            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.entries, ws.counts, *self.labels.stride()[:3],
             self.labels.shape[3], self.eligible, self.config.sink, self.config.recent, SEGMENTS=ws.segments, BLOCK_S=BLOCK,
             BLOCKS=ws.blocks, num_warps=num_warps, **self.pdl, **self.shape)
 
@@ -720,23 +737,22 @@ class Selection:
         ws = self.workspace
         num_warps = num_warps or max(1, min(16, ws.tile // (256 if self.rows <= 256 else 512)))
         _choose_kernel[(self.rows,)](
-            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.keys, ws.positions, ws.counts, ws.before,
-            ws.long_keys, ws.long_positions, ws.indices,
-            *self.labels.stride()[:3], self.labels.shape[3], ws.longest, ws.indices.shape[2], self.eligible,
-            self.config.sink, self.config.recent, BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1, TILE=ws.tile,
-            TILE_LONG=min(ws.tile, 256 * num_warps), num_warps=num_warps, **self.pdl, **self.shape)
+            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.entries, ws.counts, ws.before, ws.long_entries,
+            ws.indices, *self.labels.stride()[:3], self.labels.shape[3], ws.longest, ws.indices.shape[2], self.eligible,
+            self.config.sink, self.config.recent, BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1, TILE=TILE,
+            TIERS=(ws.tile // TILE).bit_length(), TILE_LONG=256 * num_warps, num_warps=num_warps, **self.pdl, **self.shape)
 
 
-def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False, k=None):
+def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False):
     """score_ref and select_ref in three launches, without writing the scores. Shapes as in score_ref.
 
-    k [B, HKV, S, D]: if given, the label of the newest key is written, too. Returns (indices [B, HKV, N] int32, ascending,
-    n_tokens [B] int32), both in the workspace; entries past n_tokens are not written.
+    Returns (indices [B, HKV, N] int32, ascending, n_tokens [B] int32), both in the workspace; entries past n_tokens are not
+    written.
     """
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
     workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-    selection = Selection(q, k, labels, label_map, seq_lens, config, workspace, window, portable)
+    selection = Selection(q, labels, label_map, seq_lens, config, workspace, window, portable)
     selection.bracket()
     selection.emit()
     selection.choose()
@@ -773,10 +789,26 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
 
 
 @triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, out, max_tokens, window, scale_log2, q_sb,
-                   q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
-                   BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-                   BLOCK_N: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
+def _label_newest(key, basis, step, lo, labels, l_sw, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr,
+                  BLOCK_W: tl.constexpr, BITS: tl.constexpr):
+    """Writes the label of one key [D]: W words, l_sw apart."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    C: tl.constexpr = W * PER_WORD
+    offs_d, offs_c, offs_w = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_W * PER_WORD), tl.arange(0, BLOCK_W)
+    newest = tl.load(key + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    dots = tl.sum(_columns(basis, C, offs_c, D, BLOCK_D) * newest[:, None], 0)
+    lows = tl.load(lo + offs_c, mask=offs_c < C, other=0.0)
+    codes = _label_codes(dots, lows, tl.load(step + offs_c, mask=offs_c < C, other=1.0), BITS)
+    words = tl.sum(tl.reshape(codes, [BLOCK_W, PER_WORD]) << (BITS * tl.arange(0, PER_WORD))[None, :], 1)
+    tl.store(labels + offs_w * l_sw, words, mask=offs_w < W)
+
+
+@triton.jit
+def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, out, basis_k, step, lo, labels,
+                   max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw,
+                   SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
+                   BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
+                   BLOCK_W: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
     row, pid_split = tl.program_id(0), tl.program_id(1)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     offs_d, offs_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -785,9 +817,16 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
                     mask=mask_g[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_G, BLOCK_D]
     if UPCAST:
         query = query.to(tl.float32)
+    seq_len = tl.load(seq_lens + pid_b)
+    k += pid_b * k_sb + pid_h * k_sh
+    v += pid_b * v_sb + pid_h * v_sh
+    if W > 0:  # while the selection runs: nobody reads the newest label in this step, its token is attended in any case
+        if pid_split == 0:
+            C: tl.constexpr = W * 32 // BITS
+            _label_newest(k + (seq_len - 1).to(tl.int64) * k_ss, basis_k + pid_h * D * C, step + pid_h * C, lo + pid_h * C,
+                          labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D, W, BLOCK_W, BITS)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    seq_len = tl.load(seq_lens + pid_b)
     begin = 0 if SPARSE else tl.maximum(seq_len - window, 0)
     end = tl.load(n_tokens + pid_b) if SPARSE else seq_len
     per_split = tl.cdiv(end - begin, SPLITS * BLOCK_N) * BLOCK_N
@@ -796,8 +835,6 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    k += pid_b * k_sb + pid_h * k_sh
-    v += pid_b * v_sb + pid_h * v_sh
     offs_n = begin + tl.arange(0, BLOCK_N)
     token = offs_n
     if SPARSE:
@@ -843,24 +880,30 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         tl.store(arrived + row, 0)
 
 
-def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, block_n=None, num_warps=None, stages=2):
-    """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts."""
-    half = q.element_size() == 2
-    block_n = block_n or 32
-    num_warps = num_warps or (1 if half else 4)
+def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, labels=None, label_map=None,
+           overlap=False, block_n=32, num_warps=None, stages=2):
+    """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts.
+
+    labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too. overlap: start
+    while `select`, called right before, ends; q, k and seq_lens must be older than that.
+    """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     G = HQ // HKV
     assert q.stride(2) == k.stride(3) == v.stride(3) == 1
     ws = workspace or Workspace(B, HQ, HKV, D, S, q.device)
     out = torch.empty(B, HQ, D, dtype=q.dtype, device=q.device)
+    m, W = label_map, 0 if labels is None else labels.shape[2]
+    overlap = overlap and pdl(q)
     _attend_kernel[(B * HKV, ws.splits)](
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,
-        S if indices is None else indices.shape[-1], NO_WINDOW if window is None else window,
-        math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], indices is not None, HKV, G,
-        max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n, stages,
+        *((m.basis_k, m.step, m.lo, labels) if W else (None,) * 4), S if indices is None else indices.shape[-1],
+        NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],
+        *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), indices is not None, HKV, G,
+        max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n, stages, W,
+        triton.next_power_of_2(W), m.bits if W else 0,
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
-        PDL=pdl(q), num_warps=num_warps, **(dict(launch_pdl=True) if pdl(q) else {}))
+        PDL=overlap, num_warps=num_warps or (1 if q.element_size() == 2 else 4), **(dict(launch_pdl=True) if overlap else {}))
     return out
 
 
@@ -892,8 +935,9 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
         B, HQ, D = q.shape
         HKV, S = k.shape[1:3]
         workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, workspace, k=k if label_newest else None)
-        return attend(q, k, v, seq_lens, indices, n_tokens, workspace=workspace)
+        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, workspace)
+        newest = dict(labels=labels, label_map=label_map) if label_newest else {}
+        return attend(q, k, v, seq_lens, indices, n_tokens, workspace=workspace, overlap=True, **newest)
     if label_newest:
         newest = (seq_lens - 1)[:, None]
         rows = newest.long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])

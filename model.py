@@ -201,8 +201,8 @@ class LayerCache:
         return self.kv[:, :, :length].unbind(3)
 
     def decode(self, q, seq_lens):
-        """q [R, HQ, D], one query per row; seq_lens [R]. R = B, and the newest keys' labels are written, or R over the one sequence
-        of a B = 1 cache."""
+        """q [R, HQ, D], one query per row; seq_lens [R]. R = B, and the newest keys' labels are written, or R over the one
+        sequence of a B = 1 cache."""
         k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
         own = len(q) == len(self.kv)
         workspace = self.workspace if own else None

@@ -254,14 +254,15 @@ def test_kernel_selection_of_adversarial_scores(crowd, window, portable, monkeyp
     assert check_selection(adversarial(crowd, window=window)) == 1.0
 
 
-def test_a_bracket_that_missed_is_mended():
+def test_a_bracket_that_missed_is_mended(monkeypatch):
     """Too few candidates, or too many to list: all keys anew. The sample is deceived to get the first."""
     for crowd, few in (("sample-sees-the-best", True), ("many-ties", False)):
         p = adversarial(CROWDS[crowd])
         workspace = ds.Workspace(2, 2, 2, 64, 6000, torch.device(DEVICE), p.config)
         if not few:
+            monkeypatch.setattr(ds, "TILE", 256)
             workspace.tile, workspace.longest = 256, 0
-        selection = ds.Selection(p.q, None, p.labels, p.map, p.seq_lens, p.config, workspace)
+        selection = ds.Selection(p.q, p.labels, p.map, p.seq_lens, p.config, workspace)
         selection.bracket()
         selection.emit()
         found = workspace.counts[:2, : -(-6000 // ds.BLOCK)].sum(-1)  # the candidates of row 0's heads
@@ -270,10 +271,13 @@ def test_a_bracket_that_missed_is_mended():
         check_exact(p, workspace.indices)
 
 
-def test_lists_too_long_for_registers_are_searched_in_memory():
-    p = Problem(shapes(B=2, HQ=2, S=6000), seq_lens=[6000, 4801])
-    workspace = ds.Workspace(2, 2, 2, 64, 6000, torch.device(DEVICE), p.config)
-    workspace.tile = 256
+@pytest.mark.parametrize("tile", [256, 2048], ids=["in-memory", "in-registers"])
+def test_lists_of_all_lengths_are_searched(tile, monkeypatch):
+    """Longer than fits registers, or in the smallest tile that holds them."""
+    monkeypatch.setattr(ds, "TILE", 256)
+    p = Problem(shapes(B=3, HQ=2, S=6000), seq_lens=[6000, 3000, 200])
+    workspace = ds.Workspace(3, 2, 2, 64, 6000, torch.device(DEVICE), p.config)
+    workspace.tile = tile
     check_exact(p, ds.select(p.q, p.labels, p.map, p.seq_lens, p.config, workspace=workspace)[0])
 
 
@@ -345,6 +349,38 @@ def test_decode_step_by_kernels_equals_reference(case):
             for config in (DSConfig(**{**vars(p.config), "impl": impl}) for impl in ("torch", "triton", "triton"))]
     assert relative_error(outs[1], outs[0]) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[p.dtype]
     assert torch.equal(outs[1], outs[2]), "the same inputs gave other bits"
+
+
+@cases
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_decode_step_writes_the_newest_label_and_no_other(case, impl):
+    p = Problem(case)
+    config = DSConfig(**{**vars(p.config), "impl": impl})
+    newest = (p.seq_lens - 1).long()[:, None, None, None].expand(-1, *p.labels.shape[1:3], 1)
+    labels = p.labels.scatter(3, newest, 0)
+    ds.ds_decode(p.q, p.k, p.v, labels, p.map, p.seq_lens, config, p.window)
+    assert torch.equal(labels.scatter(3, newest, 0), p.labels.scatter(3, newest, 0))
+    got, want = (ds.unpack(x.gather(3, newest).transpose(2, 3), p.bits) for x in (labels, p.labels))
+    assert (got - want).abs().max() <= (1 if p.bits < 16 else 8)  # sums in another order
+    assert (got != want).float().mean() < (0.02 if p.bits < 16 else 0.5)
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_lengths_change_inside_a_cuda_graph():
+    p = Problem(shapes(B=2, S=5000), seq_lens=[5000, 4000])
+    workspace = ds.Workspace(2, 4, 2, 64, 5000, torch.device(DEVICE), p.config)
+    lens = p.seq_lens.clone()
+    step = lambda: ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, lens, p.config, workspace=workspace)
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for now in ([5000, 4000], [37, 4999], [2100, 1]):
+        lens.copy_(torch.tensor(now))
+        out.fill_(float("nan"))
+        graph.replay()
+        got = out.clone()
+        assert torch.equal(got, step())
 
 
 @cases
