@@ -130,7 +130,8 @@ class LabelMap:
             grouped = grouped.mean(2, keepdim=True)  # [B, HKV, P, D]
         dots = torch.einsum("bhpd,hdc->bhpc", grouped, self.basis_q)
         largest = (dots * self.step[:, None]).abs().amax((2, 3))  # [B, HKV]
-        scale = torch.where(largest > 0, 127 / largest, 0.0)[..., None, None]
+        # one rounding, as in the kernel: a number over a tensor would be a product with its reciprocal
+        scale = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)[..., None, None]
         codes = torch.floor(dots * self.step[:, None] * scale + 0.5)
         bias = torch.floor((dots * self.lo[:, None]).sum(-1) * scale[..., 0] + 0.5)
         if pool == "mean":

@@ -30,6 +30,7 @@ from transformers import (
     LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 )
 
+import bench
 import calibrate
 import convert_hf
 import ds_attention as ds
@@ -146,6 +147,19 @@ def test_label_scores_approximate_q_dot_k():
         scores, want = p.scores()[b, :, :length], exact[b, :, :length]
         error = (scores - scores.mean(-1, keepdim=True)) - (want - want.mean(-1, keepdim=True))
         assert error.std() < 0.02 * want.std()
+
+
+def test_query_codes_round_as_the_reference_s():
+    """bf16 queries and one-hot labels put many codes on the edge between two: kernel and reference must fall on the same side."""
+    p = Problem(shapes(B=60, HQ=2, S=1, dtype=torch.bfloat16))
+    one_hot = torch.eye(64, device=DEVICE)[:, :32].expand(2, -1, -1)
+    p.map = LabelMap.from_statistics(one_hot, one_hot, p.map.lo * 0, torch.ones_like(p.map.lo), 4)
+    workspace = ds.Workspace(60, 2, 2, 64, 1, torch.device(DEVICE), p.config)
+    ds.Selection(p.q, p.labels, p.map, p.seq_lens, p.config, workspace).bracket()
+    words = workspace.query.view(-1)[: 120 * 9].view(60, 2, 9)[..., :8].view(60, 2, 4, 2)  # of every label word, two slices
+    got = (ds.unpack(words, 8).view(60, 2, 4, 2, 4).transpose(3, 4).reshape(60, 2, 32) + 128) % 256 - 128
+    want, _, _ = p.map.query_codes(p.q, "mean")
+    assert torch.equal(got, want[:, :, 0].int())
 
 
 ADVERSARIAL = {
@@ -1006,8 +1020,28 @@ def test_tiny_retrieval_is_kept_at_a_sixteenth_and_breaks_with_too_little(tiny):
 
 
 @pytest.mark.parametrize("page", ["README.md", "tiny/README.md"])
-def test_tables_are_those_of_the_results(page):
-    assert evaluation.table() in (ROOT / page).read_text()
+def test_quality_tables_are_those_of_the_results(page):
+    assert evaluation.table() in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_attention_table_is_that_of_the_results():
+    rows = bench.newest_rows(ROOT / "results" / "attention.jsonl")
+    assert bench.attention_table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_bench_plots_speedups_where_matplotlib_is(tmp_path, capsys):
+    rows = bench.newest_rows(ROOT / "results" / "attention.jsonl")
+    bench.plot(rows, tmp_path / "speedup.png")
+    assert (tmp_path / "speedup.png").exists() or "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_bench_checks_its_rows_on_a_cpu():
+    config = DSConfig(impl="torch")
+    row = bench.attention_row(2, 600, 4, 2, 64, torch.float32, config, "cpu", None)
+    assert row["max_rel_err"] < 1e-4 and row["selected_mass"] > 0.9999 and row["ds_us"] > 0 and "speedup" not in row
+    x = bench.Inputs(1, 600, 4, 2, 64, torch.float32, config, "cpu", 0)
+    wrong = ds.dense_decode(x.q, x.k, x.v, x.seq_lens)  # attention to other tokens is found out
+    assert bench.check(x, config, wrong)[0] > 0.1
 
 
 def test_published_items_have_our_wording(tmp_path):
