@@ -1,8 +1,9 @@
-"""Quality: what Double Sparsity loses against dense, through the same decode code that generates.
+"""Quality: what Double Sparsity and other ways to choose tokens lose against dense, through the decode code that generates.
 
 Every scored token is decoded: it attends to its own past with its own selection. Nothing is masked after the fact.
 Each run prints its rows; with --save it appends them to results/quality.jsonl, whence `table` prints the README's table.
-Usage: python eval.py perplexity --data FILE [--context 4096] [--n_tokens 256]
+Usage: python eval.py perplexity --data FILE [--context 4096] [--n_tokens 256] [--methods ds exact_topk quest streaming]
+       python eval.py agreement --data FILE [--context 4096]      KL to dense and how often the likeliest token is the same
        python eval.py kv_retrieval [--data FILE] [--limit 100]
        python eval.py table
 """
@@ -13,6 +14,7 @@ import json
 import lzma
 import math
 import random
+import statistics
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -22,23 +24,155 @@ import torch.nn.functional as F
 import triton
 from tqdm import tqdm
 
+from ds_attention import attend_ref, live_range, score_ref, select_ref
 from generate import HERE, add_sparsity_arguments, default_dtype, load, load_maps, pick_device, read_text, sparsity_from
-from model import ArgumentParser, KVCache, run_command
+from model import ArgumentParser, KVCache, LayerCache, run_command
 from tiny.tasks import kv_answer, kv_context, kv_question, random_kv
+
+
+# ---------------------------------------------------------------- other methods at the same budget
+
+
+class Baseline(LayerCache):
+    """A sparse layer that scores tokens in another way; budget, sink, recent and dense layers are Double Sparsity's.
+
+    One sequence, its positions as rows, on the reference path. Made of a LayerCache; it has no labels.
+    """
+
+    def __init__(self, layer):
+        super().__init__(layer.kv, layer.window, layer.ds)
+
+    def write(self, k, v, positions, labels=True):
+        super().write(k, v, positions, labels=False)
+
+    def scores(self, q, k):
+        """q [R, HKV, G, D], k [HKV, S, D], fp32 -> [R, HKV, G, S], or [S] for all alike."""
+        raise NotImplementedError
+
+    def choose(self, q, seq_lens):
+        """The tokens attended, (indices [R, HKV, N], n_tokens [R]) as in select_ref."""
+        S, HKV = int(seq_lens.max()), self.kv.shape[1]
+        k = self.past(S)[0][0].float()
+        scores = self.scores(q.float().unflatten(1, (HKV, -1)), k).expand(len(q), HKV, q.shape[1] // HKV, S)
+        return best_tokens(self, scores.mean(2) if self.ds.pool == "mean" else scores.amax(2), seq_lens)
+
+    def decode(self, q, seq_lens):
+        k, v = (x.expand(len(q), -1, -1, -1) for x in self.past(int(seq_lens.max())))
+        return attend_ref(q, k, v, seq_lens, *self.choose(q, seq_lens))
+
+
+def best_tokens(layer, scores, seq_lens):
+    """scores [R, HKV, S] -> (indices [R, HKV, N], n_tokens [R]) by the layer's DSConfig."""
+    n = layer.ds.budget(live_range(seq_lens, layer.window)[1])
+    return select_ref(scores, seq_lens, n, int(n.max()), layer.ds.sink, layer.ds.recent, layer.window), n
+
+
+class ExactTopK(Baseline):
+    """The best tokens by q . k itself: the ceiling of what any choice of this many tokens by score can keep."""
+
+    def scores(self, q, k):
+        return torch.einsum("rhgd,hsd->rhgs", q, k)
+
+
+class Streaming(Baseline):
+    """The first and the newest tokens alone (StreamingLLM, arXiv 2309.17453, without its shifted positions)."""
+
+    def scores(self, q, k):
+        return torch.arange(k.shape[1], dtype=torch.float32, device=k.device)
+
+
+class Quest(Baseline):
+    """Whole pages of 16 tokens by an upper bound of q . k from the page's extremes (arXiv 2406.10774)."""
+
+    PAGE = 16
+
+    def scores(self, q, k):
+        # a row's last page may hold tokens after it: all of its own are among the newest, which are attended in any case
+        assert self.ds.recent >= self.PAGE - 1, "quest needs --recent of a page at least"
+        S = k.shape[1]
+        padded = torch.cat([k, k[:, -1:].expand(-1, -S % self.PAGE, -1)], 1)  # repeats a key: no new extreme
+        low, high = padded.unflatten(1, (-1, self.PAGE)).aminmax(dim=2)  # [HKV, pages, D]
+        bound = torch.einsum("rhgd,hpd->rhgp", q.clamp(min=0), high) + torch.einsum("rhgd,hpd->rhgp", q.clamp(max=0), low)
+        return bound.repeat_interleave(self.PAGE, -1)[..., :S]
+
+
+class H2O(Baseline):
+    """Half the budget for the newest tokens, half for those with the most attention so far; the rest is evicted for good
+    (arXiv 2306.14048). Rows must come in order from the first token on, one after the other: it is slow."""
+
+    def decode(self, q, seq_lens):
+        HKV, D = self.kv.shape[1], self.kv.shape[4]
+        k, v = (x[0].float() for x in self.past(int(seq_lens.max())))  # [HKV, S, D]
+        out = torch.empty_like(q)
+        for row, length in enumerate(seq_lens.tolist()):
+            if length == 1:
+                self.kept = torch.empty(HKV, 0, dtype=torch.long, device=q.device)  # positions, ascending
+                self.attention = torch.empty(HKV, 0, device=q.device)  # the sum of what each has got
+            n = self.ds.budget(length)
+            self.kept = F.pad(self.kept, (0, 1), value=length - 1)
+            self.attention = F.pad(self.attention, (0, 1))
+            while self.kept.shape[1] > n:
+                old = self.attention.masked_fill(self.kept >= length - max(1, n // 2), float("inf"))
+                stays = torch.ones_like(self.kept, dtype=torch.bool).scatter_(1, old.argmin(1, keepdim=True), False)
+                self.kept, self.attention = (x[stays].view(HKV, -1) for x in (self.kept, self.attention))
+            index = self.kept[..., None].expand(-1, -1, D)
+            logits = torch.einsum("hgd,hnd->hgn", q[row].float().view(HKV, -1, D), k.gather(1, index)) / math.sqrt(D)
+            weights = logits.softmax(-1)
+            self.attention += weights.sum(1)
+            out[row] = torch.einsum("hgn,hnd->hgd", weights, v.gather(1, index)).flatten(0, 1).to(q.dtype)
+        return out
+
+
+class Probed:
+    """A sparse layer that also sums up the attention mass which its tokens hold: share of the exact softmax, per query head."""
+
+    def __init__(self, layer):
+        self.layer, self.ds, self.mass, self.rows = layer, layer.ds, 0.0, 0
+        self.write, self.past = layer.write, layer.past
+
+    def decode(self, q, seq_lens):
+        layer, S = self.layer, int(seq_lens.max())
+        if isinstance(layer, Baseline):
+            indices, n = layer.choose(q, seq_lens)
+        else:
+            labels = layer.labels[..., :S].expand(len(q), -1, -1, -1)
+            scores = score_ref(q, labels, layer.label_map, seq_lens, layer.window, layer.ds.pool)
+            indices, n = best_tokens(layer, scores, seq_lens)
+        grouped = q.float().unflatten(1, (layer.kv.shape[1], -1))  # [R, HKV, G, D]
+        logits = torch.einsum("rhgd,hsd->rhgs", grouped, layer.past(S)[0][0].float()) / math.sqrt(q.shape[2])
+        start, _ = live_range(seq_lens, layer.window)
+        position = torch.arange(S, device=q.device)
+        eligible = (position >= start[:, None]) & (position < seq_lens[:, None])  # [R, S]
+        weights = logits.masked_fill(~eligible[:, None, None], float("-inf")).softmax(-1)
+        kept = weights.gather(3, indices.clamp(min=0).long()[:, :, None].expand(-1, -1, weights.shape[2], -1))
+        kept = kept.masked_fill((indices < 0)[:, :, None], 0.0).sum(3)
+        self.mass, self.rows = self.mass + kept.sum(0).flatten().double(), self.rows + len(q)
+        return layer.decode(q, seq_lens)
+
+
+METHODS = {"ds": None, "exact_topk": ExactTopK, "quest": Quest, "streaming": Streaming, "h2o": H2O}
+
+
+# ---------------------------------------------------------------- tasks
 
 
 class Decoder:
     """A model with one cache for one sequence, which it scores as decode rows."""
 
-    def __init__(self, model, tokenizer, max_seq_length, ds=None, label_maps=None, rows=512):
-        """ds: None for dense. rows: tokens decoded at once; it changes memory, not results."""
-        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+    def __init__(self, model, tokenizer, max_seq_length, ds=None, label_maps=None, rows=512, method="ds"):
+        """ds: None for dense. rows: tokens decoded at once; it changes memory, not results. method: one of METHODS."""
+        self.model, self.tokenizer, self.rows, self.method = model, tokenizer, rows, method
         self.cache = KVCache(model.config, 1, max_seq_length, model.device, model.dtype, ds, label_maps)
+        if METHODS[method] is not None:
+            self.cache.layers = [layer if layer.ds is None else METHODS[method](layer) for layer in self.cache.layers]
 
     def start(self, tokens=()):
-        """Forgets the sequence and prefills another, dense."""
+        """Forgets the sequence and prefills another, dense (h2o decodes it: it must see each token's attention)."""
         self.cache.seq_lens.zero_()
-        if tokens:
+        if tokens and self.method == "h2o":
+            for _ in self.logits(list(tokens)):
+                pass
+        elif tokens:
             self.model.prefill([list(tokens)], self.cache)
 
     def logits(self, tokens):
@@ -93,6 +227,30 @@ def perplexity(decoder, windows, progress=False):
         text_bytes += len(decoder.tokenizer.decode(window[1:]).encode())
         bar.set_postfix_str(f"{math.exp(nats / tokens):.3f}")
     return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / text_bytes, "n_items": len(windows)}
+
+
+def agreement(decoder, dense, windows, progress=False):
+    """decoder against dense, two Decoders, on the same text (windows as in perplexity).
+
+    {"kl": of dense's next token from decoder's, nats per token; "top1": how often their likeliest tokens are the same, percent;
+    "mass": per sparse layer and query head, the mean share of the exact attention that the chosen tokens hold; not for h2o}.
+    """
+    if decoder.method != "h2o":
+        decoder.cache.layers = [layer if layer.ds is None else Probed(layer) for layer in decoder.cache.layers]
+    kl = same = tokens = 0
+    bar = tqdm(windows, desc="agreement", unit="window", leave=False, disable=not progress)
+    for window in bar:
+        decoder.start()
+        dense.start()
+        for (ours, _), (theirs, _) in zip(decoder.logits(window[:-1]), dense.logits(window[:-1])):
+            ours, theirs = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+            kl += F.kl_div(ours, theirs, reduction="sum", log_target=True).double().item()
+            same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+            tokens += len(ours)
+        bar.set_postfix_str(f"{kl / tokens:.4f} nats, {100 * same / tokens:.1f}%")
+    found = {"kl": kl / tokens, "top1": 100 * same / tokens, "n_items": len(windows)}
+    probed = [layer for layer in decoder.cache.layers if isinstance(layer, Probed)]
+    return found | ({"mass": [(layer.mass / layer.rows).tolist() for layer in probed]} if probed else {})
 
 
 def kv_items(path=None, limit=None, n_records=50, seed=0):
@@ -170,30 +328,36 @@ def table(path=RESULTS):
         config = row["config"] or {}
         rows[tuple(row[name] for name in ("task", "checkpoint", "data", "context", "method", "budget", "n_items", "gpu")) +
              (config.get("label_channels"), config.get("label_bits"), config.get("dense_layers"))] = row
-    lines = ["| task | text | context | budget | tokens in a sparse layer | score | dense | items |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| task | text | context | method | budget | tokens in a sparse layer | score | dense | items |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for row in rows.values():
         if row["method"] == "dense":
             continue
         if row["task"] == "perplexity":
             score = f"{row['score']:.3f} ({row['score'] / row['dense_score']:.4f}x)"
             dense = f"{row['dense_score']:.3f} = {row['dense_bits_per_byte']:.4f} bits/byte"
+        elif row["task"] == "agreement":
+            score, dense = f"KL {row['score']:.4f}, {row['top1']:.1f}% of likeliest tokens", "0"
+            if row["mass"]:
+                score += f", {100 * statistics.mean(sum(row['mass'], [])):.1f}% of attention"
         else:
             score, dense = f"{row['score']:.1f}%", f"{row['dense_score']:.1f}%"
-        lines.append(f"| {row['task']} | {row['data']} | {row['context']} | {row['budget']} | {row['mean_tokens']:.0f} | {score} | "
-                     f"{dense} | {row['n_items']} |")
+        lines.append(f"| {row['task']} | {row['data']} | {row['context']} | {row['method']} | {row['budget']} | "
+                     f"{row['mean_tokens']:.0f} | {score} | {dense} | {row['n_items']} |")
     return "\n".join(lines)
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("perplexity", "kv_retrieval", "table"))
+    parser.add_argument("task", choices=("perplexity", "agreement", "kv_retrieval", "table"))
     parser.add_argument("--checkpoint", default=str(HERE / "tiny"), help="directory or hub id (default: the tiny model)")
-    parser.add_argument("--data", help="perplexity: UTF-8 text, or .jsonl[.xz] with a \"text\" per line; kv_retrieval: items in "
-                                       "the published format, .jsonl[.gz] (default: generated)")
+    parser.add_argument("--data", help="perplexity, agreement: UTF-8 text, or .jsonl[.xz] with a \"text\" per line; "
+                                       "kv_retrieval: items in the published format, .jsonl[.gz] (default: generated)")
     parser.add_argument("--context", type=int, default=4096, help="tokens per perplexity window (default %(default)s)")
     parser.add_argument("--limit", type=int, help="windows or items at most (default: all; 100 generated items)")
     parser.add_argument("--records", type=int, default=50, help="pairs of a generated item (default %(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ds"],
+                        help="ways to choose the tokens, all at the same budget (default: ds)")
     parser.add_argument("--save", action="store_true", help="append the rows to results/quality.jsonl")
     add_sparsity_arguments(parser)
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
@@ -204,41 +368,54 @@ def main():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
     ds = sparsity_from(args)
-    if args.task == "perplexity" and not args.data:
-        raise ValueError("perplexity needs a text: give --data FILE")
+    if args.task != "kv_retrieval" and not args.data:
+        raise ValueError(f"{args.task} needs a text: give --data FILE")
+    if args.task == "agreement" and ds is None:
+        raise ValueError("agreement compares with dense: give a --sparsity above 1")
     device = pick_device(args.device)
     model, tokenizer, checkpoint = load(args.checkpoint, device, default_dtype(device))
-    if args.task == "perplexity":
-        run, size = perplexity, args.context
-        items = text_windows(tokenizer, read_texts(args.data), args.context, args.limit)
-        lengths = [range(1, args.context + 1)]
-    else:
-        run = kv_retrieval
+    if args.task == "kv_retrieval":
         items = [encode_kv_item(tokenizer, *item) for item in kv_items(args.data, args.limit, args.records)]
         lengths = [[len(context)] for context, _, _ in items]
         size = max(sum(map(len, item)) for item in items)
+    else:
+        items = text_windows(tokenizer, read_texts(args.data), args.context, args.limit)
+        lengths, size = [range(1, args.context + 1)], args.context
     if size > model.config.max_positions:
         raise ValueError(f"{size} tokens are more than the model's {model.config.max_positions} positions: take a smaller "
                          "--context, or fewer --records")
     label_maps = load_maps(checkpoint, model.config, ds, device, args.channels) if ds else None
-    dense = None
-    for method, mode in [("dense", None)] + ([("ds", ds)] if ds else []):
-        score = run(Decoder(model, tokenizer, size, mode, label_maps), items, progress=True)
-        dense = dense or score
-        main_score = "perplexity" if args.task == "perplexity" else "accuracy"
+
+    def row(method, score, dense_score, mode, **more):
         counts = [mode.budget(n) if mode else n for per_item in lengths for n in per_item]
-        row = {"task": args.task, "checkpoint": checkpoint.name, "data": Path(args.data).name if args.data else "generated",
-               "method": method, "budget": budget_name(mode), "mean_tokens": sum(counts) / len(counts),
-               "score": score[main_score], "dense_score": dense[main_score], "n_items": score["n_items"],
-               "context": args.context if args.task == "perplexity" else round(sum(map(sum, lengths)) / len(lengths)),
-               "config": asdict(mode) if mode else None, **provenance(device)}
-        if args.task == "perplexity":
-            row |= {"bits_per_byte": score["bits_per_byte"], "dense_bits_per_byte": dense["bits_per_byte"]}
-        print(json.dumps(row))
+        return {"task": args.task, "checkpoint": checkpoint.name, "data": Path(args.data).name if args.data else "generated",
+                "method": method, "budget": budget_name(mode), "mean_tokens": sum(counts) / len(counts), "score": score,
+                "dense_score": dense_score, "n_items": len(items),
+                "context": round(sum(map(sum, lengths)) / len(lengths)) if args.task == "kv_retrieval" else args.context,
+                "config": asdict(mode) if mode else None, **provenance(device), **more}
+
+    dense = Decoder(model, tokenizer, size)
+    dense_found = None
+    for method in ([] if args.task == "agreement" else ["dense"]) + (args.methods if ds else []):
+        decoder = dense if method == "dense" else Decoder(model, tokenizer, size, ds, label_maps, method=method)
+        mode = None if method == "dense" else ds
+        if args.task == "agreement":
+            found = agreement(decoder, dense, items, progress=True)
+            result = row(method, found["kl"], 0.0, mode, top1=found["top1"], mass=found.get("mass"))
+        elif args.task == "perplexity":
+            found = perplexity(decoder, items, progress=True)
+            dense_found = dense_found or found
+            result = row(method, found["perplexity"], dense_found["perplexity"], mode, bits_per_byte=found["bits_per_byte"],
+                         dense_bits_per_byte=dense_found["bits_per_byte"])
+        else:
+            found = kv_retrieval(decoder, items, progress=True)
+            dense_found = dense_found or found
+            result = row(method, found["accuracy"], dense_found["accuracy"], mode)
+        print(json.dumps(result))
         if args.save:
             RESULTS.parent.mkdir(exist_ok=True)
             with open(RESULTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -996,9 +996,9 @@ def tiny():
     return model, generate.Tokenizer(TINY, model.config.bos_id)
 
 
-def decoder(tiny, size, config):
+def decoder(tiny, size, config, method="ds"):
     maps = load_label_maps(TINY, tiny[0].config, config) if config else None
-    return evaluation.Decoder(*tiny, size, config, maps)
+    return evaluation.Decoder(*tiny, size, config, maps, method=method)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the project's shared test data")
@@ -1017,6 +1017,84 @@ def test_tiny_retrieval_is_kept_at_a_sixteenth_and_breaks_with_too_little(tiny):
         "dense": None, "1/16": DSConfig(), "16 tokens, 8 dims": DSConfig(n_tokens=16, label_channels=8, recent=4)}.items()}
     assert found["dense"] == found["1/16"] == 100.0
     assert found["16 tokens, 8 dims"] <= 50.0
+
+
+def chosen_one_by_one(method, q, k, seq_len, n, config):
+    """The tokens of one query head's row by the method's own definition. q [D], k [S, D]."""
+    newest = list(range(seq_len - min(n, config.recent), seq_len))
+    forced = newest + [i for i in range(min(config.sink, n - len(newest))) if i not in newest]
+    rest = [i for i in range(seq_len) if i not in forced]
+    if method == "exact_topk":
+        rest.sort(key=lambda i: (-(q @ k[i]).item(), i))
+    elif method == "streaming":
+        rest.sort(reverse=True)
+    else:
+        pages = [k[i : i + 16] for i in range(0, len(k), 16)]
+        bounds = [torch.maximum(q * page.amax(0), q * page.amin(0)).sum().item() for page in pages]
+        rest.sort(key=lambda i: (-round(bounds[i // 16], 4), i))
+    return sorted(forced + rest[: n - len(forced)])
+
+
+@pytest.mark.parametrize("method", ["exact_topk", "quest", "streaming"])
+def test_baselines_choose_by_their_own_definition(method):
+    config = DSConfig(sparsity=4, min_tokens=4, dense_layers=0, sink=2, recent=16)
+    cache = KVCache(ModelConfig(64, 1, 2, 2, 32, 64, 50, 128), 1, 100, DEVICE, torch.float32, config, [Problem(shapes()).map])
+    layer = evaluation.METHODS[method](cache.layers[0])
+    generator = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((1, 2, 100, 32), (1, 2, 100, 32), (3, 2, 32)))
+    layer.write(k, v, torch.arange(100, device=DEVICE)[None])
+    lens = torch.tensor([100, 77, 5], dtype=torch.int32, device=DEVICE)
+    out = layer.decode(q, lens)
+    for b, length in enumerate(lens.tolist()):
+        n = config.budget(length)
+        for h in range(2):
+            chosen = chosen_one_by_one(method, q[b, h], k[0, h], length, n, config)
+            assert len(set(chosen)) == n
+            weights = (k[0, h, chosen] @ q[b, h] / 32**0.5).softmax(0)
+            torch.testing.assert_close(out[b, h], weights @ v[0, h, chosen], atol=1e-5, rtol=0)
+
+
+def test_h2o_keeps_the_newest_and_the_most_attended():
+    """Against the method told one token at a time, in dictionaries."""
+    config = DSConfig(n_tokens=9, dense_layers=0)
+    cache = KVCache(ModelConfig(64, 1, 2, 2, 32, 64, 50, 128), 1, 40, DEVICE, torch.float32, config, [Problem(shapes()).map])
+    layer = evaluation.H2O(cache.layers[0])
+    k, v, q = (torch.randn(*shape, generator=torch.Generator().manual_seed(s)).to(DEVICE) * 2
+               for s, shape in enumerate(((1, 2, 40, 32), (1, 2, 40, 32), (40, 2, 32))))
+    layer.write(k, v, torch.arange(40, device=DEVICE)[None])
+    lens = torch.arange(1, 41, dtype=torch.int32, device=DEVICE)
+    out = torch.cat([layer.decode(q[:25], lens[:25]), layer.decode(q[25:], lens[25:])])  # rows come in runs
+    for h in range(2):
+        got = {}
+        for i in range(40):
+            got[i] = 0.0
+            if len(got) > 9:
+                del got[min((j for j in got if j < i + 1 - 4), key=got.get)]
+            weights = (k[0, h, list(got)] @ q[i, h] / 32**0.5).softmax(0)
+            torch.testing.assert_close(out[i, h], weights @ v[0, h, list(got)], atol=1e-5, rtol=0)
+            for j, weight in zip(got, weights.tolist()):
+                got[j] += weight
+
+
+def test_agreement_with_itself_is_full_and_falls_with_the_budget(tiny):
+    windows = evaluation.text_windows(tiny[1], [(ROOT / "README.md").read_text(encoding="utf-8")], 700, limit=1)
+    dense = decoder(tiny, 700, None)
+    found = [evaluation.agreement(decoder(tiny, 700, config), dense, windows)
+             for config in (None, DSConfig(n_tokens=200), DSConfig(n_tokens=24))]
+    assert abs(found[0]["kl"]) < 1e-5 and found[0]["top1"] == 100.0
+    assert found[0]["kl"] < found[1]["kl"] < found[2]["kl"] and found[1]["top1"] > found[2]["top1"]
+    masses = [torch.tensor(f["mass"]) for f in found[1:]]
+    assert masses[0].shape == (5, 4) and (masses[0] > masses[1]).all() and (masses[0] <= 1).all()
+    best = evaluation.agreement(decoder(tiny, 700, DSConfig(n_tokens=24), "exact_topk"), dense, windows)
+    assert (torch.tensor(best["mass"]) >= masses[1] - 0.01).all(), "no choice of as many tokens keeps more than the best ones"
+
+
+def test_methods_order_as_expected_on_text(tiny):
+    """At a small budget exact scores keep most; the newest tokens alone keep least."""
+    windows = evaluation.text_windows(tiny[1], [(ROOT / "README.md").read_text(encoding="utf-8")], 700, limit=1)
+    scores = {method: evaluation.perplexity(decoder(tiny, 700, DSConfig(n_tokens=40), method), windows)["perplexity"]
+              for method in ("exact_topk", "ds", "h2o", "streaming")}
+    assert max(scores["exact_topk"], scores["ds"]) < min(scores["streaming"], scores["h2o"])
 
 
 @pytest.mark.parametrize("page", ["README.md", "tiny/README.md"])
