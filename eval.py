@@ -5,9 +5,12 @@ Each run prints its rows; with --save it appends them to results/quality.jsonl, 
 Usage: python eval.py perplexity --data FILE [--context 4096] [--n_tokens 256] [--methods ds exact_topk quest streaming]
        python eval.py agreement --data FILE [--context 4096]      KL to dense and how often the likeliest token is the same
        python eval.py kv_retrieval [--data FILE] [--limit 100]
+       python eval.py longbench --data multifieldqa_en.jsonl [--prompts dataset2prompt.json]     or gov_report, triviaqa
+       python eval.py mmlu --data DIR         the published archive: DIR/dev and DIR/test with a .csv file per subject
        python eval.py table
 """
 import argparse
+import csv
 import datetime
 import gzip
 import json
@@ -15,8 +18,11 @@ import lzma
 import math
 import random
 import statistics
+import string
 import subprocess
+from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -189,6 +195,18 @@ class Decoder:
                  for logits, first in self.logits(tokens[:-1])]
         return torch.cat(parts)
 
+    def greedy(self, prompt, max_new_tokens, stop):
+        """Token ids that follow prompt (all but its last token prefilled), up to a token of `stop`."""
+        self.start(prompt[:-1])
+        tokens = prompt[-1:]
+        while len(tokens) <= max_new_tokens:
+            logits, _ = next(self.logits(tokens[-1:]))
+            token = logits[0].argmax().item()
+            if token in stop:
+                break
+            tokens = tokens + [token]
+        return tokens[1:]
+
     def answers(self, context, question, answer):
         """True if greedy decoding after context (prefilled) and question (decoded) gives exactly the answer.
 
@@ -281,6 +299,111 @@ def kv_retrieval(decoder, items, progress=False):
     return {"accuracy": 100 * right / len(items), "n_items": len(items)}
 
 
+def words(text):
+    """Lower case, without punctuation and articles: what answers are compared by."""
+    text = "".join(" " if c in string.punctuation else c for c in text.lower())
+    return [word for word in text.split() if word not in ("a", "an", "the")]
+
+
+def f_measure(common, found, wanted):
+    """Harmonic mean of precision and recall, in percent."""
+    return 200 * common / (found + wanted) if common else 0.0
+
+
+def f1(prediction, answer):
+    """Of the words that both have, however often both have them."""
+    found, wanted = words(prediction), words(answer)
+    return f_measure(sum((Counter(found) & Counter(wanted)).values()), len(found), len(wanted))
+
+
+def rouge_l(prediction, answer):
+    """Of the longest common subsequence of words."""
+    found, wanted = words(prediction), words(answer)
+    row = [0] * (len(wanted) + 1)
+    for word in found:
+        before = 0
+        for i, other in enumerate(wanted, 1):
+            before, row[i] = row[i], before + 1 if word == other else max(row[i], row[i - 1])
+    return f_measure(row[-1], len(found), len(wanted))
+
+
+# LongBench (arXiv 2308.14508): tokens of an answer, metric, and a wording of our own for when its prompts are not at hand
+LONGBENCH = {
+    "multifieldqa_en": (64, f1, "{context}\n\nAnswer from the text above, in a few words.\nQuestion: {input}\nAnswer:"),
+    "triviaqa": (32, f1, "{context}\n\nAnswer in a few words.\n{input}\nAnswer:"),
+    "gov_report": (512, rouge_l, "{context}\n\nA summary of the report above, on one page.\nSummary:"),
+}
+
+
+def longbench_items(tokenizer, path, name, prompts, size, limit=None):
+    """[(prompt ids, tokens of an answer, answers)] of the LongBench dataset `name`; a prompt too long loses its middle."""
+    max_new_tokens, _, wording = LONGBENCH[name]
+    if prompts:
+        try:
+            wording = json.loads(read_text(prompts))[name]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{prompts}: not a JSON object with a prompt for {name}") from None
+    room, items = size - max_new_tokens, []
+    if room < 2:
+        raise ValueError(f"context={size}: leaves no room for an answer of {max_new_tokens} tokens")
+    for context, question, answers in read_json_lines(path, ("context", "input", "answers"))[:limit]:
+        ids = tokenizer.encode(wording.format(context=context, input=question))
+        items.append((ids if len(ids) <= room else ids[: room // 2] + ids[-(room - room // 2) :], max_new_tokens, answers))
+    return items
+
+
+def longbench(decoder, items, metric, stop, progress=False):
+    """Mean over items of the best metric (f1 or rouge_l) over their answers, in percent; QA answers end at the line's end."""
+    total = 0.0
+    bar = tqdm(items, desc="longbench", unit="item", leave=False, disable=not progress)
+    for done, (prompt, max_new_tokens, answers) in enumerate(bar, 1):
+        text = decoder.tokenizer.decode(decoder.greedy(prompt, max_new_tokens, stop)).strip()
+        if metric is f1:
+            text = text.split("\n")[0]
+        total += max(metric(text, answer) for answer in answers)
+        bar.set_postfix_str(f"{total / done:.1f}")
+    return {"accuracy": total / len(items), "n_items": len(items)}
+
+
+def mmlu_items(tokenizer, directory, limit=None):
+    """[(prompt ids with five solved questions of the subject in front, ids of the four letters, index of the right one)]."""
+    def read(path):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        if not rows or any(len(row) != 6 or row[5] not in "ABCD" for row in rows):
+            raise ValueError(f"{path}: each line must hold a question, four choices and a letter")
+        return rows
+
+    def ask(question, *choices):
+        return "\n".join([question, *(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices)), "Answer:"])
+
+    letters = [tokenizer.encode(f"Answer: {letter}", bos=False)[-1] for letter in "ABCD"]
+    items = []
+    for path in sorted(Path(directory, "test").glob("*_test.csv")):
+        subject = path.name.removesuffix("_test.csv")
+        solved = [f"{ask(*row[:5])} {row[5]}" for row in read(Path(directory, "dev", f"{subject}_dev.csv"))[:5]]
+        head = f"Questions about {subject.replace('_', ' ')}, with the letters of their right answers."
+        items += [(tokenizer.encode("\n\n".join([head, *solved, ask(*row[:5])])), letters, "ABCD".index(row[5]))
+                  for row in read(path)]
+    if not items:
+        raise ValueError(f"{directory}: no test/*_test.csv in it; --data takes the directory of the published archive")
+    if limit and limit < len(items):  # spread over the subjects
+        items = [items[i * len(items) // limit] for i in range(limit)]
+    return items
+
+
+def mmlu(decoder, items, progress=False):
+    """Percent of items whose right letter is the likeliest of the four. The last token is decoded, all before it prefilled."""
+    right = 0
+    bar = tqdm(items, desc="mmlu", unit="item", leave=False, disable=not progress)
+    for done, (prompt, letters, answer) in enumerate(bar, 1):
+        decoder.start(prompt[:-1])
+        logits, _ = next(decoder.logits(prompt[-1:]))
+        right += logits[0, letters].argmax().item() == answer
+        bar.set_postfix_str(f"{100 * right / done:.1f}%")
+    return {"accuracy": 100 * right / len(items), "n_items": len(items)}
+
+
 def read_json_lines(path, keys):
     """The values of these keys in each line of a .jsonl, .jsonl.gz or .jsonl.xz file: a list of lists."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
@@ -338,7 +461,7 @@ def table(path=RESULTS):
             dense = f"{row['dense_score']:.3f} = {row['dense_bits_per_byte']:.4f} bits/byte"
         elif row["task"] == "agreement":
             score, dense = f"KL {row['score']:.4f}, {row['top1']:.1f}% of likeliest tokens", "0"
-            if row["mass"]:
+            if "mass" in row:
                 score += f", {100 * statistics.mean(sum(row['mass'], [])):.1f}% of attention"
         else:
             score, dense = f"{row['score']:.1f}%", f"{row['dense_score']:.1f}%"
@@ -349,11 +472,14 @@ def table(path=RESULTS):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("perplexity", "agreement", "kv_retrieval", "table"))
+    parser.add_argument("task", choices=("perplexity", "agreement", "kv_retrieval", "longbench", "mmlu", "table"))
     parser.add_argument("--checkpoint", default=str(HERE / "tiny"), help="directory or hub id (default: the tiny model)")
     parser.add_argument("--data", help="perplexity, agreement: UTF-8 text, or .jsonl[.xz] with a \"text\" per line; "
-                                       "kv_retrieval: items in the published format, .jsonl[.gz] (default: generated)")
-    parser.add_argument("--context", type=int, default=4096, help="tokens per perplexity window (default %(default)s)")
+                                       "kv_retrieval: items in the published format, .jsonl[.gz] (default: generated); "
+                                       "longbench: NAME.jsonl; mmlu: a directory")
+    parser.add_argument("--prompts", metavar="FILE", help="longbench: its dataset2prompt.json (default: our own wording)")
+    parser.add_argument("--context", type=int, default=4096, help="tokens per perplexity window, or at most per longbench item "
+                                                                    "(default %(default)s)")
     parser.add_argument("--limit", type=int, help="windows or items at most (default: all; 100 generated items)")
     parser.add_argument("--records", type=int, default=50, help="pairs of a generated item (default %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ds"],
@@ -374,48 +500,59 @@ def main():
         raise ValueError("agreement compares with dense: give a --sparsity above 1")
     device = pick_device(args.device)
     model, tokenizer, checkpoint = load(args.checkpoint, device, default_dtype(device))
-    if args.task == "kv_retrieval":
-        items = [encode_kv_item(tokenizer, *item) for item in kv_items(args.data, args.limit, args.records)]
-        lengths = [[len(context)] for context, _, _ in items]
-        size = max(sum(map(len, item)) for item in items)
-    else:
-        items = text_windows(tokenizer, read_texts(args.data), args.context, args.limit)
-        lengths, size = [range(1, args.context + 1)], args.context
+    run, lengths, size = prepare(args, tokenizer)
     if size > model.config.max_positions:
         raise ValueError(f"{size} tokens are more than the model's {model.config.max_positions} positions: take a smaller "
                          "--context, or fewer --records")
     label_maps = load_maps(checkpoint, model.config, ds, device, args.channels) if ds else None
-
-    def row(method, score, dense_score, mode, **more):
-        counts = [mode.budget(n) if mode else n for per_item in lengths for n in per_item]
-        return {"task": args.task, "checkpoint": checkpoint.name, "data": Path(args.data).name if args.data else "generated",
-                "method": method, "budget": budget_name(mode), "mean_tokens": sum(counts) / len(counts), "score": score,
-                "dense_score": dense_score, "n_items": len(items),
-                "context": round(sum(map(sum, lengths)) / len(lengths)) if args.task == "kv_retrieval" else args.context,
-                "config": asdict(mode) if mode else None, **provenance(device), **more}
-
     dense = Decoder(model, tokenizer, size)
-    dense_found = None
-    for method in ([] if args.task == "agreement" else ["dense"]) + (args.methods if ds else []):
-        decoder = dense if method == "dense" else Decoder(model, tokenizer, size, ds, label_maps, method=method)
-        mode = None if method == "dense" else ds
-        if args.task == "agreement":
-            found = agreement(decoder, dense, items, progress=True)
-            result = row(method, found["kl"], 0.0, mode, top1=found["top1"], mass=found.get("mass"))
-        elif args.task == "perplexity":
-            found = perplexity(decoder, items, progress=True)
-            dense_found = dense_found or found
-            result = row(method, found["perplexity"], dense_found["perplexity"], mode, bits_per_byte=found["bits_per_byte"],
-                         dense_bits_per_byte=dense_found["bits_per_byte"])
-        else:
-            found = kv_retrieval(decoder, items, progress=True)
-            dense_found = dense_found or found
-            result = row(method, found["accuracy"], dense_found["accuracy"], mode)
-        print(json.dumps(result))
+    if args.task == "agreement":
+        run = partial(run, dense=dense)
+    dense_row = None
+    for method in (["dense"] if args.task != "agreement" else []) + (args.methods if ds else []):
+        mode = ds if method != "dense" else None
+        found = run(dense if mode is None else Decoder(model, tokenizer, size, ds, label_maps, method=method), progress=True)
+        counts = [mode.budget(n) if mode else n for per_item in lengths for n in per_item]
+        score = found.pop({"perplexity": "perplexity", "agreement": "kl"}.get(args.task, "accuracy"))
+        row = {"task": args.task, "checkpoint": checkpoint.name, "data": Path(args.data).name if args.data else "generated",
+               "method": method, "budget": budget_name(mode), "mean_tokens": sum(counts) / len(counts), "score": score,
+               "context": size if len(lengths[0]) > 1 else round(sum(map(sum, lengths)) / len(lengths)),
+               "config": asdict(mode) if mode else None, **provenance(device), **found}
+        dense_row = dense_row or row
+        row["dense_score"] = 0.0 if args.task == "agreement" else dense_row["score"]
+        if args.task == "perplexity":
+            row["dense_bits_per_byte"] = dense_row["bits_per_byte"]
+        if args.task == "longbench":
+            row["prompts"] = Path(args.prompts).name if args.prompts else "own"
+        print(json.dumps(row))
         if args.save:
             RESULTS.parent.mkdir(exist_ok=True)
             with open(RESULTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+                file.write(json.dumps(row) + "\n")
+
+
+def prepare(args, tokenizer):
+    """The task: (its function of a Decoder, lists of the live lengths that each item is scored at, tokens of cache)."""
+    if args.task == "kv_retrieval":
+        items = [encode_kv_item(tokenizer, *item) for item in kv_items(args.data, args.limit, args.records)]
+        size = max(sum(map(len, item)) for item in items)
+        return partial(kv_retrieval, items=items), [[len(context)] for context, _, _ in items], size
+    if args.task == "longbench":
+        name = Path(args.data).name.split(".")[0]
+        if name not in LONGBENCH:
+            raise ValueError(f"{args.data}: must be named after one of {', '.join(LONGBENCH)}")
+        items = longbench_items(tokenizer, args.data, name, args.prompts, args.context, args.limit)
+        _, metric, _ = LONGBENCH[name]
+        stop = {tokenizer.encode("\n", bos=False)[-1]} if metric is f1 else set()
+        run = partial(longbench, items=items, metric=metric, stop=stop)
+        return run, [[len(prompt)] for prompt, _, _ in items], args.context
+    if args.task == "mmlu":
+        items = mmlu_items(tokenizer, args.data, args.limit)
+        lengths = [[len(prompt)] for prompt, _, _ in items]
+        return partial(mmlu, items=items), lengths, max(map(max, lengths))
+    windows = text_windows(tokenizer, read_texts(args.data), args.context, args.limit)
+    task = perplexity if args.task == "perplexity" else agreement
+    return partial(task, windows=windows), [range(1, args.context + 1)], args.context
 
 
 if __name__ == "__main__":

@@ -1097,6 +1097,60 @@ def test_methods_order_as_expected_on_text(tiny):
     assert max(scores["exact_topk"], scores["ds"]) < min(scores["streaming"], scores["h2o"])
 
 
+def test_longbench_metrics_by_hand():
+    assert evaluation.f1("The cat sat.", "A cat sat down") == pytest.approx(200 * 2 / (2 + 3))
+    assert evaluation.f1("no no", "no") == pytest.approx(200 / 3) and evaluation.f1("", "x") == evaluation.f1("the", "the") == 0
+    assert evaluation.rouge_l("a1 b1 c1 d1", "a1 c1 d1 e1") == pytest.approx(75)
+    assert evaluation.rouge_l("b1 a1", "a1 b1") == pytest.approx(50) and evaluation.rouge_l("x", "y") == 0
+
+
+def test_longbench_runs_on_items_of_its_format(tiny, tmp_path):
+    context = "The harbour master's name was Ezra Finch. " * 3
+    items = [{"context": context, "input": "Who was the harbour master?", "answers": ["nobody", "Ezra Finch"], "dataset": "x"}] * 2
+    path = tmp_path / "multifieldqa_en.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps({"multifieldqa_en": "{context} Q: {input} A:"}))
+    for prompts in (None, tmp_path / "dataset2prompt.json"):
+        found = evaluation.longbench_items(tiny[1], path, "multifieldqa_en", prompts, 400)
+        assert len(found) == 2 and found[0][1:] == (64, ["nobody", "Ezra Finch"])
+        assert tiny[1].decode(found[0][0][1:]).endswith("A:" if prompts else "Answer:")
+    cut, whole = (evaluation.longbench_items(tiny[1], path, "multifieldqa_en", None, size)[0][0] for size in (100, 400))
+    assert len(cut) == 36 and cut == whole[:18] + whole[-18:]
+    told = decoder(tiny, 400, None)
+    told.greedy = lambda *_: tiny[1].encode("Finch, Ezra\nand more", bos=False)
+    assert evaluation.longbench(told, found, evaluation.f1, set())["accuracy"] == pytest.approx(100)
+    run = command("eval.py", "longbench", "--data", path, "--context", 400, "--device", "cpu")
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [row["method"] for row in rows] == ["dense", "ds"] and rows[0]["prompts"] == "own", run.stderr
+    assert all(0 <= row["score"] <= 100 for row in rows)
+
+
+def test_greedy_continues_as_generate_does(tiny):
+    prompt = tiny[1].encode("The sea was calm and the")
+    want = generate.generate(tiny[0], KVCache(tiny[0].config, 1, 64, DEVICE, tiny[0].dtype), [prompt], 12).token_ids[0]
+    assert decoder(tiny, 64, None).greedy(prompt, 12, {want[7]}) == want[: want.index(want[7])]
+
+
+def test_mmlu_runs_on_files_of_its_format(tiny, tmp_path):
+    for part, n in (("dev", 6), ("test", 3)):
+        (tmp_path / part).mkdir()
+        for subject in ("high_school_physics", "anatomy"):
+            lines = [f'"{part} {i}, of {subject}?",one,two,three,four,{"ABCD"[i % 4]}\n' for i in range(n)]
+            (tmp_path / part / f"{subject}_{part}.csv").write_text("".join(lines))
+    items = evaluation.mmlu_items(tiny[1], tmp_path)
+    assert len(items) == 6 and [item[2] for item in items] == [0, 1, 2] * 2 and len(set(items[0][1])) == 4
+    text = tiny[1].decode(items[3][0][1:])
+    assert text.count("Answer:") == 6 and "high school physics" in text and "dev 4" in text and "dev 5" not in text
+    assert text.endswith("A. one\nB. two\nC. three\nD. four\nAnswer:")
+    assert len(evaluation.mmlu_items(tiny[1], tmp_path, limit=2)) == 2
+    told = decoder(tiny, 400, None)
+    told.logits = lambda tokens: iter([(torch.eye(4096)[items[0][1][1]][None], 0)])  # always B
+    assert evaluation.mmlu(told, items)["accuracy"] == pytest.approx(100 / 3)
+    assert 0 <= evaluation.mmlu(decoder(tiny, 400, DSConfig()), items[:2])["accuracy"] <= 100
+    run = command("eval.py", "mmlu", "--data", tmp_path / "dev", "--device", "cpu")
+    assert run.returncode == 2 and "published archive" in run.stderr
+
+
 @pytest.mark.parametrize("page", ["README.md", "tiny/README.md"])
 def test_quality_tables_are_those_of_the_results(page):
     assert evaluation.table() in (ROOT / page).read_text(encoding="utf-8")
