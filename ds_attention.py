@@ -133,7 +133,8 @@ class LabelMap:
         # one rounding, as in the kernel: a number over a tensor would be a product with its reciprocal
         scale = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)[..., None, None]
         codes = torch.floor(dots * self.step[:, None] * scale + 0.5)
-        bias = torch.floor((dots * self.lo[:, None]).sum(-1) * scale[..., 0] + 0.5)
+        bias = (dots * self.lo[:, None]).sum(-1)  # less the largest of a group: a common shift changes nothing
+        bias = torch.floor((bias - bias.amax(-1, keepdim=True)) * scale[..., 0] + 0.5).clamp(min=-(2.0**30))
         if pool == "mean":
             bias = torch.zeros_like(bias)  # the same for all tokens: it matters only between the heads of a group
         return codes, bias, largest / 127 / math.sqrt(D)
@@ -390,10 +391,12 @@ def _bracket_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, low
     words = _load_words(labels, sampled, sampled < _readable(seq_len, S), l_sw, W, BLOCK_W)
     # the query's label codes, packed as the label words are sliced: byte b of word (w, t) is dim (4 * w + b) * T + t
     largest = 0.0
+    top_bias = float("-inf")
     q += pid_b * q_sb + pid_h * G * q_sh
     for p in tl.static_range(P):
         dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
         largest = tl.maximum(largest, tl.max(tl.abs(dots * steps), 0))
+        top_bias = tl.maximum(top_bias, tl.sum(dots * lows))
     scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
     query += row.to(tl.int64) * P * (W * T + 1)
     for p in tl.static_range(P):
@@ -408,10 +411,10 @@ def _bracket_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, low
             packed = tl.sum(slots << (8 * tl.arange(0, 4))[None, :, None], 1)  # [BLOCK_W, T]
         offs_t = tl.arange(0, T)
         tl.store(query + p * (W * T + 1) + offs_w[:, None] * T + offs_t[None, :], packed, mask=(offs_w < W)[:, None])
-        bias = 0.0  # the same for all tokens: it matters only between the heads of a group
+        bias = scale * 0.0  # the same for all tokens: it matters only between the heads of a group
         if P > 1:
-            bias = tl.sum(dots * lows) * scale
-        tl.store(query + p * (W * T + 1) + W * T, tl.floor(bias + 0.5).to(tl.int32))
+            bias = tl.maximum(tl.floor((tl.sum(dots * lows) - top_bias) * scale + 0.5), -(2.0**30))
+        tl.store(query + p * (W * T + 1) + W * T, bias.to(tl.int32))
     n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
     tl.store(n_tokens + pid_b, n)  # every head of the row stores the same
     tl.debug_barrier()  # the query words are read back in another order
@@ -668,6 +671,7 @@ class Workspace:
             return torch.empty(*shape, dtype=dtype, device=device)
 
         R = B * HKV
+        self.shape = (B, HQ, HKV, D, S)
         self.splits = splits or min(64, triton.next_power_of_2(triton.cdiv(1024, R)))
         self.partial = scratch(B * HQ, self.splits, D, dtype=torch.float32)
         self.partial_lse = scratch(B * HQ, self.splits, dtype=torch.float32)
@@ -704,6 +708,9 @@ class Selection:
         assert self.q.stride(2) == self.labels.stride(3) == 1
         assert C * 127 * (2**bits - 1) < 2**30, f"{C} dims of {bits} bits overflow 32-bit scores"
         B, HKV, W, S = self.labels.shape
+        assert (B, self.q.shape[1], HKV, self.q.shape[2], S) == self.workspace.shape, "a workspace of another shape"
+        assert self.config.budget(S if self.window is None else min(S, self.window)) <= self.workspace.indices.shape[2], (
+            "a workspace for fewer tokens")
         self.rows = B * HKV
         self.eligible = NO_WINDOW if self.window is None else self.window
         nvidia = not self.portable and self.q.is_cuda and torch.version.cuda is not None
@@ -821,7 +828,7 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     seq_len = tl.load(seq_lens + pid_b)
     k += pid_b * k_sb + pid_h * k_sh
     v += pid_b * v_sb + pid_h * v_sh
-    if W > 0:  # while the selection runs: nobody reads the newest label in this step, its token is attended in any case
+    if W > 0:  # while the selection runs: whoever reads the newest label in this step overrides its key with FORCED
         if pid_split == 0:
             C: tl.constexpr = W * 32 // BITS
             _label_newest(k + (seq_len - 1).to(tl.int64) * k_ss, basis_k + pid_h * D * C, step + pid_h * C, lo + pid_h * C,
@@ -893,6 +900,7 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     G = HQ // HKV
     assert q.stride(2) == k.stride(3) == v.stride(3) == 1
     ws = workspace or Workspace(B, HQ, HKV, D, S, q.device)
+    assert ws.shape[:4] == (B, HQ, HKV, D), "a workspace of another shape"
     out = torch.empty(B, HQ, D, dtype=q.dtype, device=q.device)
     m, W = label_map, 0 if labels is None else labels.shape[2]
     overlap = overlap and pdl(q)

@@ -40,13 +40,16 @@ from tiny.tasks import kv_answer, kv_context, kv_question, random_kv
 
 
 class Baseline(LayerCache):
-    """A sparse layer that scores tokens in another way; budget, sink, recent and dense layers are Double Sparsity's.
+    """A sparse layer that scores tokens in another way; budget, first, newest tokens and dense layers are Double Sparsity's.
 
     One sequence, its positions as rows, on the reference path. Made of a LayerCache; it has no labels.
     """
 
     def __init__(self, layer):
         super().__init__(layer.kv, layer.window, layer.ds)
+
+    def row(self, b):
+        return type(self)(super().row(b))
 
     def write(self, k, v, positions, labels=True):
         super().write(k, v, positions, labels=False)
@@ -74,7 +77,7 @@ def best_tokens(layer, scores, seq_lens):
 
 
 class ExactTopK(Baseline):
-    """The best tokens by q . k itself: the ceiling of what any choice of this many tokens by score can keep."""
+    """The best tokens by q . k itself (of a group's queries, by their mean or maximum): the ceiling of token sparsity."""
 
     def scores(self, q, k):
         return torch.einsum("rhgd,hsd->rhgs", q, k)
@@ -88,13 +91,17 @@ class Streaming(Baseline):
 
 
 class Quest(Baseline):
-    """Whole pages of 16 tokens by an upper bound of q . k from the page's extremes (arXiv 2406.10774)."""
+    """Pages of 16 tokens by a bound of q . k from the page's extremes (arXiv 2406.10774); the last is cut to the budget."""
 
     PAGE = 16
 
-    def scores(self, q, k):
+    def __init__(self, layer):
+        super().__init__(layer)
         # a row's last page may hold tokens after it: all of its own are among the newest, which are attended in any case
-        assert self.ds.recent >= self.PAGE - 1, "quest needs --recent of a page at least"
+        if self.ds.recent < self.PAGE - 1:
+            raise ValueError(f"recent={self.ds.recent}: quest needs the newest {self.PAGE - 1} tokens at least")
+
+    def scores(self, q, k):
         S = k.shape[1]
         padded = torch.cat([k, k[:, -1:].expand(-1, -S % self.PAGE, -1)], 1)  # repeats a key: no new extreme
         low, high = padded.unflatten(1, (-1, self.PAGE)).aminmax(dim=2)  # [HKV, pages, D]
@@ -104,7 +111,12 @@ class Quest(Baseline):
 
 class H2O(Baseline):
     """Half the budget for the newest tokens, half for those with the most attention so far; the rest is evicted for good
-    (arXiv 2306.14048). Rows must come in order from the first token on, one after the other: it is slow."""
+    (arXiv 2306.14048; no tokens are forced). Rows must come in order from the first token on, one by one: it is slow."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        if self.window is not None:
+            raise ValueError(f"window={self.window}: h2o is not made for sliding windows")
 
     def decode(self, q, seq_lens):
         HKV, D = self.kv.shape[1], self.kv.shape[4]
@@ -195,16 +207,18 @@ class Decoder:
                  for logits, first in self.logits(tokens[:-1])]
         return torch.cat(parts)
 
-    def greedy(self, prompt, max_new_tokens, stop):
-        """Token ids that follow prompt (all but its last token prefilled), up to a token of `stop`."""
+    def greedy(self, prompt, max_new_tokens, one_line=False):
+        """Token ids that follow prompt (all but its last token prefilled), up to the end of text, or of the first line."""
         self.start(prompt[:-1])
         tokens = prompt[-1:]
         while len(tokens) <= max_new_tokens:
             logits, _ = next(self.logits(tokens[-1:]))
             token = logits[0].argmax().item()
-            if token in stop:
+            if token in self.model.config.eos_ids:
                 break
             tokens = tokens + [token]
+            if one_line and "\n" in self.tokenizer.decode(tokens[1:]).lstrip():
+                break
         return tokens[1:]
 
     def answers(self, context, question, answer):
@@ -299,26 +313,21 @@ def kv_retrieval(decoder, items, progress=False):
     return {"accuracy": 100 * right / len(items), "n_items": len(items)}
 
 
-def words(text):
-    """Lower case, without punctuation and articles: what answers are compared by."""
-    text = "".join(" " if c in string.punctuation else c for c in text.lower())
-    return [word for word in text.split() if word not in ("a", "an", "the")]
-
-
 def f_measure(common, found, wanted):
     """Harmonic mean of precision and recall, in percent."""
     return 200 * common / (found + wanted) if common else 0.0
 
 
 def f1(prediction, answer):
-    """Of the words that both have, however often both have them."""
-    found, wanted = words(prediction), words(answer)
+    """Of the words that both have, however often both have them; without case, punctuation and articles."""
+    found, wanted = ([word for word in "".join(c for c in text.lower() if c not in string.punctuation).split()
+                      if word not in ("a", "an", "the")] for text in (prediction, answer))
     return f_measure(sum((Counter(found) & Counter(wanted)).values()), len(found), len(wanted))
 
 
 def rouge_l(prediction, answer):
-    """Of the longest common subsequence of words."""
-    found, wanted = words(prediction), words(answer)
+    """Of the longest common subsequence of words, as they stand."""
+    found, wanted = prediction.split(), answer.split()
     row = [0] * (len(wanted) + 1)
     for word in found:
         before = 0
@@ -327,17 +336,18 @@ def rouge_l(prediction, answer):
     return f_measure(row[-1], len(found), len(wanted))
 
 
-# LongBench (arXiv 2308.14508): tokens of an answer, metric, and a wording of our own for when its prompts are not at hand
+# LongBench (arXiv 2308.14508): tokens of an answer, metric, whether the answer is one line, and a wording of our own for when
+# its prompts are not at hand
 LONGBENCH = {
-    "multifieldqa_en": (64, f1, "{context}\n\nAnswer from the text above, in a few words.\nQuestion: {input}\nAnswer:"),
-    "triviaqa": (32, f1, "{context}\n\nAnswer in a few words.\n{input}\nAnswer:"),
-    "gov_report": (512, rouge_l, "{context}\n\nA summary of the report above, on one page.\nSummary:"),
+    "multifieldqa_en": (64, f1, False, "{context}\n\nAnswer from the text above, in a few words.\nQuestion: {input}\nAnswer:"),
+    "triviaqa": (32, f1, True, "{context}\n\nAnswer in a few words.\n{input}\nAnswer:"),
+    "gov_report": (512, rouge_l, False, "{context}\n\nA summary of the report above, on one page.\nSummary:"),
 }
 
 
 def longbench_items(tokenizer, path, name, prompts, size, limit=None):
     """[(prompt ids, tokens of an answer, answers)] of the LongBench dataset `name`; a prompt too long loses its middle."""
-    max_new_tokens, _, wording = LONGBENCH[name]
+    max_new_tokens, *_, wording = LONGBENCH[name]
     if prompts:
         try:
             wording = json.loads(read_text(prompts))[name]
@@ -347,18 +357,25 @@ def longbench_items(tokenizer, path, name, prompts, size, limit=None):
     if room < 2:
         raise ValueError(f"context={size}: leaves no room for an answer of {max_new_tokens} tokens")
     for context, question, answers in read_json_lines(path, ("context", "input", "answers"))[:limit]:
-        ids = tokenizer.encode(wording.format(context=context, input=question))
+        try:
+            ids = tokenizer.encode(wording.format(context=context, input=question))
+        except (KeyError, IndexError):
+            raise ValueError(f"{prompts}: the prompt for {name} may name {{context}} and {{input}} alone") from None
+        if not answers:
+            raise ValueError(f"{path}: an item without answers")
         items.append((ids if len(ids) <= room else ids[: room // 2] + ids[-(room - room // 2) :], max_new_tokens, answers))
+    if not items:
+        raise ValueError(f"{path}: no items in it")
     return items
 
 
-def longbench(decoder, items, metric, stop, progress=False):
-    """Mean over items of the best metric (f1 or rouge_l) over their answers, in percent; QA answers end at the line's end."""
+def longbench(decoder, items, metric, one_line, progress=False):
+    """Mean over items of the best metric (f1 or rouge_l) over their answers, in percent. one_line: the first line counts."""
     total = 0.0
     bar = tqdm(items, desc="longbench", unit="item", leave=False, disable=not progress)
     for done, (prompt, max_new_tokens, answers) in enumerate(bar, 1):
-        text = decoder.tokenizer.decode(decoder.greedy(prompt, max_new_tokens, stop)).strip()
-        if metric is f1:
+        text = decoder.tokenizer.decode(decoder.greedy(prompt, max_new_tokens, one_line)).strip()
+        if one_line:
             text = text.split("\n")[0]
         total += max(metric(text, answer) for answer in answers)
         bar.set_postfix_str(f"{total / done:.1f}")
@@ -370,7 +387,7 @@ def mmlu_items(tokenizer, directory, limit=None):
     def read(path):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
-        if not rows or any(len(row) != 6 or row[5] not in "ABCD" for row in rows):
+        if not rows or any(len(row) != 6 or row[5] not in tuple("ABCD") for row in rows):
             raise ValueError(f"{path}: each line must hold a question, four choices and a letter")
         return rows
 
@@ -448,9 +465,8 @@ def table(path=RESULTS):
     rows = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        config = row["config"] or {}
-        rows[tuple(row[name] for name in ("task", "checkpoint", "data", "context", "method", "budget", "n_items", "gpu")) +
-             (config.get("label_channels"), config.get("label_bits"), config.get("dense_layers"))] = row
+        names = ("task", "checkpoint", "data", "context", "method", "budget", "n_items", "gpu", "config")
+        rows[json.dumps([*(row[name] for name in names), row.get("prompts")])] = row
     lines = ["| task | text | context | method | budget | tokens in a sparse layer | score | dense | items |",
              "|---|---|---|---|---|---|---|---|---|"]
     for row in rows.values():
@@ -542,9 +558,8 @@ def prepare(args, tokenizer):
         if name not in LONGBENCH:
             raise ValueError(f"{args.data}: must be named after one of {', '.join(LONGBENCH)}")
         items = longbench_items(tokenizer, args.data, name, args.prompts, args.context, args.limit)
-        _, metric, _ = LONGBENCH[name]
-        stop = {tokenizer.encode("\n", bos=False)[-1]} if metric is f1 else set()
-        run = partial(longbench, items=items, metric=metric, stop=stop)
+        _, metric, one_line, _ = LONGBENCH[name]
+        run = partial(longbench, items=items, metric=metric, one_line=one_line)
         return run, [[len(prompt)] for prompt, _, _ in items], args.context
     if args.task == "mmlu":
         items = mmlu_items(tokenizer, args.data, args.limit)

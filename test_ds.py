@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,6 +284,23 @@ def test_a_bracket_that_missed_is_mended(monkeypatch):
         assert (found < p.n_tokens[0]).all() if few else (found > workspace.tile).all(), "the case did not go wrong"
         selection.choose()
         check_exact(p, workspace.indices)
+
+
+def test_pooling_by_the_maximum_bears_labels_far_from_zero():
+    """A group's biases may differ by more than the scores have room for."""
+    p = Problem(shapes(HQ=4, bits=16, C=8, pool="max"))
+    p.map.lo += 200 * p.map.step * 2**15  # as if the keys' labels were that far from zero
+    toward = p.basis.sum(-1)[:, None] + 0.1 * torch.randn(2, 2, 64, device=DEVICE)  # [HKV, G, D]: all products of one sign
+    p.q = toward.view(1, 4, 64).expand(2, -1, -1).contiguous()
+    assert check_selection(p) > 0.99
+
+
+def test_a_workspace_of_another_shape_is_refused():
+    p = Problem(shapes(S=300))
+    config = DSConfig(**{**vars(p.config), "impl": "triton"})
+    for workspace in (ds.Workspace(2, 4, 2, 64, 200, DEVICE, config), ds.Workspace(2, 4, 2, 64, 300, DEVICE, config, window=50)):
+        with pytest.raises(AssertionError, match="a workspace"):
+            ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, workspace=workspace)
 
 
 @pytest.mark.parametrize("tile", [256, 2048], ids=["in-memory", "in-registers"])
@@ -1076,6 +1094,13 @@ def test_h2o_keeps_the_newest_and_the_most_attended():
                 got[j] += weight
 
 
+@pytest.mark.parametrize("method", [name for name in evaluation.METHODS if name != "ds"])
+def test_methods_run_behind_a_prefilled_context(tiny, method):
+    item = evaluation.encode_kv_item(tiny[1], *evaluation.kv_items(limit=1, n_records=4)[0])
+    found = evaluation.kv_retrieval(decoder(tiny, 700, DSConfig(n_tokens=690), method), [item])
+    assert found["accuracy"] == evaluation.kv_retrieval(decoder(tiny, 700, None), [item])["accuracy"], "N covers all: it is dense"
+
+
 def test_agreement_with_itself_is_full_and_falls_with_the_budget(tiny):
     windows = evaluation.text_windows(tiny[1], [(ROOT / "README.md").read_text(encoding="utf-8")], 700, limit=1)
     dense = decoder(tiny, 700, None)
@@ -1099,6 +1124,7 @@ def test_methods_order_as_expected_on_text(tiny):
 
 def test_longbench_metrics_by_hand():
     assert evaluation.f1("The cat sat.", "A cat sat down") == pytest.approx(200 * 2 / (2 + 3))
+    assert evaluation.f1("the U.S.", "US") == 100
     assert evaluation.f1("no no", "no") == pytest.approx(200 / 3) and evaluation.f1("", "x") == evaluation.f1("the", "the") == 0
     assert evaluation.rouge_l("a1 b1 c1 d1", "a1 c1 d1 e1") == pytest.approx(75)
     assert evaluation.rouge_l("b1 a1", "a1 b1") == pytest.approx(50) and evaluation.rouge_l("x", "y") == 0
@@ -1118,7 +1144,8 @@ def test_longbench_runs_on_items_of_its_format(tiny, tmp_path):
     assert len(cut) == 36 and cut == whole[:18] + whole[-18:]
     told = decoder(tiny, 400, None)
     told.greedy = lambda *_: tiny[1].encode("Finch, Ezra\nand more", bos=False)
-    assert evaluation.longbench(told, found, evaluation.f1, set())["accuracy"] == pytest.approx(100)
+    assert evaluation.longbench(told, found, evaluation.f1, True)["accuracy"] == pytest.approx(100)
+    assert evaluation.longbench(told, found, evaluation.f1, False)["accuracy"] == pytest.approx(200 * 2 / 6)
     run = command("eval.py", "longbench", "--data", path, "--context", 400, "--device", "cpu")
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     assert [row["method"] for row in rows] == ["dense", "ds"] and rows[0]["prompts"] == "own", run.stderr
@@ -1128,7 +1155,11 @@ def test_longbench_runs_on_items_of_its_format(tiny, tmp_path):
 def test_greedy_continues_as_generate_does(tiny):
     prompt = tiny[1].encode("The sea was calm and the")
     want = generate.generate(tiny[0], KVCache(tiny[0].config, 1, 64, DEVICE, tiny[0].dtype), [prompt], 12).token_ids[0]
-    assert decoder(tiny, 64, None).greedy(prompt, 12, {want[7]}) == want[: want.index(want[7])]
+    told = decoder(tiny, 64, None)
+    assert told.greedy(prompt, 12) == want
+    told.model = SimpleNamespace(config=SimpleNamespace(eos_ids=[want[7]]), prefill=told.model.prefill, device=told.model.device,
+                                 decode_rows=told.model.decode_rows)
+    assert told.greedy(prompt, 12) == want[: want.index(want[7])], "the end of text ends it"
 
 
 def test_mmlu_runs_on_files_of_its_format(tiny, tmp_path):
