@@ -743,7 +743,8 @@ class Selection:
     def choose(self, num_warps=None):
         """Exactly n of them, into workspace.indices."""
         ws = self.workspace
-        num_warps = num_warps or max(1, min(16, ws.tile // (256 if self.rows <= 256 else 512)))
+        per_warp = 256 if self.rows <= 256 else 512  # few rows leave multiprocessors idle: more warps to each
+        num_warps = num_warps or max(1, min(16, ws.tile // per_warp))
         _choose_kernel[(self.rows,)](
             self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.entries, ws.counts, ws.before, ws.long_entries,
             ws.indices, *self.labels.stride()[:3], self.labels.shape[3], ws.longest, ws.indices.shape[2], self.eligible,
