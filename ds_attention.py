@@ -366,21 +366,6 @@ NO_ENTRY = tl.constexpr((-(2**31) + 1) * 2**32)  # such a key in an _entry
 
 
 @triton.jit
-def _guess(low, high, at_low, above_high, n, passes):
-    """Where the n-th best lies in (low, high], by the keys (or the mass) that reach low and that exceed high.
-
-    Keys thin out somewhere between linearly and exponentially: the mean of both interpolations takes half the passes of
-    halving. Every fourth pass halves, so that they stay few whatever the keys are.
-    """
-    linear = (at_low - n) / (at_low - above_high)
-    top = tl.log2(at_low + 0.5)
-    logarithmic = (top - tl.log2(n + 0.5)) / (top - tl.log2(above_high + 0.5))
-    step = ((linear + logarithmic) * 0.5 * (high - low).to(tl.float32)).to(tl.int32) + 1
-    middle = low + (high - low + 1) // 2
-    return tl.where(passes % 4 == 3, middle, tl.minimum(tl.maximum(low + step, low + 1), high))
-
-
-@triton.jit
 def _fours(s, TILE: tl.constexpr):
     """TILE consecutive numbers from s on as [4, TILE / 4]: every column is four in a row, which one thread holds."""
     return s + 4 * tl.arange(0, TILE // 4)[None, :] + tl.arange(0, 4)[:, None]
@@ -404,52 +389,43 @@ def _listed(entries, s, total, TILE: tl.constexpr):
 def _reach(keys, total, at, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
     """How many keys reach `at`, or for MASS the weight of those that do and are not FORCED.
 
-    keys: a tensor, or with a TILE the list in memory of `total` entries. A count is exact below 2**24.
+    keys: a tensor, or with a TILE the list in memory of `total` entries.
     """
     if TILE:
-        reached = 0.0
+        reached = 0.0 if MASS else 0
         for s in range(0, total, TILE):
             key, _ = _listed(keys, s, total, TILE)
             reached += _reach(key, total, at, peak, unit, MASS, 0)
     elif MASS:
         reached = tl.sum(tl.where((keys >= at) & (keys < FORCED), _weight(keys, peak, unit), 0.0))
     else:
-        reached = tl.sum((keys >= at).to(tl.int32)).to(tl.float32)
+        reached = tl.sum((keys >= at).to(tl.int32))
     return reached
 
 
 @triton.jit
-def _search(keys, total, low, high, wanted, at_low, slack, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
-    """The largest value in [low, high] whose _reach is `wanted` at least, or one with `wanted` to `wanted` + slack.
-
-    at_low: what reaches low, at least `wanted`. Less than that exceeds high.
-    """
-    above_high = 0.0
-    passes = 0
+def _search(keys, total, low, high, wanted, slack, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
+    """The largest value in [low, high] whose _reach is `wanted` at least, as low's is, or one with `wanted` to `wanted` + slack."""
     while low < high:
-        middle = _guess(low, high, at_low, above_high, wanted, passes)
+        middle = low + (high - low + 1) // 2
         reached = _reach(keys, total, middle, peak, unit, MASS, TILE)
-        enough = reached >= wanted
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, tl.where(reached <= wanted + slack, middle, high), middle - 1)
-        at_low = tl.where(enough, reached, at_low)
-        above_high = tl.where(enough, above_high, reached)
-        passes += 1
+        low = tl.where(reached >= wanted, middle, low)
+        high = tl.where(reached > wanted + slack, high, tl.where(reached >= wanted, middle, middle - 1))
     return low
 
 
 @triton.jit
-def _cut(keys, total, low, high, n, at_low, needed, peak, unit, TOP_P: tl.constexpr, TILE: tl.constexpr):
+def _cut(keys, total, low, high, n, needed, peak, unit, TOP_P: tl.constexpr, TILE: tl.constexpr):
     """(threshold, room): the n best keys, all of which reach low, are those above the threshold and the first `room` tied with it.
 
     TOP_P: only as many of the keys that are not FORCED as weigh `needed`, the best first. high: the largest of these.
     """
-    threshold = _search(keys, total, low, high, n.to(tl.float32), at_low, 0.0, peak, unit, False, TILE)
-    room = n - _reach(keys, total, threshold + 1, peak, unit, False, TILE).to(tl.int32)
+    threshold = _search(keys, total, low, high, n, 0, peak, unit, False, TILE)
+    room = n - _reach(keys, total, threshold + 1, peak, unit, False, TILE)
     if TOP_P:
         mass = _reach(keys, total, threshold, peak, unit, True, TILE)
         if (mass > needed) & (threshold < FORCED):
-            cut = _search(keys, total, threshold, high, needed, mass, 0.0, peak, unit, True, TILE)
+            cut = _search(keys, total, threshold, high, needed, 0.0, peak, unit, True, TILE)
             missing = needed - _reach(keys, total, cut + 1, peak, unit, True, TILE)
             ties = tl.maximum(tl.ceil(missing / _weight(cut, peak, unit)), 0.0).to(tl.int32)
             room = tl.where(cut == threshold, tl.minimum(ties, room), ties)
@@ -523,8 +499,7 @@ def _bracket(q, columns, steps, lows, labels, query, seq_len, start, n, S, q_sh,
     if (wanted < M // 2) & (live >= M):
         keys = tl.where(inside, _token_scores(words, query, W, BLOCK_W, BITS, P, PTX), DEAD)
         low, high = tl.min(tl.where(inside, keys, FORCED)), tl.max(keys)
-        bracket = _search(keys, M, low, high, wanted.to(tl.float32), tl.sum(inside.to(tl.int32)).to(tl.float32), wanted // 32,
-                          0, 0.0, False, 0)
+        bracket = _search(keys, M, low, high, wanted, wanted // 32, 0, 0.0, False, 0)
     return bracket, peak, largest
 
 
@@ -596,8 +571,7 @@ def _take_best(entries, total, n, needed, peak, unit, n_tokens, indices, TOP_P: 
         key, _ = _listed(entries, s, total, TILE)
         low = tl.minimum(low, tl.min(tl.where(key > DEAD, key, FORCED)))
         high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
-    at_low = _reach(entries, total, low, peak, unit, False, TILE)
-    threshold, room = _cut(entries, total, low, high, n, at_low, needed, peak, unit, TOP_P, TILE)
+    threshold, room = _cut(entries, total, low, high, n, needed, peak, unit, TOP_P, TILE)
     above = 0
     ties = 0
     for s in range(0, total, TILE):
@@ -651,7 +625,7 @@ def _take_listed(entries, counts, before, total, groups, n, bracket, needed, pea
     key = tl.where(listed, (tl.load(entries + offset, mask=inside, other=0) >> 32).to(tl.int32), DEAD)
     low = tl.maximum(bracket, -FORCED)
     high = tl.maximum(tl.max(tl.where(key < FORCED, key, DEAD)), low)
-    threshold, room = _cut(key, total, low, high, n, total.to(tl.float32), needed, peak, unit, TOP_P, 0)
+    threshold, room = _cut(key, total, low, high, n, needed, peak, unit, TOP_P, 0)
     position = tl.load(entries + offset, mask=inside, other=0).to(tl.int32)  # again: registers are scarcer than loads
     above, ties = _place(key, position, threshold, room, 0, 0, indices)
     if TOP_P:
@@ -772,8 +746,8 @@ MARGIN = 6.0  # standard deviations of a sampled rank between the bracket and th
 BLOCK = 1024  # tokens that emit scores at a time
 TILE = 2048  # candidates that choose searches in registers; doubled for long contexts, up to MAX_TILE
 MAX_TILE = 16384
-SHORT_TILE = 4096  # with more than MANY_ROWS, lists up to this length have a launch of their own, of small programs
-MANY_ROWS = 256
+MANY_ROWS = 256  # with more, lists of TILE candidates at most are searched by small programs, longer ones apart
+FUSED_ROWS = 512  # from here on one program a row fills the GPU: one launch selects
 
 
 def pdl(tensor):
@@ -800,7 +774,7 @@ class Workspace:
         self.partial_lse = scratch(B * HQ, self.splits, dtype=torch.float32)
         self.arrived = torch.zeros(R, dtype=torch.int32, device=device)  # whoever arrives last resets it
         if config is not None:
-            self.segments = segments or min(64, triton.next_power_of_2(triton.cdiv(1024, R)))
+            self.segments = segments or (1 if R >= FUSED_ROWS else min(64, triton.next_power_of_2(triton.cdiv(1024, R))))
             self.n_tokens, self.lower, self.peak = scratch(B, HKV), scratch(R), scratch(R)
             self.unit = scratch(R, dtype=torch.float32)
             self.needed = scratch(R, self.segments, dtype=torch.float32)
@@ -837,20 +811,23 @@ class Selection:
         assert self.config.budget(S if self.window is None else min(S, self.window)) <= self.workspace.indices.shape[2], (
             "a workspace for fewer tokens")
         self.rows = B * HKV
+        self.apart = self.rows > MANY_ROWS and self.workspace.tile > TILE
         self.nvidia = not self.portable and self.q.is_cuda and torch.version.cuda is not None
         self.overlapped = not self.portable and pdl(self.q)
 
     def run(self):
         """The three stages: in one launch where there are rows enough to fill the GPU, one program each."""
         if self.workspace.segments == 1:
-            return self.launch(bracket=True, emit=True, choose=True, num_warps=8, registers=80)
-        self.bracket()
-        self.emit()
-        self.choose()
+            self.launch(bracket=True, emit=True, choose=True, registers=128, last=not self.apart)  # four rows to a multiprocessor
+            self.choose_long()
+        else:
+            self.bracket()
+            self.emit()
+            self.choose()
 
     def bracket(self, num_warps=4):
         """The query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
-        self.launch(bracket=True, num_warps=num_warps, registers=128)  # a multiprocessor holds four rows
+        self.launch(bracket=True, num_warps=num_warps, registers=128)
 
     def emit(self, num_warps=8):
         """The candidates: tokens at or above the bracket, block by block."""
@@ -858,16 +835,19 @@ class Selection:
 
     def choose(self, num_warps=None):
         """Exactly n of them, into workspace.indices."""
-        tile = self.workspace.tile
-        if self.rows > MANY_ROWS and tile > SHORT_TILE:  # one program for the longest list would keep others from running
-            self.launch(choose=True, num_warps=num_warps or SHORT_TILE // 512, tile=SHORT_TILE, last=False)
-            self.launch(choose=True, num_warps=num_warps or 8, done=SHORT_TILE)
-        else:
-            per_warp = 256 if self.rows <= 256 else 512  # few rows leave multiprocessors idle: more warps to each
-            self.launch(choose=True, num_warps=num_warps or max(1, min(16, tile // per_warp)))
+        per_warp = 256 if self.rows <= MANY_ROWS else 512  # few rows leave multiprocessors idle: more warps to each
+        longest = TILE if self.apart else self.workspace.tile
+        self.launch(choose=True, num_warps=num_warps or max(1, min(16, longest // per_warp)), last=not self.apart)
+        self.choose_long()
 
-    def launch(self, bracket=False, emit=False, choose=False, num_warps=4, registers=None, tile=None, done=0, last=True):
-        """Some stages in one launch. registers: at most so many per thread. tile, done, last: of the lists that choose takes."""
+    def choose_long(self):
+        """The rows whose lists are too long for small programs, where many rows have those."""
+        if self.apart:
+            self.launch(choose=True, num_warps=8, done=TILE)
+
+    def launch(self, bracket=False, emit=False, choose=False, num_warps=4, registers=None, done=0, last=True):
+        """Some stages in one launch. registers: at most so many per thread. choose takes lists of more than `done` candidates,
+        and unless it is the last launch, of TILE at most."""
         m, ws, c = self.label_map, self.workspace, self.config
         HQ, D = self.q.shape[1:]
         HKV, W, S = self.labels.shape[1:]
@@ -881,7 +861,7 @@ class Selection:
             c.sink, c.recent, c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV=HKV, G=HQ // HKV, P=1 if c.pool == "mean" else HQ // HKV, D=D,
             BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[2], W=W, BLOCK_W=triton.next_power_of_2(W), BITS=m.bits,
             M=SAMPLE, RUN=RUN, MARGIN=MARGIN, BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit,
-            SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose, DONE=done, TILE=smallest, TIERS=max(1, ((tile or ws.tile) // smallest).bit_length()),
+            SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose, DONE=done, TILE=smallest, TIERS=max(1, (ws.tile // smallest).bit_length()) if last else 1,
             LAST=last, TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, PTX=self.nvidia, PDL=self.overlapped, num_warps=num_warps,
             enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
             **limits, **(dict(launch_pdl=True) if self.overlapped else {}))

@@ -237,7 +237,7 @@ def launched(how, monkeypatch):
     if how == "fused":
         monkeypatch.setattr(ds, "Workspace", partial(ds.Workspace, segments=1))
     if how == "by-length":
-        for name, value in dict(TILE=128, SHORT_TILE=256, MANY_ROWS=0).items():
+        for name, value in dict(TILE=256, MANY_ROWS=0).items():
             monkeypatch.setattr(ds, name, value)
 
 
