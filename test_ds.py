@@ -766,7 +766,7 @@ def test_logits_and_greedy_decoding_equal_hf(kind, more, tmp_path):
     theirs = hf.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 41:].tolist()
     object.__setattr__(model.config, "eos_ids", ())
     cache = KVCache(model.config, 1, 41 + 32, "cpu", torch.float32)
-    assert generate.generate(model, cache, [prompt[0].tolist()], 32).token_ids == [theirs]
+    assert generate.generate(generate.DecodeStep(model, cache), [prompt[0].tolist()], 32).token_ids == [theirs]
 
 
 def test_config_reads_the_older_rope_keys():
@@ -801,7 +801,7 @@ def random_model(seed=0, **more):
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, 0.3)
-    config = DSConfig(sparsity=4, min_tokens=4, label_channels=8, dense_layers=1, sink=1, recent=2)
+    config = DSConfig(sparsity=4, min_tokens=4, label_channels=8, dense_layers=1, dense_below=0, sink=1, recent=2)
     basis = torch.eye(16)[:, torch.randperm(16)[:8]].expand(2, -1, -1)
     label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 8), torch.ones(2, 8), 4)
     return model, [label_map] * 3, config
@@ -816,7 +816,7 @@ def test_ragged_batch_gives_what_each_prompt_gives_alone(sparse, more):
 
     def run(batch):
         cache = KVCache(model.config, len(batch), 110, "cpu", torch.float32, config if sparse else None, maps)
-        return generate.generate(model, cache, batch, 30).token_ids
+        return generate.generate(generate.DecodeStep(model, cache), batch, 30).token_ids
 
     together = run(prompts)
     assert together == [run([prompt])[0] for prompt in prompts]
@@ -853,11 +853,11 @@ def test_end_of_text_stops_one_sequence_and_the_rest_go_on():
     model, _, _ = random_model()
     prompts = [[1, 5, 9], [1, 7]]
     cache = KVCache(model.config, 2, 40, "cpu", torch.float32)
-    free = generate.generate(model, cache, prompts, 20).token_ids
+    free = generate.generate(generate.DecodeStep(model, cache), prompts, 20).token_ids
     stop = next(token for token in free[0] if token not in free[1])
     object.__setattr__(model.config, "eos_ids", (stop,))
     cache.seq_lens.zero_()
-    stopped = generate.generate(model, cache, prompts, 20).token_ids
+    stopped = generate.generate(generate.DecodeStep(model, cache), prompts, 20).token_ids
     assert stopped == [free[0][: free[0].index(stop)], free[1]]
 
 
@@ -1154,7 +1154,8 @@ def test_longbench_runs_on_items_of_its_format(tiny, tmp_path):
 
 def test_greedy_continues_as_generate_does(tiny):
     prompt = tiny[1].encode("The sea was calm and the")
-    want = generate.generate(tiny[0], KVCache(tiny[0].config, 1, 64, DEVICE, tiny[0].dtype), [prompt], 12).token_ids[0]
+    step = generate.DecodeStep(tiny[0], KVCache(tiny[0].config, 1, 64, DEVICE, tiny[0].dtype))
+    want = generate.generate(step, [prompt], 12).token_ids[0]
     told = decoder(tiny, 64, None)
     assert told.greedy(prompt, 12) == want
     told.model = SimpleNamespace(config=SimpleNamespace(eos_ids=[want[7]]), prefill=told.model.prefill, device=told.model.device,
