@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,9 @@ import ds_attention as ds
 import eval as evaluation
 import generate
 from ds_attention import DSConfig, LabelMap
-from model import PRESETS, KVCache, ModelConfig, Transformer, load_label_maps, load_model, parameter_shapes
+from model import (
+    PRESETS, KVCache, LayerCache, ModelConfig, Transformer, check_memory, load_label_maps, load_model, memory_need, parameter_shapes
+)
 from tiny import tasks
 
 ROOT = Path(__file__).resolve().parent
@@ -870,6 +873,165 @@ def test_sampling_is_seeded_and_respects_top_k():
     assert torch.equal(generate.sample(logits), logits.argmax(-1))
 
 
+def test_samples_have_the_softmax_s_frequencies():
+    logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0], device=DEVICE), 100_000
+    drawn = generate.sample(logits.expand(n, -1), 0.7, None, torch.Generator(DEVICE).manual_seed(0)).cpu()
+    p = (logits.cpu() / 0.7).softmax(0)
+    deviation = (p * (1 - p) / n).sqrt()
+    assert ((drawn.bincount(minlength=5) / n - p).abs() <= 5 * deviation + 1e-9).all()
+
+
+def decode_step(size=110, batch=1, sparse=True, seed=0, more={}, **sampling):
+    """A DecodeStep of random_model, whose cache has room for `size` tokens."""
+    model, maps, config = random_model(seed)
+    config = replace(config, **more) if sparse else None
+    return generate.DecodeStep(model.to(DEVICE), KVCache(model.config, batch, size, DEVICE, torch.float32, config, maps), **sampling)
+
+
+def test_generation_repeats_itself_with_a_seed_and_only_then():
+    prompts = [[1, 5, 9, 20], [1, 7]]
+    step = decode_step(60, 2, temperature=1.0)
+    first, again = (generate.generate(step, prompts, 20).token_ids for _ in range(2))
+    step.seed = 1
+    assert first == again != generate.generate(step, prompts, 20).token_ids
+    assert first == generate.generate(decode_step(60, 2, temperature=1.0), prompts, 20).token_ids
+
+
+def test_frozen_rows_repeat_their_step_to_no_effect():
+    """What a graph's warm-up and a batch with ended sequences rely on: the cache stays as it is, bit by bit, labels included."""
+    step = decode_step(60, 3)
+    step.model.prefill([[1, 5, 9, 20], [1], [1, 7]], step.cache)
+    step.start([3, 4, 5])
+    step.run(True)
+    lengths = step.cache.seq_lens.tolist()
+    before = [x.clone() for layer in step.cache.layers for x in (layer.kv, layer.labels) if x is not None]
+    step.tokens.copy_(torch.tensor([3, 4, 5]))  # the inputs of that step
+    step.running.copy_(torch.tensor([False, True, False]))
+    sampled = step.sampled.clone()
+    step.run(True)
+    assert step.cache.seq_lens.tolist() == [lengths[0], lengths[1] + 1, lengths[2]]
+    assert step.sampled[0] == sampled[0] and step.sampled[2] == sampled[2] and step.tokens.tolist()[::2] == [3, 5]
+    after = [x for layer in step.cache.layers for x in (layer.kv, layer.labels) if x is not None]
+    for x, y in zip(before, after):
+        assert torch.equal(x[::2], y[::2]) and not torch.equal(x[1], y[1])
+
+
+@pytest.mark.parametrize("reader", ["streaming", "stopping", "neither"])
+def test_tokens_are_read_one_step_behind_or_at_the_end(reader, monkeypatch):
+    """Step i + 1 has begun before the host asks for the tokens of step i."""
+    step = decode_step(40, 2)
+    object.__setattr__(step.model.config, "eos_ids", () if reader != "stopping" else (99,))
+    order, run, now = [], step.run, generate.now
+    monkeypatch.setattr(step, "run", lambda sparse: (order.append("run"), run(sparse)))
+
+    def recorded(device):
+        event = now(device)
+        wait, number = event.synchronize, order.count("run") - 1
+        event = SimpleNamespace(elapsed_time=event.elapsed_time, synchronize=lambda: (order.append(number), wait()), **vars(event))
+        return event
+
+    monkeypatch.setattr(generate, "now", recorded if not GPU else now)
+    streamed = [[], []]
+    result = generate.generate(step, [[1, 5, 9], [1, 7]], 5,
+                               on_token=(lambda b, token: streamed[b].append(token)) if reader == "streaming" else None)
+    assert [len(ids) for ids in result.token_ids] == [5, 5]
+    assert streamed == (result.token_ids if reader == "streaming" else [[], []])
+    if not GPU:
+        assert order == (["run"] * 5 + [0, 1, 2, 3, 4] if reader == "neither" else
+                         ["run", "run", 0, "run", 1, "run", 2, "run", 3, 4])
+
+
+def test_short_sequences_are_decoded_dense_and_leave_labels():
+    """Below dense_below a sparse configuration gives what dense gives; the labels written meanwhile serve the sparse steps after."""
+    prompt, size = [1] + torch.randint(3, 64, (19,), generator=torch.Generator().manual_seed(0)).tolist(), 100
+    dense = generate.generate(decode_step(size, sparse=False), [prompt], 60)
+    steps = {below: decode_step(size, more=dict(dense_below=below)) for below in (0, 50, 1000)}
+    found = {below: generate.generate(step, [prompt], 60) for below, step in steps.items()}
+    assert found[1000].token_ids == dense.token_ids and found[0].token_ids != dense.token_ids
+    assert found[50].token_ids[0][:30] == dense.token_ids[0][:30] and found[50].token_ids != dense.token_ids
+    assert found[1000].kv_bytes_per_step == dense.kv_bytes_per_step == dense.dense_kv_bytes_per_step
+    assert found[0].kv_bytes_per_step < found[50].kv_bytes_per_step < found[1000].kv_bytes_per_step
+    step = steps[50]
+    layer, positions = step.cache.layers[1], torch.arange(size, device=DEVICE, dtype=torch.int32)[None]
+    written = torch.zeros_like(layer.labels)
+    ds.label_ref(layer.kv[..., 0, :], positions, written, layer.label_map)
+    live = int(step.cache.seq_lens)
+    assert live == 20 + 59
+    differs = (ds.unpack(layer.labels, 4) != ds.unpack(written, 4))[:, :, :, :live]
+    assert differs.float().mean() < 0.01, "labels of steps that attended densely are missing"
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_cache_read_whole_equals_dense_and_writes_its_newest_label(impl):
+    p = Problem(shapes(B=2, S=70))
+    layer = LayerCache(p.kv, None, replace(p.config, impl=impl), p.map, torch.zeros_like(p.labels), all_tokens=True)
+    out = layer.decode(p.q, p.seq_lens)
+    torch.testing.assert_close(out, ds.attend_ref(p.q, p.k, p.v, p.seq_lens), atol=1e-5, rtol=1e-4)
+    newest = (p.seq_lens - 1).long()[:, None, None, None].expand(-1, *p.labels.shape[1:3], 1)
+    assert torch.equal(layer.labels, torch.zeros_like(p.labels).scatter(3, newest, p.labels.gather(3, newest)))
+
+
+def test_compiled_blocks_equal_eager_ones_and_are_compiled_once_for_all_layers():
+    from torch._dynamo.utils import counters
+
+    step, prompts = decode_step(90), [[1] + list(range(3, 3 + n)) for n in (50, 20, 33)]
+    want = [generate.generate(step, [prompt], 10).token_ids for prompt in prompts]
+    step.model.compile_blocks()
+    counters.clear()
+    assert [generate.generate(step, [prompt], 10).token_ids for prompt in prompts] == want
+    assert counters["stats"]["unique_graphs"] == 4, "before and after attention, in prefill and in decode"
+
+
+def test_experts_of_few_tokens_equal_the_loop_over_experts():
+    model, *_ = random_model(n_experts=4, experts_per_token=2, dim=40, ffn_dim=72)
+    ffn = model.to(DEVICE).layers[0].ffn
+    x = torch.randn(5, 40, device=DEVICE)
+    logits, experts = ffn.router(x).topk(2, -1)
+    want = ffn(x[None])[0]
+    torch.testing.assert_close(ffn.by_token(x, experts, logits.softmax(-1)), want, atol=1e-5, rtol=1e-4)
+
+
+def test_memory_need_counts_what_is_allocated():
+    model, maps, config = random_model()
+    need = memory_need(model.config, 3, 70, torch.float32, config)
+    cache = KVCache(model.config, 3, 70, DEVICE, torch.float32, config, maps)
+    assert need["weights"] == sum(p.nbytes for p in model.parameters())
+    assert need["KV cache"] == cache.kv_bytes() and need["labels"] == cache.label_bytes() > 0
+    workspace = ds.Workspace(3, 4, 2, 16, 70, torch.device(DEVICE), config)
+    assert need["workspace"] == sum(x.nbytes for x in vars(workspace).values() if isinstance(x, torch.Tensor))
+    assert memory_need(model.config, 3, 70, torch.float32)["labels"] == 0
+
+
+def test_too_little_memory_is_refused_with_what_would_fit():
+    def check(gib, batch, length):
+        check_memory(int(gib * 2**30), PRESETS["Llama-2-7B"], batch, length, torch.bfloat16, DSConfig())
+
+    check(140, 14, 16500)
+    with pytest.raises(ValueError, match="^max_seq_length=16500 for a batch of 14 needs 13.* GiB .* 80.0 are free; ") as error:
+        check(80, 14, 16500)
+    shorter, smaller = map(int, re.search(r"--max_seq_length (\d+) or a batch of (\d+) would fit", str(error.value)).groups())
+    check(80, 14, shorter)
+    check(80, smaller, 16500)
+    for too_much in ((14, shorter + 1), (smaller + 1, 16500)):
+        with pytest.raises(ValueError):
+            check(80, *too_much)
+    with pytest.raises(ValueError, match="no batch of this model fits"):
+        check(8, 1, 100)
+
+
+def test_divergence_by_hand():
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log(), torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    want = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert generate.divergence([p, p], [q, q], [[7], [7, 7]]) == pytest.approx(want / 3)  # row 0 of the first step, alone
+
+
+def test_forced_logits_are_those_of_generation():
+    step, prompts = decode_step(60, 2), [[1, 5, 9, 20], [1, 7]]
+    texts = generate.generate(step, prompts, 20).token_ids
+    forced = torch.stack(list(generate.forced_logits(step, prompts, texts)))  # [steps, B, vocab]
+    assert forced.argmax(-1).T.tolist() == texts
+
+
 # ---------------------------------------------------------------- calibrate
 
 
@@ -1274,8 +1436,12 @@ def test_generate_writes_its_json_and_streams_text(tmp_path):
                   "--json", tmp_path / "out.json")
     assert run.returncode == 0, run.stderr
     out = json.loads((tmp_path / "out.json").read_text())
-    assert {"prompt_token_ids", "token_ids", "text", "ttft_ms", "decode_tokens_per_s", "kv_bytes_per_step",
+    assert {"prompt_token_ids", "token_ids", "text", "prompts", "ttft_ms", "cold_start_s", "median_ms_per_token", "p99_ms_per_token",
+            "decode_tokens_per_s", "decode_tokens_per_s_per_sequence", "bytes_per_step", "kv_bytes_per_step",
             "dense_kv_bytes_per_step", "kv_cache_bytes", "label_cache_bytes", "peak_memory_bytes", "config"} == set(out)
+    weights = sum(p.nbytes for p in load_model(TINY, "cpu", torch.float32).parameters())
+    assert 0.5 * weights < out["bytes_per_step"] - out["kv_bytes_per_step"] <= weights
+    assert 0 < out["ttft_ms"] < 1e3 * out["cold_start_s"] < 1e5 and out["median_ms_per_token"] <= out["p99_ms_per_token"]
     assert [len(ids) for ids in out["token_ids"]] == [8, 8] and all(text in run.stdout for text in out["text"])
     alone = command("generate.py", "--device", "cpu", "--prompt", "He said that", "--max_new_tokens", 8)
     assert alone.stdout.strip() == out["text"][1].strip() and "tokens/s" in alone.stderr
