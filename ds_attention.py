@@ -66,7 +66,7 @@ class DSConfig:
         return torch.minimum(share.clamp(min=self.min_tokens).to(live.dtype), live)
 
     def sparse_at(self, live):
-        """Whether a step reads less than dense does, and not too little to be faster; live: eligible tokens of its longest row."""
+        """Whether sparse steps pay at `live` eligible tokens, of the longest row."""
         return live >= self.dense_below and self.budget(live) < live
 
     def share(self):

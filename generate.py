@@ -385,7 +385,7 @@ def peak_memory_bytes(device):
 @functools.cache  # measured once
 def copy_bandwidth(device):
     """Bytes per second of a large copy on the GPU, read and written bytes both counted."""
-    a = torch.empty(2**28, dtype=torch.uint8, device=device)
+    a = torch.empty(2**29, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     times = []
     for _ in range(20):  # not in a graph, where a copy may become a copy engine's, which is slower than a kernel
@@ -413,8 +413,8 @@ def print_statistics(found, device, name=""):
     bandwidth = f", {found['bandwidth_share']:.0%} of the copy bandwidth" if "bandwidth_share" in found else ""
     print(f"{name}time to first token {found['ttft_ms']:.0f} ms ({found['cold_start_s']:.1f} s after the process began) | "
           f"{found['median_ms_per_token']:.2f} ms per token, p99 {found['p99_ms_per_token']:.2f} | decode "
-          f"{found['decode_tokens_per_s']:.1f} tokens/s{each} | read per step {found['bytes_per_step'] / 1e6:.2f} MB{bandwidth} | "
-          f"of it cache {found['kv_bytes_per_step'] / 1e6:.2f} MB, dense {found['dense_kv_bytes_per_step'] / 1e6:.2f} MB "
+          f"{found['decode_tokens_per_s']:.1f} tokens/s{each} | read per step {found['bytes_per_step'] / 1e6:.2f} MB{bandwidth}"
+          f", of it cache {found['kv_bytes_per_step'] / 1e6:.2f} MB, dense {found['dense_kv_bytes_per_step'] / 1e6:.2f} MB "
           f"({share:.0%}) | KV cache {found['kv_cache_bytes'] / 2**20:.1f} MiB + labels "
           f"{found['label_cache_bytes'] / 2**20:.1f} MiB | peak {'GPU' if device != 'cpu' else 'process'} memory "
           f"{found['peak_memory_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
@@ -470,16 +470,18 @@ def parse_arguments():
     parser.add_argument("--dense_below", type=int, default=DSConfig.dense_below, metavar="TOKENS",
                         help="attend to everything while the longest sequence is shorter: sparse steps could not be faster "
                              "(default %(default)s)")
-    parser.add_argument("--max_seq_length", type=int, help="tokens of cache per sequence: generation ends where it is full (default: "
-                                                           "as many as there will be; --interactive: all of the model's)")
+    parser.add_argument("--max_seq_length", type=int, metavar="TOKENS",
+                        help="cache of each sequence: generation ends where it is full (default: as many as there will be; "
+                             "--interactive: all of the model's)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--no_compile", action="store_true", help="on a GPU, leave blocks out of torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="of weights and cache (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--interactive", action="store_true", help="read lines from the terminal and continue after each; "
                                                                    "an empty line or Ctrl-D ends")
-    parser.add_argument("--compare", action="store_true", help="generate dense and sparse: both texts, where they part, how far "
-                                                               "apart their next-token distributions are, both speeds")
+    parser.add_argument("--compare", action="store_true",
+                        help="generate dense and sparse: both texts, where they part, how far apart their next-token "
+                             "distributions are, both speeds")
     parser.add_argument("--json", metavar="FILE", help="write tokens, texts and statistics to this file")
     args = parser.parse_args()
     for name, low in [("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("max_seq_length", 2)]:

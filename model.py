@@ -264,7 +264,7 @@ class KVCache:
         return sum(layer.labels.nbytes for layer in self.layers if layer.labels is not None)
 
     def read_bytes(self, lengths):
-        """Bytes of cache that decode steps read at these live lengths, an int64 tensor of any shape: (as configured, if dense)."""
+        """Bytes of cache that decode steps read at these live lengths, an int64 tensor: (as configured, if dense)."""
         dense = sparse = 0
         live = lengths if self.window is None else lengths.clamp(max=self.window)
         for layer in self.layers:
@@ -377,12 +377,12 @@ class MoEFeedForward(nn.Module):
 
     @torch.compiler.disable  # how many tokens an expert gets is data: a compiler would stop at each
     def forward(self, x):
-        """x [B, T, dim]; on a GPU T = 1 (decode) runs without asking the host, as a CUDA graph must."""
+        """x [..., tokens, dim]. Decode, on a GPU, asks nothing of the host: a CUDA graph must not."""
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # [tokens, dim]
         logits, experts = self.router(x).topk(self.top, -1)  # [tokens, top]
         weights = logits.float().softmax(-1).to(x.dtype)
-        if x.is_cuda and shape[1] == 1:
+        if x.is_cuda and (shape[-2] == 1 or len(x) <= 64):
             return self.by_token(x, experts, weights).view(shape)
         out = torch.zeros_like(x)
         for e in range(len(self.w13)):
@@ -555,8 +555,8 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None):
     cache = KVCache(config, batch, max_seq_length, "meta", dtype, ds, maps)
     scratch = [x.nbytes for x in vars(cache.layers[0].workspace).values() if isinstance(x, torch.Tensor)]
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
-    # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K and V
-    # side by side; or the feed-forward's gate, up and product
+    # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K
+    # and V side by side; or the feed-forward's gate, up and product
     widest = 3 * config.dim + max(2 * qkv + attended + 2 * HKV * D + 6 * qkv, attended + 3 * config.ffn_dim)
     sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and their fp32 copies on the way to a token
     parameters = sum(math.prod(shape) for shape in parameter_shapes(config).values())
@@ -590,8 +590,8 @@ def check_memory(free, config, batch, max_seq_length, dtype, ds=None):
         if batch > 1 and total(1, max_seq_length) <= free:
             options.append(f"a batch of {most(lambda rows: total(rows, max_seq_length) <= free, 1, batch)}")
         remedy = f"{' or '.join(options)} would fit" if options else "take a smaller batch and a shorter --max_seq_length"
-    raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs {sum(need.values()) / 2**30:.1f} GiB of GPU "
-                     f"memory ({parts}), {free / 2**30:.1f} are free; {remedy}")
+    raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs {sum(need.values()) / 2**30:.1f} GiB of "
+                     f"GPU memory ({parts}), {free / 2**30:.1f} are free; {remedy}")
 
 
 # ---------------------------------------------------------------- checkpoints

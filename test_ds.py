@@ -1350,14 +1350,15 @@ def test_quality_tables_are_those_of_the_results(page):
     assert evaluation.table() in (ROOT / page).read_text(encoding="utf-8")
 
 
-def test_attention_table_is_that_of_the_results():
-    rows = bench.newest_rows(ROOT / "results" / "attention.jsonl")
-    assert bench.attention_table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_bench_tables_are_those_of_the_results(name):
+    if not (bench.RESULTS / f"{name}.jsonl").exists():
+        pytest.skip("not measured yet")
+    assert bench.BENCHES[name].table(bench.newest_rows(name)) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_bench_plots_speedups_where_matplotlib_is(tmp_path, capsys):
-    rows = bench.newest_rows(ROOT / "results" / "attention.jsonl")
-    bench.plot(rows, tmp_path / "speedup.png")
+def test_bench_plots_where_matplotlib_is(tmp_path, capsys):
+    bench.plot(bench.newest_rows("attention"), bench.draw_attention, tmp_path / "speedup.png")
     assert (tmp_path / "speedup.png").exists() or "pip install matplotlib" in capsys.readouterr().err
 
 
@@ -1368,6 +1369,71 @@ def test_bench_checks_its_rows_on_a_cpu():
     x = bench.Inputs(1, 600, 4, 2, 64, torch.float32, config, "cpu", 0)
     wrong = ds.dense_decode(x.q, x.k, x.v, x.seq_lens)  # attention to other tokens is found out
     assert bench.check(x, config, wrong)[0] > 0.1
+
+
+def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
+    model = bench.random_model(replace(bench.CPU_MODEL, n_kv_heads=2), DEVICE, torch.float32)
+    S, size = 20, 30
+    module, cache = bench.GptFast(model, 2, size), bench.random_cache(model, 2, size, None, DEVICE)
+    for i, layer in enumerate(cache.layers):
+        for cached, mine in zip((getattr(module, f"k{i}"), getattr(module, f"v{i}")), layer.past(size)):
+            cached.copy_(mine)
+    cache.seq_lens.fill_(S)
+    tokens = torch.tensor([5, 9], device=DEVICE)
+    for position in range(S, size):
+        theirs = module(tokens[:, None], torch.tensor([position], device=DEVICE))[:, 0]
+        tokens = model.decode(tokens, cache).argmax(-1)
+        assert torch.equal(theirs, tokens)
+
+
+@pytest.fixture
+def generate_run():
+    """The rows of `bench.py generate` on a CPU, but for gpt_fast, which compiles for long."""
+    args = SimpleNamespace(modes=["prefill", "dense", "ds"], dense_layers=[2, 0], dense_below=0, steps=3, shapes=None, model=None)
+    return [row for rows in bench.run_generate(args, "cpu") for row in rows]
+
+
+def test_bench_generate_rows(generate_run):
+    prefill, dense, default, bare = generate_run
+    assert [row["mode"] for row in generate_run] == ["prefill", "dense", "ds", "ds"]
+    assert {row["gpu"] for row in generate_run} == {"none (CPU)"}
+    assert prefill["prefill_s"] > 0 and prefill["cold_start_s"] > 0 and prefill["ms_per_step"] is None
+    assert bare["bytes_per_step"] < default["bytes_per_step"] < dense["bytes_per_step"]
+    c = bench.CPU_MODEL
+    weights = sum(math.prod(shape) for name, shape in parameter_shapes(c).items() if not name.startswith("embed")) * 4
+    assert dense["bytes_per_step"] == weights + c.n_layers * 2 * 300 * c.n_kv_heads * 2 * c.head_dim * 4
+    for row in (dense, default, bare):
+        assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms_per_step"])
+        assert row["speedup_vs_dense"] == dense["ms_per_step"] / row["ms_per_step"] and row["speedup_vs_gpt_fast"] is None
+
+
+def test_bench_generate_table_shows_its_newest_rows(generate_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match="run bench.py generate first"):
+        bench.newest_rows("generate")
+    _, dense, *_ = generate_run
+    bench.save([{**dense, "ms_per_step": 123.0}], "generate")
+    bench.save(generate_run, "generate")
+    bench.save([{**dense, "B": 64, "ms_per_step": None, "error": "out of memory"}], "generate")
+    table = bench.generate_table(bench.newest_rows("generate"))
+    line, full = (next(x for x in table.splitlines() if f"| {B}, 300 |" in x) for B in (2, 64))
+    assert "CPU reference" in line and f"| {dense['ms_per_step']:.2f} |" in line and "123.00" not in table
+    assert "| out of memory |" in full
+    drawn = SimpleNamespace(bars=[], bar=lambda at, heights, width, label: drawn.bars.append((label, heights)),
+                            set_xticks=lambda *_, **__: None, set=lambda **_: None)
+    bench.draw_generate(generate_run, drawn)
+    assert drawn.bars[0] == ("dense", [dense["tokens_per_s"]]) and len(drawn.bars) == 3
+
+
+def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+
+    monkeypatch.setattr(bench, "time_decode", out_of_memory)
+    model = bench.random_model(bench.CPU_MODEL, "cpu", torch.float32)
+    dense, sparse = bench.generate_rows("tiny", model, 1, 50, ["dense", "ds"], [DSConfig()], 3, "cpu", False)
+    assert dense["error"] == sparse["error"] == "CUDA out of memory. Tried to allocate 1 GiB"
+    assert sparse["ms_per_step"] is sparse["speedup_vs_dense"] is None
 
 
 def test_published_items_have_our_wording(tmp_path):
@@ -1447,6 +1513,37 @@ def test_generate_writes_its_json_and_streams_text(tmp_path):
     assert alone.stdout.strip() == out["text"][1].strip() and "tokens/s" in alone.stderr
 
 
+def test_compare_shows_texts_and_figures_of_both(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")[:1500]
+    arguments = ["generate.py", "--device", "cpu", "--compare", "--dense_below", 0, "--max_new_tokens", 8, "--json", tmp_path / "out.json"]
+    run = command(*arguments, "--n_tokens", 20, "--prompt", text, "--prompt", text[:800])
+    assert run.returncode == 0 and run.stderr.count("tokens/s") == 2, run.stderr
+    out = json.loads((tmp_path / "out.json").read_text())
+    for b in range(2):
+        dense, ours = (out["token_ids"][mode][b] for mode in ("dense", "ds"))
+        first = out["first_difference"][b]
+        assert dense == ours if first is None else dense[:first] == ours[:first] and dense[first : first + 1] != ours[first : first + 1]
+        assert all(out["text"][mode][b] in run.stdout for mode in ("dense", "ds"))
+    assert out["kl"] > 1e-4 and f"{out['kl']:.6f} nats" in run.stdout
+    assert out["ds"]["kv_bytes_per_step"] < out["dense"]["kv_bytes_per_step"] == out["dense"]["dense_kv_bytes_per_step"]
+    same = command(*arguments, "--n_tokens", 2000, "--prompt", text[:800])
+    assert same.returncode == 0 and abs(json.loads((tmp_path / "out.json").read_text())["kl"]) < 1e-6, same.stderr
+    assert "the same 8 tokens" in same.stdout
+    refused = command("generate.py", "--device", "cpu", "--compare", "--sparsity", 1, "--prompt", "x")
+    assert refused.returncode == 2 and "sets sparse against dense" in refused.stderr
+
+
+def test_generation_ends_where_the_cache_is_full(tmp_path):
+    prompt, out = "The sea was calm", tmp_path / "out.json"
+    n = len(generate.Tokenizer(TINY, 1).encode(prompt))
+    run = command("generate.py", "--device", "cpu", "--prompt", prompt, "--max_seq_length", n + 3, "--json", out)
+    assert run.returncode == 0 and len(json.loads(out.read_text())["token_ids"][0]) == 3, run.stderr
+    run = command("generate.py", "--device", "cpu", "--prompt", prompt, "--max_seq_length", n)
+    assert run.returncode == 2 and f"max_seq_length={n}: must be more than the {n} tokens" in run.stderr
+    run = command("generate.py", "--device", "cpu", "--interactive", "--max_seq_length", n + 3, input=f"{prompt}\nAnd then\n")
+    assert run.returncode == 0 and f"used up its {n + 3} tokens" in run.stderr, run.stderr
+
+
 def test_demonstration_finds_its_fact(tmp_path):
     run = command("generate.py", "--device", "cpu", "--sparsity", 16, "--json", tmp_path / "out.json")
     assert run.returncode == 0 and "the answer is right" in run.stderr, run.stderr
@@ -1498,6 +1595,7 @@ BAD_INPUT = {
     "sparsity-word": (["--sparsity", "much"], "invalid float value: 'much'"),
     "n-0": (["--n_tokens", "0"], "n_tokens=0: must be at least 1"),
     "not-utf8": (["--prompt_file", "{}/latin1.txt"], "not UTF-8"),
+    "dense-below": (["--dense_below", "-1"], "dense_below=-1: must be at least 0"),
     "no-file": (["--prompt_file", "{}/absent.txt"], "No such file"),
     "no-gpu": pytest.param(["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(GPU, reason="there is a GPU")),
 }
