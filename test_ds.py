@@ -882,8 +882,8 @@ def test_samples_have_the_softmax_s_frequencies():
 
 
 def decode_step(size=110, batch=1, sparse=True, seed=0, more={}, **sampling):
-    """A DecodeStep of random_model, whose cache has room for `size` tokens."""
-    model, maps, config = random_model(seed)
+    """A DecodeStep of random_model, whose texts do not end and whose cache has room for `size` tokens."""
+    model, maps, config = random_model(seed, eos_ids=())
     config = replace(config, **more) if sparse else None
     return generate.DecodeStep(model.to(DEVICE), KVCache(model.config, batch, size, DEVICE, torch.float32, config, maps), **sampling)
 
@@ -920,7 +920,7 @@ def test_frozen_rows_repeat_their_step_to_no_effect():
 def test_tokens_are_read_one_step_behind_or_at_the_end(reader, monkeypatch):
     """Step i + 1 has begun before the host asks for the tokens of step i."""
     step = decode_step(40, 2)
-    object.__setattr__(step.model.config, "eos_ids", () if reader != "stopping" else (99,))
+    object.__setattr__(step.model.config, "eos_ids", (99,) if reader == "stopping" else ())
     order, run, now = [], step.run, generate.now
     monkeypatch.setattr(step, "run", lambda sparse: (order.append("run"), run(sparse)))
 
@@ -969,6 +969,27 @@ def test_a_cache_read_whole_equals_dense_and_writes_its_newest_label(impl):
     torch.testing.assert_close(out, ds.attend_ref(p.q, p.k, p.v, p.seq_lens), atol=1e-5, rtol=1e-4)
     newest = (p.seq_lens - 1).long()[:, None, None, None].expand(-1, *p.labels.shape[1:3], 1)
     assert torch.equal(layer.labels, torch.zeros_like(p.labels).scatter(3, newest, p.labels.gather(3, newest)))
+
+
+@pytest.mark.parametrize("sparse, more", [(False, {}), (True, {}), (True, {"dense_below": 30})], ids=["dense", "sparse", "both"])
+def test_generation_equals_a_plain_loop_of_decode(sparse, more):
+    """On a GPU: graphs, captured in the middle of it all, against eager steps."""
+    prompts, n = [[1, 5, 9, 20], [1] + list(range(3, 20))], 25
+    step = decode_step(60, 2, sparse, more=more)
+    got = generate.generate(step, prompts, n).token_ids
+    lengths = step.cache.seq_lens.tolist()
+    assert lengths == [len(prompt) + n - 1 for prompt in prompts]
+    plain = decode_step(60, 2, sparse, more=more)
+    plain.model.prefill([prompt[:-1] for prompt in prompts], plain.cache)
+    tokens, want = torch.tensor([prompt[-1] for prompt in prompts], device=DEVICE), []
+    for length in range(len(prompts[1]), len(prompts[1]) + n):
+        view = plain.cache if plain.cache.sparse_at(length) else plain.cache.all_tokens()
+        want.append(tokens := plain.model.decode(tokens, view).argmax(-1))
+    assert got == torch.stack(want, 1).tolist()
+    for mine, theirs in zip(step.cache.layers, plain.cache.layers):
+        torch.testing.assert_close(mine.kv, theirs.kv, atol=1e-4, rtol=1e-4)
+    assert generate.generate(step, [[7]] * 2, 3, start=10).token_ids != got  # another turn on the same graphs
+    assert step.cache.seq_lens.tolist() == [13, 13]
 
 
 def test_compiled_blocks_equal_eager_ones_and_are_compiled_once_for_all_layers():
