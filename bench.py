@@ -450,33 +450,40 @@ def run_generate(args, device):
         yield generate_rows(name, model, B, S, modes, configs, args.steps, device, first=i == 0)
 
 
+def mode_name(r):
+    return f"ds, {r['config']['dense_layers']} dense layers" if r["mode"] == "ds" else r["mode"]
+
+
 def generate_table(rows):
     """Rows of results/generate.jsonl -> Markdown: a line for each shape, then one for each prefill."""
-    shapes, prefills = {}, []
+    prefills = [r for r in rows if r["mode"] == "prefill"]
+    shapes, modes = {}, ["gpt_fast", "dense"]
     for r in rows:
-        if r["mode"] == "prefill":
-            prefills.append(r)
-        else:
-            mode = f"ds, {r['config']['dense_layers']} dense" if r["mode"] == "ds" else r["mode"]
-            shapes.setdefault((r["model"], r["B"], r["S"]), {})[mode] = r
-    default = f"ds, {DSConfig.dense_layers} dense"
-    columns = ["gpt_fast", "dense", default, "ds, 0 dense"]
-    lines = [f"| model | B, S | {' | '.join(columns)} | ds over dense | over gpt_fast | 0 dense over dense | tokens/s | "
-             "bandwidth dense, ds | peak GiB |", "|---|" + "---|" * 11]
+        if r["mode"] != "prefill":
+            shapes.setdefault((r["model"], r["B"], r["S"]), {})[mode_name(r)] = r
+    modes += sorted({name for found in shapes.values() for name in found} - set(modes), reverse=True)
 
-    def cell(row, name, form):
-        value = row and row.get(name)
-        return "-" if value is None else format(value, form) + ("x" if name.startswith("speedup") else "")
+    def cell(row, name, form, unit=""):
+        value = (row or {}).get(name)
+        return "-" if value is None else f"{value:{form}}{unit}"
 
+    lines = []
+    if shapes:
+        lines = [f"| model | B, S | {' | '.join(modes)} | over gpt_fast | tokens/s | bandwidth: dense, ds | peak GiB |",
+                 "|---|" + "---|" * (len(modes) + 5)]
     for (model, B, S), found in shapes.items():
-        times = ["out of memory" if "error" in found.get(mode, {}) else cell(found.get(mode), "ms_per_step", ".2f")
-                 for mode in columns]
-        ours, bare = found.get(default), found.get("ds, 0 dense")
-        shares = ", ".join(cell(found.get(mode), "bandwidth_share", ".0%") for mode in ("dense", default))
+        times = []
+        for mode in modes:
+            row = found.get(mode, {})
+            over = cell(row, "speedup_vs_dense", ".2f", "x over dense") if row.get("mode") == "ds" else "-"
+            time = "out of memory" if "error" in row else cell(row, "ms_per_step", ".2f", " ms")
+            times.append(time + (f", {over}" if over != "-" else ""))
+        first = next((found[mode] for mode in modes if mode in found and found[mode]["mode"] == "ds"), None)
+        shares = ", ".join(cell(row, "bandwidth_share", ".0%") for row in (found.get("dense"), first))
         reference = " (CPU reference)" if "CPU" in next(iter(found.values()))["gpu"] else ""
-        lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | {cell(ours, 'speedup_vs_dense', '.2f')} | "
-                     f"{cell(ours, 'speedup_vs_gpt_fast', '.2f')} | {cell(bare, 'speedup_vs_dense', '.2f')} | "
-                     f"{cell(ours, 'tokens_per_s', '.0f')} | {shares} | {cell(ours, 'peak_gib', '.1f')} |")
+        lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | "
+                     f"{cell(first, 'speedup_vs_gpt_fast', '.2f', 'x')} | {cell(first, 'tokens_per_s', '.0f')} | {shares} | "
+                     f"{cell(first, 'peak_gib', '.1f')} |")
     if prefills:
         lines += ["", "| model | B, S | prefill, s | tokens/s | process start to first token, s | peak GiB |",
                   "|---|" + "---|" * 5]
@@ -485,19 +492,18 @@ def generate_table(rows):
         rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
         lines.append(f"| {r['model']} | {r['B']}, {r['S']} | {seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
                      f"{cell(r, 'peak_gib', '.1f')} |")
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 def draw_generate(rows, axes):
     """Tokens per second of each shape, a bar for each mode."""
-    shapes = list(dict.fromkeys((r["model"], r["B"], r["S"]) for r in rows if r["ms_per_step"]))
-    modes = list(dict.fromkeys((r["mode"], (r["config"] or {}).get("dense_layers")) for r in rows if r["ms_per_step"]))
-    for i, (mode, dense_layers) in enumerate(modes):
-        found = {(r["model"], r["B"], r["S"]): r["tokens_per_s"] for r in rows
-                 if r["ms_per_step"] and r["mode"] == mode and (r["config"] or {}).get("dense_layers") == dense_layers}
-        at = [j + (i - (len(modes) - 1) / 2) * 0.8 / len(modes) for j, shape in enumerate(shapes) if shape in found]
-        axes.bar(at, [found[shape] for shape in shapes if shape in found], 0.8 / len(modes),
-                 label=mode if dense_layers is None else f"{mode}, {dense_layers} dense layers")
+    rows = [r for r in rows if r["ms_per_step"]]
+    shapes, modes = (list(dict.fromkeys(map(of, rows))) for of in (lambda r: (r["model"], r["B"], r["S"]), mode_name))
+    width = 0.8 / max(1, len(modes))
+    for i, mode in enumerate(modes):
+        found = [r for r in rows if mode_name(r) == mode]
+        at = [shapes.index((r["model"], r["B"], r["S"])) + (i - (len(modes) - 1) / 2) * width for r in found]
+        axes.bar(at, [r["tokens_per_s"] for r in found], width, label=mode)
     axes.set_xticks(range(len(shapes)), [f"{model}\n{B} x {S}" for model, B, S in shapes], rotation=90, fontsize="small")
     axes.set(yscale="log", ylabel="tokens/s")
 
@@ -575,6 +581,7 @@ def main():
     parser.add_argument("what", choices=(*BENCHES, "table"))
     parser.add_argument("of", nargs="?", choices=BENCHES, help="with table: whose")
     parser.add_argument("--shapes", help="BxS, comma-separated, S in tokens (default: the README's rows)")
+    parser.add_argument("--no_save", action="store_true", help="print the rows, but leave the results file as it is")
     parser.add_argument("--plot", metavar="FILE", help="draw the rows of this run or of the table (needs matplotlib)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda; a CPU only checks correctness)")
     attention = parser.add_argument_group("attention")
@@ -613,8 +620,9 @@ def main():
         for measured in bench.run(args, device):
             rows += measured
             if device != "cpu":
-                save(measured, args.what)
                 torch.cuda.empty_cache()
+                if not args.no_save:
+                    save(measured, args.what)
     print(bench.table(rows))
     if args.plot:
         plot(rows, bench.draw, args.plot)

@@ -2,6 +2,7 @@
 
 Usage: python generate.py --sparsity 16                                the built-in demonstration on tiny/
        python generate.py --checkpoint DIR_OR_HUB_ID --prompt "Once upon a time" --max_new_tokens 100
+       python generate.py --compare --prompt_file FILE                 dense and sparse side by side
 """
 import argparse
 import contextlib
@@ -194,7 +195,7 @@ class DecodeStep:
         self.generator = torch.Generator(device)
         self.graphs, self.pool = {}, None
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: the generator's state, which all graphs of the process share, would be bound to it
     def start(self, tokens, kinds=(True, False)):
         """The first step's tokens, one per sequence. kinds: the steps that will be run, sparse (True) or not."""
         self.tokens.copy_(torch.tensor(tokens))
@@ -228,7 +229,7 @@ class DecodeStep:
         self.running &= (self.sampled[:, None] != self.end_tokens).all(1)
         self.tokens.copy_(torch.where(self.running, self.sampled, self.tokens))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, sparse):
         """One step more; returns at once on a GPU."""
         if self.graphs:

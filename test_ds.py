@@ -1438,7 +1438,9 @@ def test_bench_generate_table_shows_its_newest_rows(generate_run, tmp_path, monk
     bench.save([{**dense, "B": 64, "ms_per_step": None, "error": "out of memory"}], "generate")
     table = bench.generate_table(bench.newest_rows("generate"))
     line, full = (next(x for x in table.splitlines() if f"| {B}, 300 |" in x) for B in (2, 64))
-    assert "CPU reference" in line and f"| {dense['ms_per_step']:.2f} |" in line and "123.00" not in table
+    assert "CPU reference" in line and f"| {dense['ms_per_step']:.2f} ms |" in line and "123.00" not in table
+    for row in generate_run[2:]:
+        assert f"| {row['ms_per_step']:.2f} ms, {row['speedup_vs_dense']:.2f}x over dense |" in line
     assert "| out of memory |" in full
     drawn = SimpleNamespace(bars=[], bar=lambda at, heights, width, label: drawn.bars.append((label, heights)),
                             set_xticks=lambda *_, **__: None, set=lambda **_: None)
