@@ -36,6 +36,7 @@ class DSConfig:
     label_channels: int | None = None  # label dims per KV head; None: 1/sparsity of K's bytes in 16-bit channels
     label_bits: int = 4  # bits per label dim: 2, 4, 8 or 16
     dense_layers: int = 2  # the first layers attend to everything: their attention is diffuse
+    dense_below: int = 2048  # a step whose longest row has fewer live tokens attends to everything: it could not win
     sink: int = 4  # first tokens always attended, counted inside N
     recent: int = 16  # newest tokens always attended, counted inside N
     pool: str = "mean"  # how one selection serves a group's query heads: "mean" or "max" of their scores
@@ -44,8 +45,8 @@ class DSConfig:
     def __post_init__(self):
         if not (math.isfinite(self.sparsity) and self.sparsity > 1):
             raise ValueError(f"sparsity={self.sparsity:g}: must be above 1; use --sparsity 1 for dense")
-        for name, low in [("n_tokens", 1), ("min_tokens", 1), ("label_channels", 1), ("dense_layers", 0), ("sink", 0),
-                          ("recent", 1)]:
+        for name, low in [("n_tokens", 1), ("min_tokens", 1), ("label_channels", 1), ("dense_layers", 0),
+                          ("dense_below", 0), ("sink", 0), ("recent", 1)]:
             value = getattr(self, name)
             if value is not None and value < low:
                 hint = "; use --sparsity 1 for dense" if name == "n_tokens" else ""
@@ -66,6 +67,10 @@ class DSConfig:
             return live.clamp(max=self.n_tokens)
         share = (live.long() * den + num - 1) // num
         return torch.minimum(share.clamp(min=self.min_tokens).to(live.dtype), live)
+
+    def sparse_at(self, live):
+        """Whether sparse steps pay at `live` eligible tokens, of the longest row."""
+        return live >= self.dense_below and self.budget(live) < live
 
     def share(self):
         """sparsity as a fraction (num, den) of small integers, so that every implementation rounds alike."""
@@ -1050,10 +1055,22 @@ def write_labels(k, positions, labels, label_map, config):
     (label if config.use_triton(k) else label_ref)(k, positions, labels, label_map)
 
 
-def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None):
-    """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in attend_ref."""
+def label_newest_ref(k, seq_lens, labels, label_map):
+    """Writes the label of each row's newest key; k [B, HKV, S, D], seq_lens [B], labels [B, HKV, W, S]."""
+    newest = (seq_lens - 1)[:, None]
+    rows = newest.long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    label_ref(k.gather(2, rows), newest, labels, label_map)
+
+
+def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None, label_map=None):
+    """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in attend_ref.
+
+    labels, label_map: if given, the label of each row's newest key is written, for sparse steps to come.
+    """
     if impl == "triton" or (impl == "auto" and q.is_cuda):
-        return attend(q, k, v, seq_lens, window=window, workspace=workspace)
+        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels, label_map=label_map)
+    if labels is not None:
+        label_newest_ref(k, seq_lens, labels, label_map)
     live = int(seq_lens.max())
     return attend_ref(q, k[:, :, :live], v[:, :, :live], seq_lens, window=window)
 
@@ -1074,9 +1091,7 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
         newest = dict(labels=labels, label_map=label_map) if label_newest else {}
         return attend(q, k, v, seq_lens, indices, n_tokens, workspace=workspace, overlap=True, **newest)
     if label_newest:
-        newest = (seq_lens - 1)[:, None]
-        rows = newest.long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        label_ref(k.gather(2, rows), newest, labels, label_map)
+        label_newest_ref(k, seq_lens, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
     k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
     indices, n_tokens = select_tokens(q, labels, label_map, seq_lens, config, window)

@@ -12,11 +12,15 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
@@ -183,6 +187,7 @@ class LayerCache:
     label_map: LabelMap | None = None
     labels: torch.Tensor | None = None  # [B, HKV, W, S] int32
     workspace: Workspace | None = None  # scratch of a decode step of B rows; other shapes make their own
+    all_tokens: bool = False  # decode attends to everything, whatever `ds` is; labels are written all the same
 
     def row(self, b):
         """The same layer of sequence b alone: a view with B = 1."""
@@ -208,6 +213,9 @@ class LayerCache:
         workspace = self.workspace if own else None
         if self.ds is None:
             return dense_decode(q, k, v, seq_lens, self.window, workspace=workspace)
+        if self.all_tokens:
+            newest = dict(labels=self.labels, label_map=self.label_map) if own else {}
+            return dense_decode(q, k, v, seq_lens, self.window, self.ds.impl, workspace, **newest)
         labels = self.labels.expand(len(q), -1, -1, -1)
         return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace, own)
 
@@ -218,11 +226,11 @@ class KVCache:
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None):
         """ds: None for dense; label_maps: one LabelMap per layer, needed from ds.dense_layers on."""
         B, HKV, S, D = batch, config.n_kv_heads, max_seq_length, config.head_dim
-        self.max_seq_length = S
+        self.max_seq_length, self.window, self.ds = S, config.sliding_window, ds
         self.seq_lens = torch.zeros(B, dtype=torch.int32, device=device)
         self.layers = []
         workspace = None
-        if torch.device(device).type == "cuda":
+        if torch.device(device).type != "cpu":
             workspace = Workspace(B, config.n_heads, HKV, D, S, device, ds, config.sliding_window)
         for i in range(config.n_layers):
             kv = torch.zeros(B, HKV, S, 2, D, dtype=dtype, device=device)
@@ -232,12 +240,22 @@ class KVCache:
                 layer.labels = torch.zeros(B, HKV, ds.words(D), S, dtype=torch.int32, device=device)
             self.layers.append(layer)
 
-    def row(self, b):
-        view = object.__new__(KVCache)
-        view.max_seq_length = self.max_seq_length
-        view.seq_lens = self.seq_lens[b : b + 1]
-        view.layers = [layer.row(b) for layer in self.layers]
+    def _view(self, seq_lens, layers):
+        view = copy(self)
+        view.seq_lens, view.layers = seq_lens, layers
         return view
+
+    def row(self, b):
+        """The same cache of sequence b alone."""
+        return self._view(self.seq_lens[b : b + 1], [layer.row(b) for layer in self.layers])
+
+    def all_tokens(self):
+        """The same cache, of which a decode step reads everything."""
+        return self._view(self.seq_lens, [replace(layer, all_tokens=True) for layer in self.layers])
+
+    def sparse_at(self, length):
+        """Whether a step whose longest row has `length` live tokens, its own included, is sparse (see DSConfig.dense_below)."""
+        return self.ds is not None and self.ds.sparse_at(length if self.window is None else min(length, self.window))
 
     def kv_bytes(self):
         return sum(layer.kv.nbytes for layer in self.layers)
@@ -246,18 +264,17 @@ class KVCache:
         return sum(layer.labels.nbytes for layer in self.layers if layer.labels is not None)
 
     def read_bytes(self, lengths):
-        """Bytes of cache that one decode step reads at these live lengths (ints): (as configured, if all dense)."""
+        """Bytes of cache that decode steps read at these live lengths, an int64 tensor: (as configured, if dense)."""
         dense = sparse = 0
+        live = lengths if self.window is None else lengths.clamp(max=self.window)
         for layer in self.layers:
             HKV, S, _, D = layer.kv.shape[1:]
             token = HKV * 2 * D * layer.kv.element_size()
-            for length in lengths:
-                live = length if layer.window is None else min(length, layer.window)
-                dense += live * token
-                if layer.ds is None:
-                    sparse += live * token
-                else:
-                    sparse += layer.ds.budget(live) * token + live * HKV * layer.labels.shape[2] * 4
+            dense += live.sum().item() * token
+            if layer.ds is None or layer.all_tokens:
+                sparse += live.sum().item() * token
+            else:
+                sparse += (layer.ds.budget(live) * token + live * HKV * layer.labels.shape[2] * 4).sum().item()
         return sparse, dense
 
 
@@ -299,18 +316,15 @@ class Attention(nn.Module):
         q, k, v = heads.split(self.heads, 1)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def forward(self, x, cos, sin, cache=None, step=None):
-        B, T, _ = x.shape
-        q, k, v = self.project(x, cos, sin)
+    def attend(self, q, k, v, cache=None, step=None):
+        """q, k, v as from `project`, k and v going to the cache first if there is one -> [B, T, HQ, D]."""
+        B, HQ, T, D = q.shape
         if cache is None:
-            y = causal_attention(q, k, v, self.window).transpose(1, 2)  # [B, T, HQ, D]
-        else:
-            cache.write(k, v, step.positions, labels=step.prefill_length is not None or T > 1)
-            if step.prefill_length is not None:
-                y = causal_attention(q, *cache.past(step.prefill_length), self.window).transpose(1, 2)
-            else:
-                y = cache.decode(q.transpose(1, 2).reshape(B * T, -1, self.head_dim), step.row_lens)  # [B * T, HQ, D]
-        return self.wo(y.reshape(B, T, -1))
+            return causal_attention(q, k, v, self.window).transpose(1, 2)
+        cache.write(k, v, step.positions, labels=step.prefill_length is not None or T > 1)
+        if step.prefill_length is not None:
+            return causal_attention(q, *cache.past(step.prefill_length), self.window).transpose(1, 2)
+        return cache.decode(q.transpose(1, 2).reshape(B * T, HQ, D), step.row_lens).view(B, T, HQ, D)
 
 
 class FeedForward(nn.Module):
@@ -324,6 +338,32 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(gate) * up)
 
 
+@triton.jit
+def _expert_linear_kernel(x, w, experts, out, N, K, PER_X: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out[p, n] = w[experts[p], n] . x[p // PER_X]; w [E, N, K], x [pairs / PER_X, K], out [pairs, N]."""
+    pair, offs_n = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (offs_n < N)[:, None]
+    w += tl.load(experts + pair).to(tl.int64) * N * K + offs_n.to(tl.int64)[:, None] * K
+    x += (pair // PER_X).to(tl.int64) * K
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        row = tl.load(x + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+        acc += row[None, :] * tl.load(w + offs_k[None, :], mask=mask_n & (offs_k < K)[None, :], other=0.0).to(tl.float32)
+    tl.store(out + pair.to(tl.int64) * N + offs_n, tl.sum(acc, 1).to(out.dtype.element_ty), mask=offs_n < N)
+
+
+def expert_linear(x, w, experts, block_n=8, block_k=512, num_warps=4):
+    """Each row through its own experts, without gathering their weights: x [rows, K], w [E, N, K], experts [rows * top] int64,
+    the top ones of a row side by side -> [rows * top, N]. All contiguous."""
+    (E, N, K), pairs = w.shape, len(experts)
+    out = torch.empty(pairs, N, dtype=x.dtype, device=x.device)
+    # pairs vary fastest: rows with the same expert meet its weights in the L2 cache
+    _expert_linear_kernel[(pairs, triton.cdiv(N, block_n))](x, w, experts, out, N, K, pairs // len(x), block_n, block_k,
+                                                            num_warps=num_warps)
+    return out
+
+
 class MoEFeedForward(nn.Module):
     """Mixtral's: each token goes through its top experts, weighted by the softmax of their router logits."""
 
@@ -335,17 +375,27 @@ class MoEFeedForward(nn.Module):
         self.w13 = nn.Parameter(torch.empty(E, 2 * F_, dim))
         self.w2 = nn.Parameter(torch.empty(E, dim, F_))
 
+    @torch.compiler.disable  # how many tokens an expert gets is data: a compiler would stop at each
     def forward(self, x):
+        """x [..., tokens, dim]. Decode, on a GPU, asks nothing of the host: a CUDA graph must not."""
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # [tokens, dim]
         logits, experts = self.router(x).topk(self.top, -1)  # [tokens, top]
         weights = logits.float().softmax(-1).to(x.dtype)
+        if x.is_cuda and (shape[-2] == 1 or len(x) <= 64):
+            return self.by_token(x, experts, weights).view(shape)
         out = torch.zeros_like(x)
         for e in range(len(self.w13)):
             token, choice = (experts == e).nonzero(as_tuple=True)
             gate, up = F.linear(x[token], self.w13[e]).chunk(2, -1)
             out.index_add_(0, token, F.linear(F.silu(gate) * up, self.w2[e]) * weights[token, choice, None])
         return out.view(shape)
+
+    def by_token(self, x, experts, weights):
+        """The same for few tokens: x [tokens, dim]; experts, weights [tokens, top] -> [tokens, dim]."""
+        gate, up = expert_linear(x, self.w13, experts.flatten()).chunk(2, -1)  # [tokens * top, ffn_dim]
+        parts = expert_linear(F.silu(gate) * up, self.w2, experts.flatten()).view(*experts.shape, -1)
+        return (parts * weights[..., None]).sum(1)
 
 
 class Block(nn.Module):
@@ -356,9 +406,21 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.ffn = MoEFeedForward(config) if config.n_experts else FeedForward(config)
 
-    def forward(self, x, cos, sin, cache=None, step=None):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache, step)
+    def before(self, x, cos, sin):
+        """x [B, T, dim] -> q [B, HQ, T, D], k, v [B, HKV, T, D] for attention."""
+        return self.attn.project(self.attn_norm(x), cos, sin)
+
+    def after(self, x, y):
+        """x [B, T, dim] and attention's result y [B, T, HQ, D] -> [B, T, dim]."""
+        x = x + self.attn.wo(y.flatten(2))
         return x + self.ffn(self.ffn_norm(x))
+
+    def forward(self, x, cos, sin, cache=None, step=None):
+        q, k, v = self.before(x, cos, sin)
+        return self.after(x, self.attn.attend(q, k, v, cache, step))
+
+
+PREFILL_CHUNK = 8192  # tokens: enough for matrix products at full speed, few enough that activations stay below 2 GB at 7B
 
 
 @dataclass
@@ -398,6 +460,17 @@ class Transformer(nn.Module):
         angles = positions[:, None, :, None].float() * self.frequencies
         return angles.cos(), angles.sin()
 
+    def weight_bytes(self, batch):
+        """Bytes of weights that a decode step of `batch` sequences reads: all but the embedding table, of which it takes a row
+        each, and of an expert layer the experts of all sequences (as if they chose different ones, while there are any)."""
+        total = self.head_weight.nbytes
+        for name, parameter in self.named_parameters():
+            if name.startswith(("layers.", "norm.")):
+                expert = parameter.ndim == 3  # [E, out, in]
+                share = min(1, batch * self.config.experts_per_token / len(parameter)) if expert else 1
+                total += int(parameter.nbytes * share)
+        return total
+
     def logits(self, x):
         """x [..., dim] after the last block -> [..., vocab]."""
         return F.linear(self.norm(x), self.head_weight)
@@ -410,6 +483,13 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin)
         return self.logits(x)
 
+    def compile_blocks(self):
+        """What a block does before and after attention goes through torch.compile: once for all layers, at first use."""
+        for name in ("before", "after"):
+            compiled = torch.compile(getattr(Block, name), dynamic=True)  # prompts have any length
+            for layer in self.layers:
+                setattr(layer, name, partial(compiled, layer))
+
     def _run(self, tokens, cache, step):
         x = self.embed(tokens)
         cos, sin = self.rope(step.positions)
@@ -418,7 +498,7 @@ class Transformer(nn.Module):
         return x
 
     @torch.inference_mode()
-    def prefill(self, prompts, cache, start=0, chunk=2048, progress=None):
+    def prefill(self, prompts, cache, start=0, chunk=PREFILL_CHUNK, progress=None):
         """Writes prompts (one list of token ids per sequence) to the cache from position `start` on.
 
         progress: called after each chunk with the number of tokens it had.
@@ -436,11 +516,14 @@ class Transformer(nn.Module):
                     progress(len(part))
 
     @torch.inference_mode()
-    def decode(self, tokens, cache):
-        """Appends one token per sequence: tokens [B] -> logits of the next, [B, vocab]."""
-        positions = cache.seq_lens.clone()
-        cache.seq_lens += 1
-        x = self._run(tokens[:, None], cache, Step(positions[:, None], row_lens=cache.seq_lens))
+    def decode(self, tokens, cache, grow=1):
+        """Appends one token per sequence: tokens [B] -> logits of the next, [B, vocab].
+
+        grow: 1, or a [B] tensor of bool or int: a sequence with 0 repeats its last step (whose token must be given again),
+        which leaves its cache as it is.
+        """
+        cache.seq_lens += grow
+        x = self._run(tokens[:, None], cache, Step((cache.seq_lens - 1)[:, None], row_lens=cache.seq_lens))
         return self.logits(x[:, 0])
 
     @torch.inference_mode()
@@ -454,6 +537,61 @@ class Transformer(nn.Module):
         cache.seq_lens += T
         x = self._run(tokens[None], cache, Step(positions[None], row_lens=positions + 1))
         return self.logits(x[0])
+
+
+# ---------------------------------------------------------------- memory
+
+RUNTIME_BYTES = 2**30  # kernels' code, cuBLAS workspaces, CUDA graphs, and what the allocator's blocks leave unused
+
+
+def memory_need(config, batch, max_seq_length, dtype, ds=None):
+    """Bytes of GPU memory that prefill and decode take, by what they are for: a dict."""
+    HKV, D = config.n_kv_heads, config.head_dim
+    meta = partial(torch.empty, device="meta")
+    maps = None
+    if ds is not None:
+        basis, range_ = meta(HKV, D, ds.channels(D)), meta(HKV, ds.channels(D))
+        maps = [LabelMap.from_statistics(basis, basis, range_, range_, ds.label_bits)] * config.n_layers
+    cache = KVCache(config, batch, max_seq_length, "meta", dtype, ds, maps)
+    scratch = [x.nbytes for x in vars(cache.layers[0].workspace).values() if isinstance(x, torch.Tensor)]
+    qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
+    # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K
+    # and V side by side; or the feed-forward's gate, up and product
+    widest = 3 * config.dim + max(2 * qkv + attended + 2 * HKV * D + 6 * qkv, attended + 3 * config.ffn_dim)
+    sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and their fp32 copies on the way to a token
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    return {"weights": parameters * dtype.itemsize, "KV cache": cache.kv_bytes(), "labels": cache.label_bytes(),
+            "workspace": sum(scratch), "activations": min(PREFILL_CHUNK, max_seq_length) * widest * dtype.itemsize + sampling,
+            "runtime": RUNTIME_BYTES}
+
+
+def check_memory(free, config, batch, max_seq_length, dtype, ds=None):
+    """Raises ValueError, naming what would fit, if `free` bytes of GPU memory are too few for memory_need's total."""
+    def total(batch, length):
+        return sum(memory_need(config, batch, length, dtype, ds).values())
+
+    def most(fits, low, high):
+        """The largest number in [low, high) that fits; low does."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    need = memory_need(config, batch, max_seq_length, dtype, ds)
+    if sum(need.values()) <= free:
+        return
+    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
+    if total(1, 1) > free:
+        remedy = "no batch of this model fits"
+    else:
+        options = []
+        if total(batch, 1) <= free:
+            options.append(f"--max_seq_length {most(lambda length: total(batch, length) <= free, 1, max_seq_length)}")
+        if batch > 1 and total(1, max_seq_length) <= free:
+            options.append(f"a batch of {most(lambda rows: total(rows, max_seq_length) <= free, 1, batch)}")
+        remedy = f"{' or '.join(options)} would fit" if options else "take a smaller batch and a shorter --max_seq_length"
+    raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs {sum(need.values()) / 2**30:.1f} GiB of "
+                     f"GPU memory ({parts}), {free / 2**30:.1f} are free; {remedy}")
 
 
 # ---------------------------------------------------------------- checkpoints
