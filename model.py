@@ -280,9 +280,9 @@ def _prefetch(rows, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, N, K, half, parts, HQ, HKV, kv_sb, kv_sh,
-                   kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   BLOCK_P: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr,
+def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV, kv_sb,
+                   kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
                    UPCAST: tl.constexpr, PDL: tl.constexpr):
     """x [B, K] times w [rows, K], then an epilogue; see the methods of Stream. A program owns BLOCK_N of N outputs and all of K.
 
@@ -320,7 +320,6 @@ def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, 
         position = tl.load(seq_lens + b, mask=mask_b, other=1) - 1
     acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     acc_2 = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    launch_at = tl.maximum(tl.cdiv(K, BLOCK_K) - AHEAD, 0) * BLOCK_K
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         mask_k = k + offs_k < K
         inputs = tl.load(x + b[:, None] * K + (k + offs_k)[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0)
@@ -420,7 +419,7 @@ class Stream:
         HKV, D = kv.shape[1], kv.shape[4]
         HQ = weight.shape[0] // D - 2 * HKV
         assert kv.stride(3) == D and kv.stride(4) == 1
-        out = self.x.new_empty(len(self.x), HQ, D)
+        out = torch.empty(len(self.x), HQ, D, dtype=self.x.dtype, device=self.x.device)
         rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV, strides=kv.stride()[:3])
         return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out, **rope, **tiles)
 
@@ -434,14 +433,15 @@ class Stream:
         assert x.is_contiguous() and weight.is_contiguous() and B <= self.MAX_ROWS
         tiles = _tiles(epilogue, N, K, B) | tiles
         programs = triton.cdiv(N, tiles["BLOCK_N"])
-        out = x.new_empty(B, N) if out is None else out
+        out = torch.empty(B, N, dtype=x.dtype, device=x.device) if out is None else out
         if epilogue == "residual":
             self.squares = self.partial[:programs]
         parts = len(self.squares)
+        launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
         overlap = pdl(x)
         _linear_kernel[(programs,)](
             x, weight, out, self.squares, gain, None if gain is None else self.scaled, cos, sin, seq_lens, kv, B, N, K, half,
-            parts, HQ, HKV, *strides, self.eps, EPILOGUE=epilogue, BLOCK_B=max(8, triton.next_power_of_2(B)),
+            parts, launch_at, HQ, HKV, *strides, self.eps, EPILOGUE=epilogue, BLOCK_B=max(8, triton.next_power_of_2(B)),
             BLOCK_P=triton.next_power_of_2(parts), UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
             PDL=overlap, **tiles, **(dict(launch_pdl=True) if overlap else {}))
         return out
