@@ -6,6 +6,7 @@ width. Three ways through the same blocks:
   prefill        a prompt into the cache, chunk by chunk, dense causal attention
   decode         one new token per sequence (`decode`), or the next tokens of one sequence as if each were decoded in
                  turn (`decode_rows`): every token attends to its own past, by Double Sparsity where configured
+On a GPU `decode` runs the blocks' weights through fused kernels, below; the torch blocks are their reference.
 """
 import argparse
 import hashlib
@@ -284,7 +285,7 @@ def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, 
                    kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
                    UPCAST: tl.constexpr, PDL: tl.constexpr):
-    """x [B, K] times w [rows, K], then an epilogue; see the methods of Stream. A program owns BLOCK_N of N outputs and all of K.
+    """x [B, K] times w [rows, K], then an epilogue: see the methods of Stream. A program owns BLOCK_N of N outputs, all of K.
 
     "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie `half` apart.
     """
@@ -380,7 +381,7 @@ def _enter_kernel(table, tokens, gain, x, scaled, squares, dim, BLOCK: tl.conste
 
 
 class Stream:
-    """The residual stream of a decode step, one token for each of B sequences, and the fused linear layers that read and add to it.
+    """The residual stream of a decode step, one token for each of B sequences, and the fused linear layers that read it.
 
     Beside x [B, dim] stand x times the weight of the norm that comes next, and the sums of x**2 over parts of dim: the kernel
     that changes x writes them, and the one that needs the norm scales its result at the end. Weights are read once, at the
@@ -449,12 +450,15 @@ class Stream:
 
 def _tiles(epilogue, N, K, B):
     """Block sizes of a fused linear layer: all programs resident at once, 40 KB and more of weights on the way to each
-    multiprocessor. PREFETCH: bytes of each row that are asked for before the kernel before has ended (0, or 256 times a power of
-    two); AHEAD: steps of BLOCK_K before its end at which the next kernel may start."""
-    pair = epilogue in ("silu", "rope")
-    BLOCK_N = 16 if triton.cdiv(N, 32) < 128 else 64 if epilogue == "none" else 32
-    return dict(BLOCK_N=BLOCK_N, BLOCK_K=128 if pair or BLOCK_N == 64 else 256, STAGES=3 if epilogue == "silu" else 4,
-                PREFETCH=1024 if K >= 512 and K % 8 == 0 else 0, AHEAD=4, num_warps=4)
+    multiprocessor. PREFETCH: bytes of each row that are asked for while the kernel before still runs (0, or 256 times a power
+    of two); AHEAD: steps of BLOCK_K before its end at which the next kernel may start."""
+    pair, many = epilogue in ("silu", "rope"), B > 16  # many: inputs take as much shared memory as weights
+    BLOCK_N = 16 if triton.cdiv(N, 32) < 128 else 64 if epilogue == "none" or (pair and many) else 32
+    if many:
+        sizes = dict(BLOCK_K=64 if pair else 128, STAGES=4, num_warps=8)
+    else:
+        sizes = dict(BLOCK_K=128 if pair or BLOCK_N == 64 else 256, STAGES=3 if epilogue == "silu" else 4, num_warps=4)
+    return dict(BLOCK_N=BLOCK_N, PREFETCH=1024 if K >= 512 and K % 8 == 0 else 0, AHEAD=4, **sizes)
 
 
 # ---------------------------------------------------------------- blocks
@@ -647,12 +651,17 @@ class Transformer(nn.Module):
 
         impl: "triton" for the fused kernels, "torch", or "auto": the kernels for up to 64 sequences of a 16-bit model on a GPU.
         """
+        assert impl in ("auto", "torch", "triton"), f"impl={impl}"
         positions = cache.seq_lens[:, None].clone()
         cache.seq_lens += 1
         fused = self.dtype.itemsize == 2 and self.device.type == "cuda" and len(tokens) <= Stream.MAX_ROWS
-        if impl == "torch" or (impl == "auto" and not fused):
-            x = self._run(tokens[:, None], cache, Step(positions, row_lens=cache.seq_lens))
-            return self.logits(x[:, 0])
+        if impl == "triton" or (impl == "auto" and fused):
+            return self._decode_fused(tokens, positions, cache)
+        x = self._run(tokens[:, None], cache, Step(positions, row_lens=cache.seq_lens))
+        return self.logits(x[:, 0])
+
+    def _decode_fused(self, tokens, positions, cache):
+        """`decode` by fused kernels; cache.seq_lens counts the new tokens already, positions [B, 1] are theirs."""
         cos, sin = (table.flatten(1) for table in self.rope(positions))  # [B, D / 2]
         gains = [layer.attn_norm.weight for layer in self.layers] + [self.norm.weight]
         stream = Stream(self.embed.weight, gains[0], self.config.norm_eps, tokens)

@@ -916,7 +916,7 @@ def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 @torch.inference_mode()
-def test_decode_step_in_a_cuda_graph_equals_blocks_step_by_step():
+def test_decode_steps_of_a_cuda_graph_equal_those_launched_alone():
     """Kernels that overlap, in one graph over all layers, sparse and dense, while lengths grow."""
     model, maps, config = random_model(dim=512, head_dim=64, ffn_dim=1024)
     basis = torch.eye(64)[:, :8].expand(2, -1, -1)
