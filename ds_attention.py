@@ -947,7 +947,9 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
                    max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw,
                    SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
-                   BLOCK_W: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
+                   BLOCK_W: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr):
+    if PDL and not OVERLAP:
+        tl.extra.cuda.gdc_wait()
     row, pid_split = tl.program_id(0), tl.program_id(1)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     offs_d, offs_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -964,7 +966,7 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
             C: tl.constexpr = W * 32 // BITS
             _label_newest(k + (seq_len - 1).to(tl.int64) * k_ss, basis_k + pid_h * D * C, step + pid_h * C, lo + pid_h * C,
                           labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D, W, BLOCK_W, BITS)
-    if PDL:
+    if PDL and OVERLAP:
         tl.extra.cuda.gdc_wait()
     begin = 0 if SPARSE else tl.maximum(seq_len - window, 0)
     end = tl.load(n_tokens + row) if SPARSE else seq_len
@@ -998,6 +1000,8 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         top = new_top
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     # an empty split keeps top = -inf: the combine gives it no weight
     head = row.to(tl.int64) * G + offs_g
     total = tl.where(total > 0, total, 1.0)
@@ -1023,8 +1027,8 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
            overlap=False, block_n=32, num_warps=None, stages=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts.
 
-    labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too. overlap: start
-    while `select`, called right before, ends; q, k and seq_lens must be older than that.
+    labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too. overlap: read q, k
+    and seq_lens while `select`, called right before, ends; they must be older than that.
     """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
@@ -1034,7 +1038,7 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     assert ws.shape[:4] == (B, HQ, HKV, D), "a workspace of another shape"
     out = torch.empty(B, HQ, D, dtype=q.dtype, device=q.device)
     m, W = label_map, 0 if labels is None else labels.shape[2]
-    overlap = overlap and pdl(q)
+    overlapped = pdl(q)
     _attend_kernel[(B * HKV, ws.splits)](
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,
         *((m.basis_k, m.step, m.lo, labels) if W else (None,) * 4), S if indices is None else indices.shape[-1],
@@ -1043,7 +1047,8 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
         max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n, stages, W,
         triton.next_power_of_2(W), m.bits if W else 0,
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
-        PDL=overlap, num_warps=num_warps or (1 if q.element_size() == 2 else 4), **(dict(launch_pdl=True) if overlap else {}))
+        PDL=overlapped, OVERLAP=overlap, num_warps=num_warps or (1 if q.element_size() == 2 else 4),
+        **(dict(launch_pdl=True) if overlapped else {}))
     return out
 
 

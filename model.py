@@ -6,6 +6,7 @@ width. Three ways through the same blocks:
   prefill        a prompt into the cache, chunk by chunk, dense causal attention
   decode         one new token per sequence (`decode`), or the next tokens of one sequence as if each were decoded in
                  turn (`decode_rows`): every token attends to its own past, by Double Sparsity where configured
+On a GPU `decode` runs the blocks' weights through fused kernels, below; the torch blocks are their reference.
 """
 import argparse
 import hashlib
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, write_labels
+from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, pdl, write_labels
 
 # ---------------------------------------------------------------- configuration
 
@@ -278,6 +279,203 @@ class KVCache:
         return sparse, dense
 
 
+# ---------------------------------------------------------------- decode kernels
+
+# The kernels of a decode step overlap: one may start once all programs of the one before have called gdc_launch_dependents
+# (programmatic dependent launch). What keeps that safe, here and in ds_attention.py: each kernel calls gdc_wait before it
+# writes anything or reads what this step has written, so that one that has ended implies that all before it have; and a kernel
+# whose successor reads more than constants before its own gdc_wait launches that successor after gdc_wait.
+
+
+@triton.jit
+def _prefetch(rows, BYTES: tl.constexpr):
+    """Asks the L2 cache for the first BYTES of each row; rows: pointers [BLOCK_N, 1]."""
+    chunks = rows.to(tl.pointer_type(tl.uint8)) + 256 * tl.arange(0, BYTES // 256)[None, :]
+    tl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0;", "=r,l", [chunks], tl.int32,
+                              is_pure=False, pack=1)
+
+
+@triton.jit
+def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV, kv_sb,
+                   kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
+                   UPCAST: tl.constexpr, PDL: tl.constexpr):
+    """x [B, K] times w [rows, K], then an epilogue: see the methods of Stream. A program owns BLOCK_N of N outputs, all of K.
+
+    "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie `half` apart.
+    """
+    PAIR: tl.constexpr = EPILOGUE == "silu" or EPILOGUE == "rope"
+    NORM: tl.constexpr = EPILOGUE != "residual"
+    pid = tl.program_id(0)
+    n, b, offs_k = pid * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_K)
+    mask_n, mask_b = n < N, b < B
+    mask = mask_n[:, None] & mask_b[None, :]
+    row = tl.minimum(n, N - 1)
+    if PAIR:
+        row += row // half * half
+    rows = w + row.to(tl.int64)[:, None] * K
+    if PDL:  # the weights are constants: their first tiles are on the way while the kernel before ends
+        if PREFETCH > 0:
+            _prefetch(rows, PREFETCH)
+            if PAIR:
+                _prefetch(rows + half * K, PREFETCH)
+        tl.extra.cuda.gdc_wait()
+    # what the epilogue needs is loaded here, so that its latency is the loop's
+    at = b[None, :] * N + n[:, None]
+    if NORM:
+        offs_p = tl.arange(0, BLOCK_P)
+        part = tl.load(squares + offs_p[:, None] * B + b[None, :], mask=(offs_p < parts)[:, None] & mask_b[None, :], other=0.0)
+    else:
+        before = tl.load(out + at, mask=mask, other=0.0)
+        gains = tl.load(gain + n, mask=mask_n, other=0.0)
+    if EPILOGUE == "rope":
+        head, channel = n // half, n % half
+        turned = mask & (head < HQ + HKV)[:, None]  # V is not
+        angle = b[None, :] * half + channel[:, None]
+        c, s = tl.load(cos + angle, mask=turned, other=1.0), tl.load(sin + angle, mask=turned, other=0.0)
+        position = tl.load(seq_lens + b, mask=mask_b, other=1) - 1
+    acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    acc_2 = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        mask_k = k + offs_k < K
+        inputs = tl.load(x + b[:, None] * K + (k + offs_k)[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0)
+        tile = tl.load(rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0, eviction_policy="evict_first")
+        if UPCAST:
+            inputs, tile = inputs.to(tl.float32), tile.to(tl.float32)
+        acc = tl.dot(tile, tl.trans(inputs), acc)
+        if PAIR:
+            tile_2 = tl.load(rows + half * K + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0,
+                             eviction_policy="evict_first")
+            acc_2 = tl.dot(tile_2.to(tile.dtype), tl.trans(inputs), acc_2)
+        if PDL:
+            if k == launch_at:  # not earlier: what the next kernel prefetches must still be in the L2 cache when it is used
+                tl.extra.cuda.gdc_launch_dependents()
+    dtype = out.dtype.element_ty
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(part, 0) / K + eps)[None, :]
+        acc, acc_2 = acc * rstd, acc_2 * rstd
+    if EPILOGUE == "none":
+        tl.store(out + at, acc.to(dtype), mask=mask)
+    if EPILOGUE == "silu":
+        tl.store(out + at, (acc / (1 + tl.exp(-acc)) * acc_2).to(dtype), mask=mask)
+    if EPILOGUE == "residual":
+        total = (before.to(tl.float32) + acc).to(dtype)
+        tl.store(out + at, total, mask=mask)
+        total = total.to(tl.float32)
+        tl.store(scaled + at, (total * gains.to(tl.float32)[:, None]).to(dtype), mask=mask)
+        tl.store(squares + pid * B + b, tl.sum(tl.where(mask, total * total, 0.0), 0), mask=mask_b)
+    if EPILOGUE == "rope":
+        first, second = (acc * c - acc_2 * s).to(dtype), (acc_2 * c + acc * s).to(dtype)
+        to_q, to_kv = mask & (head < HQ)[:, None], mask & (head >= HQ)[:, None]
+        at = (b[None, :] * HQ + head[:, None]) * (2 * half) + channel[:, None]
+        tl.store(out + at, first, mask=to_q)
+        tl.store(out + at + half, second, mask=to_q)
+        slot = b.to(tl.int64) * kv_sb + position.to(tl.int64) * kv_ss
+        in_token = (head >= HQ + HKV).to(tl.int32) * 2 * half + channel  # a token's K, then its V
+        at = slot[None, :] + (((head - HQ) % HKV).to(tl.int64) * kv_sh + in_token)[:, None]
+        tl.store(kv + at, first, mask=to_kv)
+        tl.store(kv + at + half, second, mask=to_kv)
+
+
+@triton.jit
+def _enter_kernel(table, tokens, gain, x, scaled, squares, dim, BLOCK: tl.constexpr):
+    pid_b = tl.program_id(0)
+    row = pid_b.to(tl.int64)
+    if tokens is not None:
+        row = tl.load(tokens + pid_b).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, dim, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        value = tl.load(table + row * dim + offs, mask=offs < dim, other=0.0)
+        gains = tl.load(gain + offs, mask=offs < dim, other=0.0).to(tl.float32)
+        tl.store(x + pid_b * dim + offs, value, mask=offs < dim)
+        value = value.to(tl.float32)
+        tl.store(scaled + pid_b * dim + offs, (value * gains).to(x.dtype.element_ty), mask=offs < dim)
+        total += value * value
+    tl.store(squares + pid_b, tl.sum(total, 0))
+
+
+class Stream:
+    """The residual stream of a decode step, one token for each of B sequences, and the fused linear layers that read it.
+
+    Beside x [B, dim] stand x times the weight of the norm that comes next, and the sums of x**2 over parts of dim: the kernel
+    that changes x writes them, and the one that needs the norm scales its result at the end. Weights are read once, at the
+    memory's speed, for up to MAX_ROWS sequences. `tiles` of any method: block sizes and the like, see _tiles.
+    """
+
+    MAX_ROWS = 64
+
+    def __init__(self, table, gain, eps, tokens=None):
+        """Starts with rows `tokens` [B] of table [any, dim], or with all of its rows; gain [dim]: the first norm's weight."""
+        B, dim = len(table if tokens is None else tokens), table.shape[1]
+        self.eps = eps
+        self.x, self.scaled = (torch.empty(B, dim, dtype=table.dtype, device=table.device) for _ in range(2))
+        self.partial = torch.empty(triton.cdiv(dim, 16), B, dtype=torch.float32, device=table.device)
+        self.enter(table, gain, tokens)
+
+    def enter(self, table, gain, tokens=None):
+        """x becomes rows of table, as in __init__."""
+        self.squares = self.partial[:1]
+        _enter_kernel[(len(self.x),)](table, tokens, gain, self.x, self.scaled, self.squares, table.shape[1], BLOCK=1024)
+
+    def logits(self, weight, **tiles):
+        """norm(x) times weight [vocab, dim]: [B, vocab]."""
+        return self._linear("none", self.scaled, weight, weight.shape[0], **tiles)
+
+    def swiglu(self, weight, **tiles):
+        """silu(gate) * up of norm(x), weight [2 * F, dim] holding gate, then up: [B, F]."""
+        F_ = weight.shape[0] // 2
+        return self._linear("silu", self.scaled, weight, F_, half=F_, **tiles)
+
+    def heads(self, weight, cos, sin, kv, seq_lens, **tiles):
+        """The query heads [B, HQ, D] of norm(x) after RoPE; K and V go to each row's newest position in kv [B, HKV, S, 2, D].
+
+        weight [(HQ + 2 * HKV) * D, dim]; cos, sin [B, D / 2] fp32 of the newest positions, seq_lens [B] int32 - 1.
+        """
+        HKV, D = kv.shape[1], kv.shape[4]
+        HQ = weight.shape[0] // D - 2 * HKV
+        assert kv.stride(3) == D and kv.stride(4) == 1
+        out = torch.empty(len(self.x), HQ, D, dtype=self.x.dtype, device=self.x.device)
+        rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV, strides=kv.stride()[:3])
+        return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out, **rope, **tiles)
+
+    def add(self, inputs, weight, gain, **tiles):
+        """x += inputs [B, K] times weight [dim, K]; gain [dim]: the weight of the norm that comes next."""
+        self._linear("residual", inputs, weight, weight.shape[0], out=self.x, gain=gain, **tiles)
+
+    def _linear(self, epilogue, x, weight, N, half=1, out=None, gain=None, cos=None, sin=None, seq_lens=None, kv=None, HQ=1,
+                HKV=1, strides=(0, 0, 0), **tiles):
+        B, K = x.shape
+        assert x.is_contiguous() and weight.is_contiguous() and B <= self.MAX_ROWS
+        tiles = _tiles(epilogue, N, K, B) | tiles
+        programs = triton.cdiv(N, tiles["BLOCK_N"])
+        out = torch.empty(B, N, dtype=x.dtype, device=x.device) if out is None else out
+        if epilogue == "residual":
+            self.squares = self.partial[:programs]
+        parts = len(self.squares)
+        launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
+        overlap = pdl(x)
+        _linear_kernel[(programs,)](
+            x, weight, out, self.squares, gain, None if gain is None else self.scaled, cos, sin, seq_lens, kv, B, N, K, half,
+            parts, launch_at, HQ, HKV, *strides, self.eps, EPILOGUE=epilogue, BLOCK_B=max(8, triton.next_power_of_2(B)),
+            BLOCK_P=triton.next_power_of_2(parts), UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
+            PDL=overlap, **tiles, **(dict(launch_pdl=True) if overlap else {}))
+        return out
+
+
+def _tiles(epilogue, N, K, B):
+    """Block sizes of a fused linear layer: all programs resident at once, 40 KB and more of weights on the way to each
+    multiprocessor. PREFETCH: bytes of each row that are asked for while the kernel before still runs (0, or 256 times a power
+    of two); AHEAD: steps of BLOCK_K before its end at which the next kernel may start."""
+    pair, many = epilogue in ("silu", "rope"), B > 16  # many: inputs take as much shared memory as weights
+    BLOCK_N = 16 if triton.cdiv(N, 32) < 128 else 64 if epilogue == "none" or (pair and many) else 32
+    if many:
+        sizes = dict(BLOCK_K=64 if pair else 128, STAGES=4, num_warps=8)
+    else:
+        sizes = dict(BLOCK_K=128 if pair or BLOCK_N == 64 else 256, STAGES=3 if epilogue == "silu" else 4, num_warps=4)
+    return dict(BLOCK_N=BLOCK_N, PREFETCH=1024 if K >= 512 and K % 8 == 0 else 0, AHEAD=2, **sizes)
+
+
 # ---------------------------------------------------------------- blocks
 
 
@@ -419,6 +617,16 @@ class Block(nn.Module):
         q, k, v = self.before(x, cos, sin)
         return self.after(x, self.attn.attend(q, k, v, cache, step))
 
+    def decode(self, stream, cos, sin, cache, seq_lens, next_gain):
+        """`forward` of one new token per sequence by fused kernels. next_gain: the weight of the norm after this block."""
+        q = stream.heads(self.attn.wqkv.weight, cos, sin, cache.kv, seq_lens)
+        y = cache.decode(q, seq_lens)  # [B, HQ, D]
+        stream.add(y.flatten(1), self.attn.wo.weight, self.ffn_norm.weight)
+        if isinstance(self.ffn, FeedForward):
+            stream.add(stream.swiglu(self.ffn.w13.weight), self.ffn.w2.weight, next_gain)
+        else:
+            stream.enter(stream.x + self.ffn(self.ffn_norm(stream.x)), next_gain)
+
 
 PREFILL_CHUNK = 8192  # tokens: enough for matrix products at full speed, few enough that activations stay below 2 GB at 7B
 
@@ -516,15 +724,30 @@ class Transformer(nn.Module):
                     progress(len(part))
 
     @torch.inference_mode()
-    def decode(self, tokens, cache, grow=1):
+    def decode(self, tokens, cache, grow=1, impl="auto"):
         """Appends one token per sequence: tokens [B] -> logits of the next, [B, vocab].
 
         grow: 1, or a [B] tensor of bool or int: a sequence with 0 repeats its last step (whose token must be given again),
-        which leaves its cache as it is.
+        which leaves its cache as it is. impl: "triton" for the fused kernels, "torch", or "auto": the kernels for up to 64
+        sequences of a 16-bit model on a GPU.
         """
+        assert impl in ("auto", "torch", "triton"), f"impl={impl}"
         cache.seq_lens += grow
-        x = self._run(tokens[:, None], cache, Step((cache.seq_lens - 1)[:, None], row_lens=cache.seq_lens))
+        positions = (cache.seq_lens - 1)[:, None]
+        fused = self.dtype.itemsize == 2 and self.device.type == "cuda" and len(tokens) <= Stream.MAX_ROWS
+        if impl == "triton" or (impl == "auto" and fused):
+            return self._decode_fused(tokens, positions, cache)
+        x = self._run(tokens[:, None], cache, Step(positions, row_lens=cache.seq_lens))
         return self.logits(x[:, 0])
+
+    def _decode_fused(self, tokens, positions, cache):
+        """`decode` by fused kernels; cache.seq_lens counts the new tokens already, positions [B, 1] are theirs."""
+        cos, sin = (table.flatten(1) for table in self.rope(positions))  # [B, D / 2]
+        gains = [layer.attn_norm.weight for layer in self.layers] + [self.norm.weight]
+        stream = Stream(self.embed.weight, gains[0], self.config.norm_eps, tokens)
+        for layer, layer_cache, next_gain in zip(self.layers, cache.layers, gains[1:]):
+            layer.decode(stream, cos, sin, layer_cache, cache.seq_lens, next_gain)
+        return stream.logits(self.head_weight)
 
     @torch.inference_mode()
     def decode_rows(self, tokens, cache):

@@ -4,6 +4,7 @@ Layers of truth: our model equals Hugging Face's; dense decode equals prefill; t
 kernels equal the reference. Oracles (pytest, transformers) are installed for tests only:
     pip install -r requirements.txt pytest transformers && python -m pytest -q test_ds.py
 """
+import copy
 import gzip
 import json
 import math
@@ -41,7 +42,8 @@ import eval as evaluation
 import generate
 from ds_attention import DSConfig, LabelMap
 from model import (
-    PRESETS, KVCache, LayerCache, ModelConfig, Transformer, check_memory, load_label_maps, load_model, memory_need, parameter_shapes
+    PRESETS, KVCache, LayerCache, ModelConfig, Stream, Transformer, check_memory, load_label_maps, load_model, memory_need,
+    parameter_shapes
 )
 from tiny import tasks
 
@@ -896,6 +898,95 @@ def test_decode_rows_equal_decoding_one_by_one():
     cache = KVCache(model.config, 1, 60, "cpu", torch.float32, config, maps)
     rows = torch.cat([model.decode_rows(part, cache) for part in tokens.split(25)])
     torch.testing.assert_close(rows, one_by_one, atol=1e-4, rtol=0)
+
+
+DECODES = {  # with dim 40, ffn_dim 36 and a vocabulary of 65: no multiples of any block
+    "mha": dict(B=1, n_heads=2, n_kv_heads=2),
+    "gqa": dict(B=3, n_heads=4, n_kv_heads=2),
+    "gqa-128": dict(B=16, n_heads=3, n_kv_heads=1, head_dim=128),
+    "window": dict(B=3, n_heads=1, n_kv_heads=1, head_dim=128, sliding_window=9),
+    "tied": dict(B=5, n_heads=3, n_kv_heads=3, tie_embeddings=True),
+    "experts": dict(B=3, n_heads=2, n_kv_heads=1, n_experts=4, experts_per_token=2),
+    "several-steps": dict(B=17, n_heads=2, n_kv_heads=1, dim=280, ffn_dim=528),  # of BLOCK_K, the last not full; prefetched
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16 if GPU else torch.float32], ids=str)
+@pytest.mark.parametrize("case", DECODES.values(), ids=DECODES)
+@torch.inference_mode()
+def test_decode_kernels_equal_the_blocks(case, dtype):
+    """Logits and cache of a ragged step, against the blocks' own forward in fp32; the cache is written where it should be."""
+    shape = dict(dim=40, n_layers=2, head_dim=64, ffn_dim=36, vocab_size=65) | case
+    B = shape.pop("B")
+    model, _, _ = random_model(**shape)
+    model = model.to(DEVICE, dtype)
+    for name, parameter in model.named_parameters():
+        parameter.mul_(0.3) if parameter.ndim > 1 else parameter.normal_(1, 0.3)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(65, (B,), generator=generator).to(DEVICE)
+    lens = torch.tensor([(7 * b) % 40 for b in range(1, B)] + [0], dtype=torch.int32, device=DEVICE)
+    past = torch.randn(B, shape["n_kv_heads"], 40, 2, shape["head_dim"], generator=generator).to(dtype)
+    logits, caches = {}, {}
+    for name, run in (("exact", torch.float32), ("torch", dtype), ("triton", dtype)) + (("again", dtype),) * GPU:
+        cache = KVCache(model.config, B, 40, DEVICE, run)
+        cache.seq_lens.copy_(lens)
+        for layer in cache.layers:
+            layer.kv.copy_(past)
+        impl = "torch" if name in ("exact", "torch") else "triton"
+        logits[name] = poisoned(lambda: copy.deepcopy(model).to(run).decode(tokens, cache, impl))
+        caches[name] = torch.stack([layer.kv for layer in cache.layers])  # [layers, B, HKV, S, 2, D]
+        assert torch.equal(cache.seq_lens, lens + 1)
+    new = (torch.arange(40, device=DEVICE) == lens[:, None])[None, :, None, :, None, None].expand_as(caches["exact"])
+    assert all(torch.equal(got["triton"], got["again"]) for got in (logits, caches) if GPU), "the same inputs gave other bits"
+    assert torch.equal(caches["triton"].masked_fill(new, 0), caches["torch"].masked_fill(new, 0)), "wrote elsewhere"
+    allowance = 2 if GPU else 4  # the interpreter rounds to bfloat16 towards zero
+    for got in (logits, {name: kv[new] for name, kv in caches.items()}):
+        assert relative_error(got["triton"], got["exact"]) <= allowance * relative_error(got["torch"], got["exact"]) + 1e-5
+
+
+@pytest.mark.parametrize("tiles", [dict(BLOCK_N=16, BLOCK_K=32), dict(BLOCK_N=64, BLOCK_K=64, STAGES=2), dict(PREFETCH=0, AHEAD=99)],
+                         ids=["small", "large", "no-prefetch"])
+def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE, torch.float16)
+
+    table, gain, w13, w2 = normal(9, 96), normal(96), normal(2 * 70, 96), normal(96, 70) / 8
+    outs = []
+    for more in ({}, tiles):
+        stream = Stream(table, gain, 1e-5)
+        stream.add(stream.swiglu(w13, **more), w2, gain, **more)
+        outs += [stream.x, stream.logits(w13, **more)]
+    for got, want in zip(outs[2:], outs):
+        assert relative_error(got, want) < 1e-3
+    gate, up = (torch.nn.functional.rms_norm(table.float(), (96,), gain.float(), 1e-5) @ w13.float().T).chunk(2, -1)
+    assert relative_error(outs[0], table + (torch.nn.functional.silu(gate) * up) @ w2.float().T) < 2e-3
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@torch.inference_mode()
+def test_decode_steps_of_a_cuda_graph_equal_those_launched_alone():
+    """Kernels that overlap, in one graph over all layers, sparse and dense, while lengths grow."""
+    model, maps, config = random_model(dim=512, head_dim=64, ffn_dim=1024)
+    basis = torch.eye(64)[:, :8].expand(2, -1, -1)
+    maps = [LabelMap.from_statistics(basis, basis, torch.zeros(2, 8), torch.ones(2, 8), 4)] * 3
+    model = model.to(DEVICE, torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.mul_(0.2) if parameter.ndim > 1 else None
+    caches = [KVCache(model.config, 3, 3000, DEVICE, torch.bfloat16, config, maps) for _ in range(2)]
+    for cache in caches:
+        model.prefill([torch.arange(n).remainder(64).tolist() for n in (2500, 7, 1100)], cache)
+    tokens = torch.tensor([5, 6, 7], device=DEVICE)
+    model.decode(tokens, caches[0])
+    caches[0].seq_lens -= 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model.decode(tokens, caches[0])
+    for _ in range(20):
+        graph.replay()
+        torch.testing.assert_close(out, model.decode(tokens, caches[1]), atol=0, rtol=0)
+        tokens.copy_(out.argmax(-1))
 
 
 def test_end_of_text_stops_one_sequence_and_the_rest_go_on():
