@@ -1038,6 +1038,8 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     assert ws.shape[:4] == (B, HQ, HKV, D), "a workspace of another shape"
     out = torch.empty(B, HQ, D, dtype=q.dtype, device=q.device)
     m, W = label_map, 0 if labels is None else labels.shape[2]
+    if n_tokens is not None:
+        n_tokens = per_head(n_tokens, HKV).contiguous()
     overlapped = pdl(q)
     _attend_kernel[(B * HKV, ws.splits)](
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,

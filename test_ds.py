@@ -933,7 +933,7 @@ def test_decode_kernels_equal_the_blocks(case, dtype):
         for layer in cache.layers:
             layer.kv.copy_(past)
         impl = "torch" if name in ("exact", "torch") else "triton"
-        logits[name] = poisoned(lambda: copy.deepcopy(model).to(run).decode(tokens, cache, impl))
+        logits[name] = poisoned(lambda: copy.deepcopy(model).to(run).decode(tokens, cache, impl=impl))
         caches[name] = torch.stack([layer.kv for layer in cache.layers])  # [layers, B, HKV, S, 2, D]
         assert torch.equal(cache.seq_lens, lens + 1)
     new = (torch.arange(40, device=DEVICE) == lens[:, None])[None, :, None, :, None, None].expand_as(caches["exact"])
