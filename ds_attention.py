@@ -11,9 +11,9 @@ Shapes, used everywhere: B batch rows, T new tokens, S cached tokens (allocated;
 HQ / HKV query / KV heads, G = HQ // HKV, D head dim, C label dims, W 32-bit words of one token's label,
 N attended tokens. In a decode call q has no T: its rows are one token each.
 
-Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref. The Triton kernels do the same with fewer
-bytes: `label`, `select` (score and select in three launches: full scores are never written) and `attend`. They run on a GPU
-and, with TRITON_INTERPRET=1 set before triton is imported, on a CPU.
+Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref (and top_p_ref for budgets by mass). The Triton
+kernels do the same with fewer bytes: `label`, `select` (scores and selection in one to four launches: full scores are never
+written) and `attend`. They run on a GPU and, with TRITON_INTERPRET=1 set before triton is imported, on a CPU.
 Last run on: H200 with torch 2.11 / triton 3.6; CPU with torch 2.13 / triton 3.9.
 """
 import math
@@ -36,7 +36,7 @@ class DSConfig:
     label_channels: int | None = None  # label dims per KV head; None: 1/sparsity of K's bytes in 16-bit channels
     label_bits: int = 4  # bits per label dim: 2, 4, 8 or 16
     dense_layers: int = 2  # the first layers attend to everything: their attention is diffuse
-    dense_below: int = 2048  # a step whose longest row has fewer live tokens attends to everything: it could not win
+    dense_below: int = 3072  # a step whose longest row has fewer live tokens attends to everything: it could not win
     sink: int = 4  # first tokens always attended, counted inside N
     recent: int = 16  # newest tokens always attended, counted inside N
     pool: str = "mean"  # how one selection serves a group's query heads: "mean" or "max" of their scores

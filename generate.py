@@ -438,6 +438,8 @@ def add_sparsity_arguments(parser):
     parser.add_argument("--sparsity", type=float, default=default.sparsity, metavar="R",
                         help="attend to 1/R of the tokens, with labels of 1/R of K's bytes; 1: dense (default %(default)g)")
     parser.add_argument("--n_tokens", type=int, help="attend to this many tokens instead of a share")
+    parser.add_argument("--top_p", type=float, metavar="P", help="of these only as many, the best first, as hold this share of the "
+                                                                "attention that the labels foresee (default: all)")
     parser.add_argument("--label_channels", type=int, metavar="C", help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=int, default=default.label_bits, help="bits per label dim: 2, 4, 8 or 16 "
                                                                                    "(default %(default)s)")
