@@ -1115,6 +1115,26 @@ def test_baselines_choose_by_their_own_definition(method):
             torch.testing.assert_close(out[b, h], weights @ v[0, h, chosen], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["ds", "exact_topk", "quest", "streaming"])
+def test_methods_by_kernels_equal_the_reference(method):
+    """Groups of two query heads, rows over one cache in runs of several lengths, whose scratch is taken anew."""
+    p, found = Problem(shapes(B=1, HQ=4, HKV=2, S=150)), {}
+    for impl in ("torch", "triton"):
+        config = replace(p.config, impl=impl, dense_layers=0, recent=16, label_channels=32)
+        cache = KVCache(ModelConfig(256, 1, 4, 2, 64, 64, 50, 150), 1, 150, DEVICE, torch.float32, config, [p.map])
+        scratch = {}
+        layer = evaluation.METHODS[method](cache.layers[0], scratch)
+        layer.write(p.k, p.v, p.positions)
+        layer.start(probed=True)
+        q = torch.randn(7, 4, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        lens = torch.tensor([150, 149, 60, 31, 7, 2, 1], dtype=torch.int32, device=DEVICE)
+        found[impl] = [torch.cat([layer.decode(q[:4], lens[:4]), layer.decode(q[4:], lens[4:])]), layer.mass]
+        assert float(layer.attended) == pytest.approx(sum(config.budget(length) for length in lens.tolist()))
+        assert list(scratch) == ([3] if impl == "triton" else [])
+    for got, want in zip(found["triton"], found["torch"]):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
 def test_h2o_keeps_the_newest_and_the_most_attended():
     """Against the method told one token at a time, in dictionaries."""
     config = DSConfig(n_tokens=9, dense_layers=0)
