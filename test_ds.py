@@ -1422,7 +1422,7 @@ def test_default_run_has_all_tasks_and_methods(evaluate, tmp_path):
     tasks_ = ("perplexity", "agreement", "kv_retrieval", "lines", "passkey")
     assert found >= {(task, method) for task in tasks_ for method in evaluation.METHODS}
     assert {row["budget"] for row in rows if row["task"] == "perplexity"} == {"all", "n=6", "1/16", "n=24", "n=12", "n=3"}
-    assert {row["budget"] for row in rows if row["task"] == "passkey"} == {"all", "1/16", "n=64", "n=32"}
+    assert {row["budget"] for row in rows if row["task"] == "passkey"} == {"all", "1/16", "n=32", "n=24"}
     keys = {"task", "checkpoint", "method", "budget", "mean_tokens", "score", "dense_score", "n_items", "context", "torch", "triton",
             "gpu", "commit", "date", "data", "config", "calibration"}
     assert all(keys <= set(row) and math.isfinite(row["score"]) for row in rows)
