@@ -6,6 +6,7 @@ kernels equal the reference. Oracles (pytest, transformers) are installed for te
 """
 import copy
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -1335,9 +1337,19 @@ def tiny():
     return model, generate.Tokenizer(TINY, model.config.bos_id)
 
 
-def decoder(tiny, size, config, method="ds"):
+def decoder(tiny, size, config, method="ds", **more):
     maps = load_label_maps(TINY, tiny[0].config, config) if config else None
-    return evaluation.Decoder(*tiny, size, config, maps, method=method)
+    return evaluation.Decoder(*tiny, size, config, maps, method=method, **more)
+
+
+def measured(task, told, items):
+    """What a row says of these items."""
+    task = evaluation.TASKS[task]
+    return task.summary([task.score(told, item) for item in items])
+
+
+def window_of_text(tiny, size=700):
+    return evaluation.text_windows(tiny[1], [(ROOT / "README.md").read_text(encoding="utf-8")], size, limit=1)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the project's shared test data")
@@ -1345,17 +1357,47 @@ def test_tiny_perplexity(tiny):
     """Held-out books, one of their 223 windows of 4096; the card has the figures of all: dense 1.207, ratio 1.010."""
     texts = evaluation.read_texts(SHARED / "books-valid.jsonl.xz")
     windows = evaluation.text_windows(tiny[1], texts, 4096)[60:61]
-    dense, sparse = (evaluation.perplexity(decoder(tiny, 4096, config), windows) for config in (None, DSConfig(n_tokens=256)))
+    dense, sparse = (measured("perplexity", decoder(tiny, 4096, config), windows) for config in (None, DSConfig(n_tokens=256)))
     assert dense["bits_per_byte"] < 1.21
-    assert 1.0 < sparse["perplexity"] / dense["perplexity"] < 1.015
+    assert 1.0 < sparse["score"] / dense["score"] < 1.015
 
 
 def test_tiny_retrieval_is_kept_at_a_sixteenth_and_breaks_with_too_little(tiny):
-    items = [evaluation.encode_kv_item(tiny[1], *item) for item in evaluation.kv_items(limit=4, n_records=40, seed=5)]
-    found = {name: evaluation.kv_retrieval(decoder(tiny, 4096, config), items)["accuracy"] for name, config in {
+    items = evaluation.generated_items(tiny[1], evaluation.kv_document, [3000], 4, seed=5)
+    found = {name: measured("kv_retrieval", decoder(tiny, 3000, config), items)["score"] for name, config in {
         "dense": None, "1/16": DSConfig(), "16 tokens, 8 dims": DSConfig(n_tokens=16, label_channels=8, recent=4)}.items()}
     assert found["dense"] == found["1/16"] == 100.0
     assert found["16 tokens, 8 dims"] <= 50.0
+
+
+@pytest.mark.parametrize("config", [DSConfig(n_tokens=40), DSConfig(sparsity=4, min_tokens=8)], ids=["n=40", "1/4"])
+def test_ds_rows_are_what_the_decode_step_gives(tiny, config):
+    """The layer that is evaluated against the one that generates, over rows and one by one."""
+    window = window_of_text(tiny, 200)[0]
+    told = decoder(tiny, 256, config, rows=150)
+    told.start()
+    ours = [logits for logits, _ in told.logits(window[:150])]
+    told.rows = 1
+    ours = torch.cat(ours + [logits for logits, _ in told.logits(window[150:200])])
+    maps = load_label_maps(TINY, tiny[0].config, config)
+    cache = KVCache(tiny[0].config, 1, 256, tiny[0].device, tiny[0].dtype, config, maps)
+    rows = tiny[0].decode_rows(torch.tensor(window[:150], device=DEVICE), cache)
+    ones = torch.cat([tiny[0].decode(torch.tensor([token], device=DEVICE), cache) for token in window[150:200]])
+    assert relative_error(ours, torch.cat([rows, ones])) < (0.02 if GPU else 1e-5)
+
+
+def test_attended_tokens_are_counted(tiny):
+    """The sum over positions of the budget, for every method; of dense, of the live tokens."""
+    config, window = DSConfig(sparsity=4, min_tokens=8), window_of_text(tiny, 130)[0]
+    for method in evaluation.METHODS:
+        told = decoder(tiny, 130, config, method, rows=50)
+        told.start(window[:100])
+        list(told.logits(window[100:130]))
+        assert told.attended() == pytest.approx(sum(config.budget(length) for length in range(101, 131))), method
+    told = decoder(tiny, 130, None)
+    told.start(window[:100])
+    list(told.logits(window[100:130]))
+    assert told.attended() == sum(range(101, 131)) and told.decoded == 30
 
 
 def chosen_one_by_one(method, q, k, seq_len, n, config):
@@ -1378,7 +1420,7 @@ def chosen_one_by_one(method, q, k, seq_len, n, config):
 def test_baselines_choose_by_their_own_definition(method):
     config = DSConfig(sparsity=4, min_tokens=4, dense_layers=0, sink=2, recent=16)
     cache = KVCache(ModelConfig(64, 1, 2, 2, 32, 64, 50, 128), 1, 100, DEVICE, torch.float32, config, [Problem(shapes()).map])
-    layer = evaluation.METHODS[method](cache.layers[0])
+    layer = evaluation.METHODS[method](cache.layers[0], {})
     generator = torch.Generator().manual_seed(0)
     k, v, q = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((1, 2, 100, 32), (1, 2, 100, 32), (3, 2, 32)))
     layer.write(k, v, torch.arange(100, device=DEVICE)[None])
@@ -1393,11 +1435,31 @@ def test_baselines_choose_by_their_own_definition(method):
             torch.testing.assert_close(out[b, h], weights @ v[0, h, chosen], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["ds", "exact_topk", "quest", "streaming"])
+def test_methods_by_kernels_equal_the_reference(method):
+    """Groups of two query heads, rows over one cache in runs of several lengths, whose scratch is taken anew."""
+    p, found = Problem(shapes(B=1, HQ=4, HKV=2, S=150)), {}
+    for impl in ("torch", "triton"):
+        config = replace(p.config, impl=impl, dense_layers=0, recent=16, label_channels=32)
+        cache = KVCache(ModelConfig(256, 1, 4, 2, 64, 64, 50, 150), 1, 150, DEVICE, torch.float32, config, [p.map])
+        scratch = {}
+        layer = evaluation.METHODS[method](cache.layers[0], scratch)
+        layer.write(p.k, p.v, p.positions)
+        layer.start(probed=True)
+        q = torch.randn(7, 4, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        lens = torch.tensor([150, 149, 60, 31, 7, 2, 1], dtype=torch.int32, device=DEVICE)
+        found[impl] = [torch.cat([layer.decode(q[:4], lens[:4]), layer.decode(q[4:], lens[4:])]), layer.mass]
+        assert float(layer.attended) == pytest.approx(sum(config.budget(length) for length in lens.tolist()))
+        assert list(scratch) == ([3] if impl == "triton" else [])
+    for got, want in zip(found["triton"], found["torch"]):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
 def test_h2o_keeps_the_newest_and_the_most_attended():
     """Against the method told one token at a time, in dictionaries."""
     config = DSConfig(n_tokens=9, dense_layers=0)
     cache = KVCache(ModelConfig(64, 1, 2, 2, 32, 64, 50, 128), 1, 40, DEVICE, torch.float32, config, [Problem(shapes()).map])
-    layer = evaluation.H2O(cache.layers[0])
+    layer = evaluation.METHODS["h2o"](cache.layers[0], {})
     k, v, q = (torch.randn(*shape, generator=torch.Generator().manual_seed(s)).to(DEVICE) * 2
                for s, shape in enumerate(((1, 2, 40, 32), (1, 2, 40, 32), (40, 2, 32))))
     layer.write(k, v, torch.arange(40, device=DEVICE)[None])
@@ -1415,32 +1477,61 @@ def test_h2o_keeps_the_newest_and_the_most_attended():
                 got[j] += weight
 
 
-@pytest.mark.parametrize("method", [name for name in evaluation.METHODS if name != "ds"])
+@pytest.mark.parametrize("method", evaluation.METHODS)
 def test_methods_run_behind_a_prefilled_context(tiny, method):
-    item = evaluation.encode_kv_item(tiny[1], *evaluation.kv_items(limit=1, n_records=4)[0])
-    found = evaluation.kv_retrieval(decoder(tiny, 700, DSConfig(n_tokens=690), method), [item])
-    assert found["accuracy"] == evaluation.kv_retrieval(decoder(tiny, 700, None), [item])["accuracy"], "N covers all: it is dense"
+    items = evaluation.generated_items(tiny[1], evaluation.lines_document, [300], 1)
+    found = measured("lines", decoder(tiny, 300, DSConfig(n_tokens=290), method), items)
+    assert found == measured("lines", decoder(tiny, 300, None), items) and found["score"] == 100, "N covers all: it is dense"
 
 
 def test_agreement_with_itself_is_full_and_falls_with_the_budget(tiny):
-    windows = evaluation.text_windows(tiny[1], [(ROOT / "README.md").read_text(encoding="utf-8")], 700, limit=1)
-    dense = decoder(tiny, 700, None)
-    found = [evaluation.agreement(decoder(tiny, 700, config), dense, windows)
+    windows, dense = window_of_text(tiny), decoder(tiny, 700, None)
+    found = [measured("agreement", decoder(tiny, 700, config, dense=dense), windows)
              for config in (None, DSConfig(n_tokens=200), DSConfig(n_tokens=24))]
-    assert abs(found[0]["kl"]) < 1e-5 and found[0]["top1"] == 100.0
-    assert found[0]["kl"] < found[1]["kl"] < found[2]["kl"] and found[1]["top1"] > found[2]["top1"]
+    assert abs(found[0]["score"]) < 1e-5 and found[0]["top1"] == 100.0
+    assert found[0]["score"] < found[1]["score"] < found[2]["score"] and found[1]["top1"] > found[2]["top1"]
     masses = [torch.tensor(f["mass"]) for f in found[1:]]
     assert masses[0].shape == (5, 4) and (masses[0] > masses[1]).all() and (masses[0] <= 1).all()
-    best = evaluation.agreement(decoder(tiny, 700, DSConfig(n_tokens=24), "exact_topk"), dense, windows)
+    best = measured("agreement", decoder(tiny, 700, DSConfig(n_tokens=24), "exact_topk", dense=dense), windows)
     assert (torch.tensor(best["mass"]) >= masses[1] - 0.01).all(), "no choice of as many tokens keeps more than the best ones"
 
 
 def test_methods_order_as_expected_on_text(tiny):
     """At a small budget exact scores keep most; the newest tokens alone keep least."""
-    windows = evaluation.text_windows(tiny[1], [(ROOT / "README.md").read_text(encoding="utf-8")], 700, limit=1)
-    scores = {method: evaluation.perplexity(decoder(tiny, 700, DSConfig(n_tokens=40), method), windows)["perplexity"]
+    scores = {method: measured("perplexity", decoder(tiny, 700, DSConfig(n_tokens=40), method), window_of_text(tiny))["score"]
               for method in ("exact_topk", "ds", "h2o", "streaming")}
     assert max(scores["exact_topk"], scores["ds"]) < min(scores["streaming"], scores["h2o"])
+
+
+@pytest.mark.parametrize("document, fact, asked", [
+    (evaluation.kv_document, '"{}": "{}"', 'under "(.*)"'), (evaluation.lines_document, "Line {} holds {}.", "line (.*) hold\\?"),
+    (evaluation.passkey_document, "The safe of {} opens with {}.", "opens the safe of (.*)\\?")], ids=["kv", "lines", "passkey"])
+def test_generated_items_fill_their_length_and_hide_the_answer_at_their_depth(tiny, document, fact, asked):
+    text = calibrate.builtin_text()
+    items = evaluation.generated_items(tiny[1], document, [900, 1800], 10, text)
+    assert items == evaluation.generated_items(tiny[1], document, [900, 1800], 10, text), "a function of the arguments"
+    assert [item["length"] for item in items] == [900, 1800] * 5
+    for length in (900, 1800):
+        depths = [item["depth"] for item in items if item["length"] == length]
+        assert [int(5 * depth) for depth in depths] == [0, 1, 2, 3, 4]
+    for item in items:
+        size = evaluation.question_size(item)
+        assert item["length"] - 100 < size <= item["length"], "another fact, of up to 75 tokens, would not fit"
+        context, question, answer = (tiny[1].decode(item[part]) for part in ("context", "question", "answer"))
+        answer = answer.strip(' "')
+        at = context.index(fact.format(re.search(asked, question).group(1), answer)) / len(context)
+        assert abs(at - item["depth"]) < 0.2, "a pair takes a tenth of 900 tokens"
+        assert answer not in question
+    with pytest.raises(ValueError, match="lengths=20: too short"):
+        evaluation.generated_items(tiny[1], document, [20], 1, text)
+
+
+def test_retrieval_is_reported_by_length_and_depth():
+    results = [{"score": score, "length": length, "depth": depth, "tokens": 10} for score, length, depth in (
+        (100, 512, 0.1), (0, 512, 0.19), (100, 1024, 0.99), (100, 1024, 0.5))]
+    found = evaluation.of_retrieval(results)
+    assert found["score"] == 75 and found["by_length"] == {"512": 50, "1024": 100}
+    assert found["by_depth"] == [50, None, 100, None, 100] and found["context"] == 10
 
 
 def test_longbench_metrics_by_hand():
@@ -1458,17 +1549,17 @@ def test_longbench_runs_on_items_of_its_format(tiny, tmp_path):
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     (tmp_path / "dataset2prompt.json").write_text(json.dumps({"multifieldqa_en": "{context} Q: {input} A:"}))
     for prompts in (None, tmp_path / "dataset2prompt.json"):
-        found = evaluation.longbench_items(tiny[1], path, "multifieldqa_en", prompts, 400)
-        assert len(found) == 2 and found[0][1:] == (64, ["nobody", "Ezra Finch"])
-        assert tiny[1].decode(found[0][0][1:]).endswith("A:" if prompts else "Answer:")
-    cut, whole = (evaluation.longbench_items(tiny[1], path, "multifieldqa_en", None, size)[0][0] for size in (100, 400))
+        found = evaluation.longbench_items(tiny[1], path, prompts, 400)
+        assert len(found) == 2 and found[0]["answers"] == ["nobody", "Ezra Finch"]
+        assert tiny[1].decode(found[0]["prompt"][1:]).endswith("A:" if prompts else "Answer:")
+    cut, whole = (evaluation.longbench_items(tiny[1], path, None, size)[0]["prompt"] for size in (100, 400))
     assert len(cut) == 36 and cut == whole[:18] + whole[-18:]
     told = decoder(tiny, 400, None)
     told.greedy = lambda *_: tiny[1].encode("Finch, Ezra\nand more", bos=False)
-    assert evaluation.longbench(told, found, evaluation.f1, True)["accuracy"] == pytest.approx(100)
-    assert evaluation.longbench(told, found, evaluation.f1, False)["accuracy"] == pytest.approx(200 * 2 / 6)
-    run = command("eval.py", "longbench", "--data", path, "--context", 400, "--device", "cpu")
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert evaluation.longbench(told, found[0] | {"dataset": "triviaqa"})["score"] == pytest.approx(100), "the first line alone"
+    assert evaluation.longbench(told, found[0])["score"] == pytest.approx(200 * 2 / 6)
+    run = command("eval.py", "longbench", "--data", path, "--context", 400, "--device", "cpu", "--results", tmp_path / "rows")
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["dense", "ds"] and rows[0]["prompts"] == "own", run.stderr
     assert all(0 <= row["score"] <= 100 for row in rows)
 
@@ -1491,22 +1582,210 @@ def test_mmlu_runs_on_files_of_its_format(tiny, tmp_path):
             lines = [f'"{part} {i}, of {subject}?",one,two,three,four,{"ABCD"[i % 4]}\n' for i in range(n)]
             (tmp_path / part / f"{subject}_{part}.csv").write_text("".join(lines))
     items = evaluation.mmlu_items(tiny[1], tmp_path)
-    assert len(items) == 6 and [item[2] for item in items] == [0, 1, 2] * 2 and len(set(items[0][1])) == 4
-    text = tiny[1].decode(items[3][0][1:])
+    assert len(items) == 6 and [item["answer"] for item in items] == [0, 1, 2] * 2 and len(set(items[0]["letters"])) == 4
+    text = tiny[1].decode(items[3]["prompt"][1:])
     assert text.count("Answer:") == 6 and "high school physics" in text and "dev 4" in text and "dev 5" not in text
     assert text.endswith("A. one\nB. two\nC. three\nD. four\nAnswer:")
     assert len(evaluation.mmlu_items(tiny[1], tmp_path, limit=2)) == 2
     told = decoder(tiny, 400, None)
-    told.logits = lambda tokens: iter([(torch.eye(4096)[items[0][1][1]][None], 0)])  # always B
-    assert evaluation.mmlu(told, items)["accuracy"] == pytest.approx(100 / 3)
-    assert 0 <= evaluation.mmlu(decoder(tiny, 400, DSConfig()), items[:2])["accuracy"] <= 100
+    told.logits = lambda tokens: iter([(torch.eye(4096)[items[0]["letters"][1]][None], 0)])  # always B
+    assert measured("mmlu", told, items)["score"] == pytest.approx(100 / 3)
+    assert 0 <= measured("mmlu", decoder(tiny, 400, DSConfig()), items[:2])["score"] <= 100
     run = command("eval.py", "mmlu", "--data", tmp_path / "dev", "--device", "cpu")
     assert run.returncode == 2 and "published archive" in run.stderr
 
 
+@pytest.mark.parametrize("text, wanted", [
+    ("1/32", dict(sparsity=32)), ("n=64", dict(n_tokens=64)), ("1/8,n=64", dict(sparsity=8, n_tokens=64)),
+    ("n=64,top_p=0.8", dict(n_tokens=64, top_p=0.8))])
+def test_budgets_are_read_and_named_alike(text, wanted):
+    base = DSConfig(sink=2)
+    config = evaluation.parse_budget(text, base)
+    assert config == replace(base, **wanted)
+    assert evaluation.parse_budget(evaluation.budget_name(config), config) == config
+    assert evaluation.parse_budget("1/16", config).n_tokens is None, "a share is no longer a number of tokens"
+
+
+@pytest.mark.parametrize("text", ["16", "1/", "n=", "n=1.5", "n=0", "1/1", "sink=3", "1/16,"])
+def test_budgets_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match=re.escape(text) if text not in ("n=0", "1/1") else "must be"):
+        evaluation.parse_budget(text, DSConfig())
+
+
+def test_methods_are_read():
+    assert evaluation.parse_method("quest") == ("quest", None, None)
+    assert evaluation.parse_method("ds:qk/2") == ("ds", "qk", 2) and evaluation.parse_method("ds/4") == ("ds", None, 4)
+    for text in ("quest:qk", "quest/2", "dense", "ds:best", "ds/x", "ds/4,2"):
+        with pytest.raises(ValueError, match=f"methods={text}"):
+            evaluation.parse_method(text)
+
+
 @pytest.mark.parametrize("page", ["README.md", "tiny/README.md"])
 def test_quality_tables_are_those_of_the_results(page):
-    assert evaluation.table() in (ROOT / page).read_text(encoding="utf-8")
+    rows = evaluation.read_rows(evaluation.RESULTS, evaluation.SETTING).values()
+    assert evaluation.table(rows) in (ROOT / page).read_text(encoding="utf-8")
+
+
+ROW = {"task": "lines", "checkpoint": "tiny", "data": "generated", "context": 900, "method": "ds", "budget": "1/16", "n_items": 4,
+       "gpu": "none (CPU)", "config": {"sparsity": 16.0}, "mean_tokens": 128.2, "score": 75.0, "dense_score": 100.0,
+       "labels": "32 x 4 bit", "by_length": {"512": 50.0, "1024": 100.0}, "by_depth": [100.0, None, 50.0, 75.0, 100.0]}
+
+
+def test_table_keeps_a_task_and_text_together_and_shows_the_newest(tmp_path):
+    perplexity = ROW | {"task": "perplexity", "score": 11.0, "dense_score": 10.0, "dense_bits_per_byte": 1.5, "by_depth": None,
+                        "by_length": None}
+    later = ROW | {"method": "quest", "labels": None, "budget": "n=32"}
+    rows = [ROW | {"score": 1.0}, perplexity, ROW | {"config": {"sparsity": 16.0, "sink": DSConfig.sink}}, later,
+            later | {"method": "dense", "budget": "all"}]
+    (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = evaluation.table(evaluation.read_rows(tmp_path / "rows", evaluation.SETTING).values()).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in cells[2:]] == ["lines", "lines", "perplexity"] and len(set(map(len, cells))) == 1
+    assert cells[2][3:] == ["ds", "1/16", "128", "75.0%", "100.0%", "4", "32 x 4 bit", "50 100 at 512 1024", "100 - 50 75 100"]
+    assert cells[3][3:5] == ["quest", "n=32"] and cells[3][9] == "-" and cells[4][6] == "11.000 (1.1000x)"
+
+
+def test_plot_where_matplotlib_is(tmp_path, capsys):
+    rows = [ROW, ROW | {"budget": "n=32", "mean_tokens": 32}, ROW | {"method": "quest"}]
+    evaluation.plot(rows, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").exists() or "pip install matplotlib" in capsys.readouterr().err
+
+
+class Told:
+    """A task whose items are numbers, for what is done around scoring."""
+
+    def __init__(self, fails_at=None):
+        self.scored, self.fails_at, self.decoded = [], fails_at, 2
+
+    def attended(self):
+        return 6.0
+
+    def task(self):
+        def score(_, item):
+            if item == self.fails_at:
+                raise KeyboardInterrupt
+            self.scored.append(item)
+            return {"score": item}
+        return evaluation.Task(None, None, score, lambda results: {"score": sum(r["score"] for r in results)})
+
+
+def test_interrupted_items_are_not_scored_again(tmp_path):
+    told, partial = Told(fails_at=3), tmp_path / "partial.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.score_items(told, told.task(), [1, 2, 3, 4], partial, "told", progress=False)
+    with open(partial, "a") as file:
+        file.write('{"score": 9')  # killed while it wrote
+    again = Told()
+    found = evaluation.score_items(again, again.task(), [1, 2, 3, 4], partial, "told", progress=False)
+    assert told.scored == [1, 2] and again.scored == [3, 4]
+    assert found == {"mean_tokens": 3.0, "n_items": 4, "score": 10}
+    assert [json.loads(line)["score"] for line in partial.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capsys):
+    """Runs eval.py in this process, its files below tmp_path -> (rows in the file, stdout, stderr)."""
+    monkeypatch.setattr(evaluation, "RUNS", tmp_path / "runs")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    evaluation.texts_of.cache_clear()
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments), "--device", "cpu"])
+        evaluation.main()
+        captured = capsys.readouterr()
+        path = tmp_path / "runs" / "quality.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()], captured.out, captured.err
+    return run
+
+
+def test_saved_rows_are_taken_and_only_new_settings_measured(evaluate, tmp_path):
+    common = ("lines", "--lengths", 300, "--limit", 2, "--methods", "ds", "streaming")
+    rows, _, _ = evaluate(*common, "--budgets", "n=40")
+    assert [(row["method"], row["budget"]) for row in rows] == [("dense", "all"), ("ds", "n=40"), ("streaming", "n=40")]
+    assert rows[1]["mean_tokens"] == 40 and rows[1]["labels"] == "32 x 4 bit" and rows[1]["calibration"]["method"] == "joint"
+    assert rows[1]["dense_score"] == rows[0]["score"] == 100 and "labels" not in rows[2] and rows[2]["calibration"] is None
+    again, out, err = evaluate(*common, "--budgets", "n=40", "n=30")
+    assert again[:3] == rows and [row["budget"] for row in again[3:]] == ["n=30", "n=30"]
+    assert err.count("--force measures it again") == 3 and out.count("\n") == 2 + 4, "the table has old and new"
+    other, _, err = evaluate(*common, "--budgets", "n=40", "--limit", 1)
+    assert len(other) == 8 and "--force" not in err, "other items are another measurement"
+    forced, _, _ = evaluate(*common, "--budgets", "n=40", "--force")
+    assert len(forced) == 11 and [row["score"] for row in forced[8:]] == [row["score"] for row in rows]
+    assert not list((tmp_path / "runs" / "partial").iterdir())
+
+
+def test_labels_of_other_calibrations_are_made_once(evaluate, tmp_path, monkeypatch):
+    calls = []
+    real = calibrate.calibrate
+
+    def quick(*args, **more):
+        calls.append(args[2])
+        return real(*args, **more, samples=3, context=256)
+
+    monkeypatch.setattr(calibrate, "calibrate", quick)
+    (tmp_path / "text.txt").write_text(calibrate.builtin_text()[:60_000])
+    common = ("perplexity", "--context", 300, "--limit", 1, "--n_tokens", 40, "--methods", "ds:qk", "ds:random/2")
+    rows, _, err = evaluate(*common)
+    assert calls == ["qk", "random"] and "the text is Python language reference" in err
+    assert [row.get("labels") for row in rows] == [None, "32 x 4 bit", "64 x 2 bit"], "as many bytes"
+    assert [row["calibration"]["method"] for row in rows[1:]] == ["qk", "random"]
+    assert all(row["calibration"]["text"] == row["data"] == evaluation.BUILTIN for row in rows[1:])
+    assert rows[0]["score"] < rows[1]["score"] < rows[2]["score"], "random dims lose most"
+    evaluate(*common, "--force")
+    assert len(calls) == 2
+    rows, _, _ = evaluate(*common, "--calibration_data", tmp_path / "text.txt")
+    assert len(calls) == 4 and "text" not in rows[-1]["calibration"] and rows[-1]["score"] != rows[2]["score"]
+
+
+def test_default_run_has_all_tasks_and_methods(evaluate, tmp_path):
+    rows, out, err = evaluate("--limit", 1, "--context", 100, "--lengths", 200, "--plot", tmp_path / "quality.png")
+    found = {(row["task"], row["method"]) for row in rows}
+    tasks_ = ("perplexity", "agreement", "kv_retrieval", "lines", "passkey")
+    assert found >= {(task, method) for task in tasks_ for method in evaluation.METHODS}
+    assert {row["budget"] for row in rows if row["task"] == "perplexity"} == {"all", "n=6", "1/16", "n=24", "n=12", "n=3"}
+    assert {row["budget"] for row in rows if row["task"] == "passkey"} == {"all", "1/16", "n=32", "n=24"}
+    keys = {"task", "checkpoint", "method", "budget", "mean_tokens", "score", "dense_score", "n_items", "context", "torch", "triton",
+            "gpu", "commit", "date", "data", "config", "calibration"}
+    assert all(keys <= set(row) and math.isfinite(row["score"]) for row in rows)
+    assert out.count("\n") == 2 + sum(row["method"] != "dense" for row in rows)
+    assert "the text is Python language reference" in err
+
+
+def test_wikitext_comes_from_the_hub(tmp_path, monkeypatch):
+    """From a stand-in for the hub; another text than the published one is refused."""
+    def hub(text, member="wikitext-2-raw/wiki.test.raw"):
+        with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+            archive.writestr(member, text)
+        monkeypatch.setattr(evaluation, "try_to_load_from_cache", lambda **where: None)
+        monkeypatch.setattr(evaluation, "get_hf_file_metadata", lambda url, timeout: asked.append(url))
+        monkeypatch.setattr(evaluation, "hf_hub_download", lambda **where: str(tmp_path / "archive.zip"))
+
+    asked = []
+    hub(" = Robert <unk> = \n caf\u00e9")
+    with pytest.raises(ValueError, match="another text"):
+        evaluation.wikitext2()
+    monkeypatch.setattr(evaluation, "WIKITEXT2_SHA256", hashlib.sha256(" = Robert <unk> = \n caf\u00e9".encode()).hexdigest())
+    assert evaluation.wikitext2() == " = Robert <unk> = \n caf\u00e9"
+    assert asked[0].endswith("datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip")
+    hub("text", member="other")
+    with pytest.raises(ValueError, match="no archive with WikiText-2"):
+        evaluation.wikitext2()
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the project's shared test data")
+def test_the_published_wikitext_is_the_one_expected():
+    data = (SHARED / "wikitext2-test.raw").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == evaluation.WIKITEXT2_SHA256
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["longbench"], "longbench needs"), (["lines", "--data", "x"], "leave out --data"), (["--lengths", "0"], "lengths=0"),
+    (["agreement", "--sparsity", "1"], "sparsity=1: dense has no methods"), (["--budgets", "n=x"], "budgets=n=x"),
+    (["--methods", "topk"], "methods=topk: must be one of"), (["perplexity", "--context", "9000"], "8192 positions")])
+def test_bad_settings_of_eval_are_named(evaluate, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate(*arguments)
 
 
 @pytest.mark.parametrize("name", bench.BENCHES)
@@ -1604,9 +1883,11 @@ def test_published_items_have_our_wording(tmp_path):
     with gzip.open(tmp_path / "items.jsonl.gz", "wt") as file:
         file.write(line * 3)
     for name in ("items.jsonl", "items.jsonl.gz"):
-        items = evaluation.kv_items(tmp_path / name, limit=2)
-        assert items == [([["a", "b"], ["c", "d"]], "c", "d")] * 2
-    assert tasks.kv_prompt(*items[0][:2]).endswith('"c": "d"}\n\nWhat is stored under "c"?\nValue:')
+        items = evaluation.kv_items(generate.Tokenizer(TINY, 1), tmp_path / name, limit=2)
+        assert len(items) == 2 and items[0] == items[1] and items[0]["depth"] == 0.5 and items[0]["length"] is None
+    prompt, answer = (generate.Tokenizer(TINY, 1).decode(ids) for ids in (items[0]["context"][1:] + items[0]["question"],
+                                                                          items[0]["answer"]))
+    assert prompt.endswith('"c": "d"}\n\nWhat is stored under "c"?\nValue:') and answer.strip() == '"d"'
 
 
 @pytest.mark.parametrize("name", ["tiny", "llama2", "mistral"])
