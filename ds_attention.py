@@ -820,15 +820,13 @@ class Selection:
         self.nvidia = not self.portable and self.q.is_cuda and torch.version.cuda is not None
         self.overlapped = not self.portable and pdl(self.q)
 
-    def run(self):
-        """The three stages: in one launch where there are rows enough to fill the GPU, one program each."""
-        if self.workspace.segments == 1:
-            self.launch(bracket=True, emit=True, choose=True, registers=128, last=not self.apart)  # four rows to a multiprocessor
-            self.choose_long()
-        else:
-            self.bracket()
-            self.emit()
-            self.choose()
+    def stages(self):
+        """What runs, in order: the three stages, or where one program a row fills the GPU, all in one launch."""
+        return [self.at_once] if self.workspace.segments == 1 else [self.bracket, self.emit, self.choose]
+
+    def at_once(self):
+        self.launch(bracket=True, emit=True, choose=True, registers=128, last=not self.apart)  # four rows to a multiprocessor
+        self.choose_long()
 
     def bracket(self, num_warps=4):
         """The query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
@@ -878,7 +876,8 @@ def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, 
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
     workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-    Selection(q, labels, label_map, seq_lens, config, workspace, window, portable).run()
+    for stage in Selection(q, labels, label_map, seq_lens, config, workspace, window, portable).stages():
+        stage()
     return workspace.indices, workspace.n_tokens
 
 
