@@ -867,8 +867,10 @@ class Selection:
         """What runs, in order: the three stages, or where one program a row fills the GPU, all in one launch."""
         return [self.at_once] if self.workspace.segments == 1 else [self.bracket, self.emit, self.choose]
 
-    def at_once(self, num_warps=4, registers=128):
-        self.launch(bracket=True, emit=True, choose=True, num_warps=num_warps, registers=registers)  # four rows at a time
+    def at_once(self, num_warps=None):
+        num_warps = num_warps or (4 if self.labels.shape[2] == 1 else 8)
+        # so many registers that a multiprocessor holds four rows
+        self.launch(bracket=True, emit=True, choose=True, num_warps=num_warps, registers=512 // num_warps)
         self.choose_left()
 
     def bracket(self, num_warps=4):

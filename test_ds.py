@@ -1158,7 +1158,7 @@ def test_memory_need_counts_what_is_allocated():
     cache = KVCache(model.config, 3, 70, DEVICE, torch.float32, config, maps)
     assert need["weights"] == sum(p.nbytes for p in model.parameters())
     assert need["KV cache"] == cache.kv_bytes() and need["labels"] == cache.label_bytes() > 0
-    workspace = ds.Workspace(3, 4, 2, 16, 70, torch.device(DEVICE), config)
+    workspace = ds.Workspace(3, 4, 2, 16, 80, torch.device(DEVICE), config)  # its tokens in whole groups of 16
     assert need["workspace"] == sum(x.nbytes for x in vars(workspace).values() if isinstance(x, torch.Tensor))
     assert memory_need(model.config, 3, 70, torch.float32)["labels"] == 0
 
