@@ -1,29 +1,37 @@
-"""Speed of Double Sparsity against the fastest dense kernels, on the same inputs, in CUDA graphs, checked first.
+"""Speed of Double Sparsity: decode attention against the fastest dense kernels, and whole decode steps against gpt-fast's way.
 
-Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]
+Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]     on the same inputs, checked first
+       python bench.py generate [--model Llama-2-7B --shapes 1x16384] [--modes gpt_fast dense ds]     random weights
        python bench.py attention --device cpu          a small correctness pass, its times marked as CPU reference
-       python bench.py table attention                 the README's table, from results/attention.jsonl
+       python bench.py table attention                 the README's table, from results/attention.jsonl; or table generate
 """
 import argparse
+import gc
 import json
 import math
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from typing import Callable
 
 import torch
+import torch._inductor.config as inductor_config
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import ds_attention as ds
-from ds_attention import DSConfig, LabelMap, Selection, Workspace
+from ds_attention import DSConfig, LabelMap, Selection, Workspace, write_labels
 from eval import provenance
-from generate import HERE, pick_device
-from model import ArgumentParser, run_command
+from generate import HERE, DecodeStep, copy_bandwidth, default_dtype, generate, now, pick_device
+from model import PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes, run_command
 
 RESULTS = HERE / "results"
+
+# ---------------------------------------------------------------- attention
+
 # B, S, HQ, HKV
 SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536, 32, 32), (16, 16384, 32, 32),
           (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8)]
@@ -62,19 +70,20 @@ def graph_us(calls, repeats=30):
     return statistics.median(times)
 
 
-def copy_bandwidth(device):
-    """Bytes per second of a large copy on the GPU, read and written bytes both counted."""
-    a = torch.empty(2**32, dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    times = []
-    for _ in range(10):  # not in a graph, where a copy may become a copy engine's, which is slower than a kernel
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        b.copy_(a)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return 2 * a.nbytes / statistics.median(times)
+def channel_map(HKV, D, config, device):
+    """A LabelMap of the first channels, for random keys of unit variance."""
+    C = config.channels(D)
+    basis = torch.eye(D, device=device)[:, :C].expand(HKV, -1, -1)
+    zeros = torch.zeros(HKV, C, device=device)
+    return LabelMap.from_statistics(basis, basis, zeros, zeros + 1, config.label_bits)
+
+
+def label_all(k, labels, label_map, config):
+    """Writes the labels of all keys k [B, HKV, S, D], some at a time."""
+    B, _, S, _ = k.shape
+    for start in range(0, S, 16384):
+        positions = torch.arange(start, min(S, start + 16384), dtype=torch.int32, device=k.device).expand(B, -1).contiguous()
+        write_labels(k[:, :, start : start + 16384], positions, labels, label_map, config)
 
 
 class Inputs:
@@ -89,15 +98,9 @@ class Inputs:
         self.q = normal(B, HQ, D)
         self.kv = normal(B, HKV, S, 2, D)
         self.k, self.v = self.kv.unbind(3)
-        C = config.channels(D)
-        basis = torch.eye(D, device=device)[:, :C].expand(HKV, -1, -1)
-        zeros = torch.zeros(HKV, C, device=device)
-        self.map = LabelMap.from_statistics(basis, basis, zeros, zeros + 1, config.label_bits)
+        self.map = channel_map(HKV, D, config, device)
         self.labels = torch.zeros(B, HKV, config.words(D), S, dtype=torch.int32, device=device)
-        write = ds.label if config.use_triton(self.q) else ds.label_ref
-        for start in range(0, S, 16384):
-            positions = torch.arange(start, min(S, start + 16384), dtype=torch.int32, device=device).expand(B, -1).contiguous()
-            write(self.k[:, :, start : start + 16384], positions, self.labels, self.map)
+        label_all(self.k, self.labels, self.map, config)
         self.seq_lens = torch.full((B,), S, dtype=torch.int32, device=device)
 
 
@@ -230,14 +233,8 @@ def attention_table(rows):
     return "\n".join(lines)
 
 
-def plot(rows, path):
-    """Speedup over S, a line for each B and head count, into an image file. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+def draw_attention(rows, axes):
+    """Speedup over S, a line for each B, head count and kind of label."""
     lines = {}
     for r in rows:
         if r.get("speedup"):
@@ -247,83 +244,388 @@ def plot(rows, path):
         axes.plot([r["S"] for r in found], [r["speedup"] for r in found], "o-", label=f"B = {B}, {heads} heads, {labels}")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="live tokens S", ylabel="speedup over the fastest dense kernel")
+
+
+def run_attention(args, device):
+    """Yields the rows of the settings asked for, a list of one at a time."""
+    config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels, label_bits=args.label_bits)
+    settings = [(shape, config) for shape in SHAPES]
+    settings += [((16, 16384, 32, 32), replace(config, label_channels=C, label_bits=bits)) for C, bits in SMALLER_LABELS]
+    if device == "cpu":
+        settings = [((2, 2000, 4, 2), config)]
+    if args.shapes:
+        HQ, HKV = parse_sizes("heads", args.heads, "32/8", "/")[0]
+        if HQ % HKV:
+            raise ValueError(f"heads={args.heads}: query heads must be a multiple of KV heads")
+        settings = [((*shape, HQ, HKV), config) for shape in parse_sizes("shapes", args.shapes, "4x16384,16x16384")]
+    bandwidth = copy_bandwidth(device) if device != "cpu" else None
+    for shape, config in tqdm(settings, desc="attention", unit="shape", leave=False):
+        yield [attention_row(*shape, args.head_dim, getattr(torch, args.dtype), config, device, bandwidth)]
+
+
+# ---------------------------------------------------------------- generate
+
+# model, B, S: the length at which steps are timed, or of the prompt that is prefilled
+STEPS = [("Llama-2-7B", B, S) for B, S in [(1, 16384), (1, 65536), (4, 16384), (8, 16384), (14, 16384), (1, 512), (1, 2048),
+                                           (1, 4096)]] + [("Mistral-7B-v0.1", 16, 32768), ("Mistral-7B-v0.1", 1, 131072)]
+PREFILLS = [("Llama-2-7B", 1, 16384), ("Llama-2-7B", 1, 131072)]
+MODES = ("prefill", "gpt_fast", "dense", "ds")
+WARM_UP = 5  # steps before those that are timed
+CPU_MODEL = ModelConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=128, max_positions=512)
+
+
+def random_model(config, device, dtype):
+    """A Transformer with random weights, made where they stay. No token ends its texts, and it has no sliding window."""
+    config = replace(config, eos_ids=(), sliding_window=None)
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights = {name: torch.ones(shape, device=device, dtype=dtype) for name, shape in parameter_shapes(config).items()}
+    for weight in weights.values():
+        if weight.ndim > 1:
+            weight.normal_(0, 0.02)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+class GptFast(nn.Module):
+    """A decode step as gpt-fast has it, of a Transformer's weights: K and V of the allocated length in two tensors, all of them
+    attended under a boolean causal mask, repeated for grouped queries; made for torch.compile of the whole."""
+
+    def __init__(self, model, batch, max_seq_length):
+        super().__init__()
+        config, self.model = model.config, model
+        self.groups = config.n_heads // config.n_kv_heads
+        shape = (batch, config.n_kv_heads, max_seq_length, config.head_dim)
+        for i in range(config.n_layers):
+            for name in ("k", "v"):
+                self.register_buffer(f"{name}{i}", torch.empty(shape, device=model.device, dtype=model.dtype).normal_())
+        everything = torch.ones(max_seq_length, max_seq_length, dtype=torch.bool, device=model.device)
+        self.register_buffer("mask", everything.tril_())
+
+    def forward(self, tokens, position):
+        """tokens [B, 1], position [1] int64, the same for all -> the next tokens [B, 1]."""
+        x = self.model.embed(tokens)
+        cos, sin = self.model.rope(position[None])
+        mask = self.mask[None, None, position]  # [1, 1, 1, S]
+        for i, layer in enumerate(self.model.layers):
+            q, *new = Block.before(layer, x, cos, sin)
+            past = []
+            for cached, heads in zip((getattr(self, f"k{i}"), getattr(self, f"v{i}")), new):
+                cached[:, :, position] = heads
+                past.append(cached.repeat_interleave(self.groups, 1))
+            x = Block.after(layer, x, F.scaled_dot_product_attention(q, *past, attn_mask=mask).transpose(1, 2))
+        return self.model.logits(x).argmax(-1)
+
+
+def step_seconds(run, steps, device):
+    """Median seconds of run() among `steps` calls, by the device's clock."""
+    for _ in range(WARM_UP):
+        run()
+    events = [now(torch.device(device))]
+    for _ in range(steps):
+        run()
+        events.append(now(torch.device(device)))
+    events[-1].synchronize()
+    return statistics.median(a.elapsed_time(b) * 1e-3 for a, b in zip(events, events[1:]))
+
+
+def time_gpt_fast(model, B, S, steps, device, _):
+    """(seconds per step, bytes of weights and of the allocated cache, which it reads whole)."""
+    size = S + steps + WARM_UP
+    module = GptFast(model, B, size)
+    kv_bytes = sum(buffer.nbytes for name, buffer in module.named_buffers() if name[0] in "kv" and name[1:].isdigit())
+    tokens = torch.ones(B, 1, dtype=torch.long, device=device)
+    position = torch.tensor([S - 1], device=device)
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+
+    def run():
+        nonlocal tokens
+        tokens = compiled(tokens, position).clone()
+        position.add_(1)
+
+    # its Inductor settings, and attention left to Inductor
+    try:
+        with torch.no_grad(), inductor_config.patch(coordinate_descent_tuning=True), sdpa_kernel(SDPBackend.MATH):
+            return step_seconds(run, steps, device), model.weight_bytes(B) + kv_bytes
+    finally:
+        torch._dynamo.reset()  # lets go of its graphs' memory
+
+
+def random_cache(model, B, size, config, device):
+    """A cache full of random K and V, as large as normed vectors through weights like random_model's, and of their labels.
+
+    The label maps choose channels: of random keys all are alike.
+    """
+    label_map = config and channel_map(model.config.n_kv_heads, model.config.head_dim, config, device)
+    cache = KVCache(model.config, B, size, device, model.dtype, config, [label_map] * model.config.n_layers)
+    for layer in cache.layers:
+        layer.kv.normal_()
+        if layer.ds is not None:
+            label_all(layer.kv[..., 0, :], layer.labels, label_map, config)
+    return cache
+
+
+def time_decode(model, B, S, steps, device, config):
+    """(seconds per step, bytes of weights and cache as read) of generate.py's step, config: DSConfig or None for dense."""
+    cache = random_cache(model, B, S + steps + WARM_UP, config, device)
+    cache.seq_lens.fill_(S - 1)
+    sparse = cache.sparse_at(S)
+    step = DecodeStep(model, cache)
+    step.start([1] * B, [sparse])
+    seconds = step_seconds(lambda: step.run(sparse), steps, device)
+    return seconds, model.weight_bytes(B) + step.views[sparse].read_bytes(torch.full((B,), S))[0]
+
+
+def time_prefill(model, B, S, device, config):
+    """(seconds of a warm prefill, seconds from the start of the process to the first token of this, its first run)."""
+    cache = random_cache(model, B, S + 1, config, device)
+    prompts = torch.randint(3, model.config.vocab_size, (B, S)).tolist()
+    cold_start_s = generate(DecodeStep(model, cache), prompts, 1).cold_start_s
+    begin = now(torch.device(device))
+    model.prefill(prompts, cache)
+    end = now(torch.device(device))
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3, cold_start_s
+
+
+def generate_rows(name, model, B, S, modes, configs, steps, device, first):
+    """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each. first: of this process."""
+    rows = []
+    of_mode = {"prefill": configs[:1], "gpt_fast": [None], "dense": [None], "ds": configs}
+    for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
+        row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode, "config": config and asdict(config),
+               "dtype": str(model.dtype).removeprefix("torch."), "steps": steps, "ms_per_step": None}
+        gc.collect()
+        try:
+            if device != "cpu":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                held = sum(p.nbytes for p in model.parameters())
+                check_memory(torch.cuda.mem_get_info()[0] + held, model.config, B, S + steps + WARM_UP, model.dtype, config)
+            if mode == "prefill":
+                row["prefill_s"], cold_start_s = time_prefill(model, B, S, device, config)
+                row |= {"cold_start_s": cold_start_s} if first and not rows else {}
+            else:
+                time_mode = time_gpt_fast if mode == "gpt_fast" else time_decode
+                seconds, read = time_mode(model, B, S, steps, device, config)
+                row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds, "bytes_per_step": read}
+            if device != "cpu":
+                row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        except (ValueError, torch.OutOfMemoryError) as error:
+            row["error"] = str(error).split("\n")[0]
+        rows.append(row | provenance(device))
+    gc.collect()
+    for row in rows:
+        if row["ms_per_step"] and device != "cpu":
+            row["copy_gb_per_s"] = copy_bandwidth(device) / 1e9
+            row["bandwidth_share"] = row["bytes_per_step"] / row["ms_per_step"] / 1e6 / row["copy_gb_per_s"]
+        for mode in ("dense", "gpt_fast"):
+            other = next((r["ms_per_step"] for r in rows if r["mode"] == mode), None)
+            row[f"speedup_vs_{mode}"] = other / row["ms_per_step"] if other and row["ms_per_step"] else None
+    return rows
+
+
+def run_generate(args, device):
+    """Yields the rows of the shapes asked for, one shape's at a time, all modes of a shape in turn on the same machine."""
+    dtype = default_dtype(device)
+    configs = [DSConfig(dense_layers=n, dense_below=args.dense_below) for n in args.dense_layers]
+    timed = [mode for mode in args.modes if mode != "prefill"]
+    settings = [(*row, ["prefill"]) for row in PREFILLS if "prefill" in args.modes] + [(*row, timed) for row in STEPS if timed]
+    presets = PRESETS
+    if device == "cpu":
+        presets, settings = {"tiny": CPU_MODEL}, [("tiny", 2, 300, args.modes)]
+        configs = [replace(config, min_tokens=16, dense_below=0) for config in configs]
+    elif args.model or args.shapes:
+        shapes = parse_sizes("shapes", args.shapes or "1x16384", "4x16384,16x16384")
+        settings = [(args.model or "Llama-2-7B", *shape, args.modes) for shape in shapes]
+    if any(presets[name].n_experts for name, *_ in settings) and "gpt_fast" in args.modes:
+        raise ValueError("modes=gpt_fast: does not know expert layers; leave it out with --modes dense ds")
+    model = held = None
+    for i, (name, B, S, modes) in enumerate(tqdm(settings, desc="generate", unit="shape", leave=False)):
+        if name != held:
+            model = None  # before there is another one
+            model, held = random_model(presets[name], device, dtype), name
+            if device != "cpu" and not args.no_compile:
+                model.compile_blocks()
+        yield generate_rows(name, model, B, S, modes, configs, args.steps, device, first=i == 0)
+
+
+def mode_name(r):
+    return f"ds, {r['config']['dense_layers']} dense layers" if r["mode"] == "ds" else r["mode"]
+
+
+def generate_table(rows):
+    """Rows of results/generate.jsonl -> Markdown: a line for each shape, then one for each prefill."""
+    prefills = [r for r in rows if r["mode"] == "prefill"]
+    shapes, modes = {}, ["gpt_fast", "dense"]
+    for r in rows:
+        if r["mode"] != "prefill":
+            shapes.setdefault((r["model"], r["B"], r["S"]), {})[mode_name(r)] = r
+    modes += sorted({name for found in shapes.values() for name in found} - set(modes), reverse=True)
+
+    def cell(row, name, form, unit=""):
+        value = (row or {}).get(name)
+        return "-" if value is None else f"{value:{form}}{unit}"
+
+    lines = []
+    if shapes:
+        lines = [f"| model | B, S | {' | '.join(modes)} | over gpt_fast | tokens/s | bandwidth: dense, ds | peak GiB |",
+                 "|---|" + "---|" * (len(modes) + 5)]
+    for (model, B, S), found in shapes.items():
+        times = []
+        for mode in modes:
+            row = found.get(mode, {})
+            over = cell(row, "speedup_vs_dense", ".2f", "x over dense") if row.get("mode") == "ds" else "-"
+            time = "out of memory" if "error" in row else cell(row, "ms_per_step", ".2f", " ms")
+            times.append(time + (f", {over}" if over != "-" else ""))
+        first = next((found[mode] for mode in modes if mode in found and found[mode]["mode"] == "ds"), None)
+        shares = ", ".join(cell(row, "bandwidth_share", ".0%") for row in (found.get("dense"), first))
+        reference = " (CPU reference)" if "CPU" in next(iter(found.values()))["gpu"] else ""
+        lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | "
+                     f"{cell(first, 'speedup_vs_gpt_fast', '.2f', 'x')} | {cell(first, 'tokens_per_s', '.0f')} | {shares} | "
+                     f"{cell(first, 'peak_gib', '.1f')} |")
+    if prefills:
+        lines += ["", "| model | B, S | prefill, s | tokens/s | process start to first token, s | peak GiB |",
+                  "|---|" + "---|" * 5]
+    for r in prefills:
+        seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
+        rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
+        lines.append(f"| {r['model']} | {r['B']}, {r['S']} | {seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
+                     f"{cell(r, 'peak_gib', '.1f')} |")
+    return "\n".join(lines).strip()
+
+
+def draw_generate(rows, axes):
+    """Tokens per second of each shape, a bar for each mode."""
+    rows = [r for r in rows if r["ms_per_step"]]
+    shapes, modes = (list(dict.fromkeys(map(of, rows))) for of in (lambda r: (r["model"], r["B"], r["S"]), mode_name))
+    width = 0.8 / max(1, len(modes))
+    for i, mode in enumerate(modes):
+        found = [r for r in rows if mode_name(r) == mode]
+        at = [shapes.index((r["model"], r["B"], r["S"])) + (i - (len(modes) - 1) / 2) * width for r in found]
+        axes.bar(at, [r["tokens_per_s"] for r in found], width, label=mode)
+    axes.set_xticks(range(len(shapes)), [f"{model}\n{B} x {S}" for model, B, S in shapes], rotation=90, fontsize="small")
+    axes.set(yscale="log", ylabel="tokens/s")
+
+
+# ---------------------------------------------------------------- results
+
+
+@dataclass
+class Bench:
+    """What one kind of row needs to be measured, told from others, and shown."""
+
+    run: Callable  # (args, device) -> lists of rows, as they come
+    setting: Callable  # row -> what it measures: a newer row of the same replaces it in tables
+    table: Callable  # rows -> Markdown
+    draw: Callable  # (rows, matplotlib axes)
+
+
+def attention_setting(r):
+    return [r[key] for key in ("B", "S", "HQ", "HKV", "D", "dtype", "label_channels", "label_bits")]
+
+
+def generate_setting(r):
+    dense_layers = r["config"]["dense_layers"] if r["mode"] == "ds" else None
+    return [*(r[key] for key in ("model", "B", "S", "mode", "dtype")), dense_layers]
+
+
+BENCHES = {"attention": Bench(run_attention, attention_setting, attention_table, draw_attention),
+           "generate": Bench(run_generate, generate_setting, generate_table, draw_generate)}
+
+
+def newest_rows(name):
+    """The last row of each setting in a bench's results file, in the order in which the settings first came."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        raise ValueError(f"{path}: no results yet; run bench.py {name} first")
+    rows = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[json.dumps(BENCHES[name].setting(row))] = row
+    return list(rows.values())
+
+
+def save(rows, name):
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def plot(rows, draw, path):
+    """An image file of the rows. Needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    draw(rows, axes)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
-def newest_rows(path):
-    """The last row of each setting of a results file, in the order in which the settings first came."""
-    if not path.exists():
-        raise ValueError(f"{path}: no results yet; run bench.py attention first")
-    rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        rows[tuple(row[k] for k in ("B", "S", "HQ", "HKV", "D", "dtype", "label_channels", "label_bits"))] = row
-    return list(rows.values())
-
-
-def parse_shapes(text, heads):
-    """"4x16384,16x16384" and "32/8" -> [(B, S, HQ, HKV)]."""
+def parse_sizes(name, text, example, by="x"):
+    """"4x16384,16x16384" -> [(4, 16384), (16, 16384)]."""
     try:
-        HQ, HKV = map(int, heads.split("/"))
-        shapes = [(*map(int, part.split("x")), HQ, HKV) for part in text.split(",")]
+        sizes = [tuple(map(int, part.split(by))) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"shapes={text}, heads={heads}: must look like 4x16384,16x16384 and 32/8") from None
-    if any(len(shape) != 4 or min(shape) < 1 for shape in shapes) or HQ % HKV:
-        raise ValueError(f"shapes={text}, heads={heads}: sizes must be positive, query heads a multiple of KV heads")
-    return shapes
+        raise ValueError(f"{name}={text}: must look like {example}") from None
+    if any(len(size) != 2 or min(size) < 1 for size in sizes):
+        raise ValueError(f"{name}={text}: must look like {example}, all sizes positive")
+    return sizes
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("attention", "table"))
-    parser.add_argument("of", nargs="?", choices=("attention",), help="with table: whose")
+    parser.add_argument("what", choices=(*BENCHES, "table"))
+    parser.add_argument("of", nargs="?", choices=BENCHES, help="with table: whose")
     parser.add_argument("--shapes", help="BxS, comma-separated, S in tokens (default: the README's rows)")
-    parser.add_argument("--heads", default="32/32", help="query/KV heads for --shapes (default %(default)s)")
-    parser.add_argument("--head_dim", type=int, default=128, help="channels per head (default %(default)s)")
-    parser.add_argument("--sparsity", type=float, default=DSConfig.sparsity,
-                        help="1/R of tokens and label bytes (default %(default)g)")
-    parser.add_argument("--label_channels", type=int, help="label dims per KV head (default: from --sparsity)")
-    parser.add_argument("--label_bits", type=int, default=DSConfig.label_bits,
-                        help="bits per dim: 2, 4, 8 or 16 (default %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16",
-                        help="of q, K and V (default %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="draw speedup over S, of this run or of the table (needs matplotlib)")
+    parser.add_argument("--no_save", action="store_true", help="print the rows, but leave the results file as it is")
+    parser.add_argument("--plot", metavar="FILE", help="draw the rows of this run or of the table (needs matplotlib)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda; a CPU only checks correctness)")
+    attention = parser.add_argument_group("attention")
+    attention.add_argument("--heads", default="32/32", help="query/KV heads for --shapes (default %(default)s)")
+    attention.add_argument("--head_dim", type=int, default=128, help="channels per head (default %(default)s)")
+    attention.add_argument("--sparsity", type=float, default=DSConfig.sparsity,
+                           help="1/R of tokens and label bytes (default %(default)g)")
+    attention.add_argument("--label_channels", type=int, help="label dims per KV head (default: from --sparsity)")
+    attention.add_argument("--label_bits", type=int, default=DSConfig.label_bits,
+                           help="bits per dim: 2, 4, 8 or 16 (default %(default)s)")
+    attention.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16",
+                           help="of q, K and V (default %(default)s)")
+    steps = parser.add_argument_group("generate")
+    steps.add_argument("--model", choices=PRESETS, help="whose shape, without a sliding window (default: the README's rows)")
+    steps.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES),
+                       help="prefill; decode steps as gpt-fast's, dense, or Double Sparsity as generate.py has it (default: "
+                            "all; gpt_fast compiles for about a minute per shape)")
+    steps.add_argument("--steps", type=int, default=50, help="steps timed, the median counts (default %(default)s)")
+    steps.add_argument("--dense_layers", type=int, nargs="+", default=[DSConfig.dense_layers, 0],
+                       help="of ds, a row for each (default %(default)s)")
+    steps.add_argument("--dense_below", type=int, default=DSConfig.dense_below,
+                       help="tokens below which ds attends to everything (default %(default)s)")
+    steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")
     args = parser.parse_args()
     if args.what == "table":
-        rows = newest_rows(RESULTS / "attention.jsonl")
+        if args.of is None:
+            raise ValueError(f"table of what: must be one of {', '.join(BENCHES)}")
+        bench, rows = BENCHES[args.of], newest_rows(args.of)
     else:
         if args.device is None and not torch.cuda.is_available():
             raise ValueError("bench.py needs a CUDA GPU for its times; --device cpu runs a small correctness pass")
+        if args.steps < 1:
+            raise ValueError(f"steps={args.steps}: must be at least 1")
         device = pick_device(args.device)
-        config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels, label_bits=args.label_bits)
-        if args.shapes:
-            settings = [(shape, config) for shape in parse_shapes(args.shapes, args.heads)]
-        elif device == "cpu":
-            settings = [((2, 2000, 4, 2), config)]
-        else:
-            settings = [(shape, config) for shape in SHAPES]
-            settings += [((16, 16384, 32, 32), replace(config, label_channels=C, label_bits=bits))
-                         for C, bits in SMALLER_LABELS]
-        rows = measure(settings, args.head_dim, getattr(torch, args.dtype), device)
-    print(attention_table(rows))
+        bench, rows = BENCHES[args.what], []
+        for measured in bench.run(args, device):
+            rows += measured
+            if device != "cpu":
+                torch.cuda.empty_cache()
+                if not args.no_save:
+                    save(measured, args.what)
+    print(bench.table(rows))
     if args.plot:
-        plot(rows, args.plot)
-
-
-def measure(settings, D, dtype, device):
-    """Rows of [((B, S, HQ, HKV), DSConfig)], each written to results/attention.jsonl as it comes (none from a CPU)."""
-    bandwidth = copy_bandwidth(device) if device != "cpu" else None
-    rows = []
-    for shape, config in tqdm(settings, desc="attention", unit="shape", leave=False):
-        rows.append(attention_row(*shape, D, dtype, config, device, bandwidth))
-        if device != "cpu":
-            RESULTS.mkdir(exist_ok=True)
-            with open(RESULTS / "attention.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            torch.cuda.empty_cache()
-    return rows
+        plot(rows, bench.draw, args.plot)
 
 
 if __name__ == "__main__":

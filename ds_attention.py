@@ -11,9 +11,9 @@ Shapes, used everywhere: B batch rows, T new tokens, S cached tokens (allocated;
 HQ / HKV query / KV heads, G = HQ // HKV, D head dim, C label dims, W 32-bit words of one token's label,
 N attended tokens. In a decode call q has no T: its rows are one token each.
 
-Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref. The Triton kernels do the same with fewer
-bytes: `label`, `select` (score and select in three launches: full scores are never written) and `attend`. They run on a GPU
-and, with TRITON_INTERPRET=1 set before triton is imported, on a CPU.
+Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref (and top_p_ref for budgets by mass). The Triton
+kernels do the same with fewer bytes: `label`, `select` (scores and selection in one to four launches: full scores are never
+written) and `attend`. They run on a GPU and, with TRITON_INTERPRET=1 set before triton is imported, on a CPU.
 Last run on: H200 with torch 2.11 / triton 3.6; CPU with torch 2.13 / triton 3.9.
 """
 import math
@@ -31,10 +31,12 @@ class DSConfig:
 
     sparsity: float = 16.0  # attend to 1/sparsity of the live tokens; labels take 1/sparsity of K's bytes
     n_tokens: int | None = None  # a fixed number of attended tokens instead of a share
+    top_p: float | None = None  # of them only as many as hold this share of the attention, estimated from the labels
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
     label_channels: int | None = None  # label dims per KV head; None: 1/sparsity of K's bytes in 16-bit channels
     label_bits: int = 4  # bits per label dim: 2, 4, 8 or 16
     dense_layers: int = 2  # the first layers attend to everything: their attention is diffuse
+    dense_below: int = 3072  # a step whose longest row has fewer live tokens attends to everything: it could not win
     sink: int = 4  # first tokens always attended, counted inside N
     recent: int = 16  # newest tokens always attended, counted inside N
     pool: str = "mean"  # how one selection serves a group's query heads: "mean" or "max" of their scores
@@ -43,19 +45,21 @@ class DSConfig:
     def __post_init__(self):
         if not (math.isfinite(self.sparsity) and self.sparsity > 1):
             raise ValueError(f"sparsity={self.sparsity:g}: must be above 1; use --sparsity 1 for dense")
-        for name, low in [("n_tokens", 1), ("min_tokens", 1), ("label_channels", 1), ("dense_layers", 0), ("sink", 0),
-                          ("recent", 1)]:
+        for name, low in [("n_tokens", 1), ("min_tokens", 1), ("label_channels", 1), ("dense_layers", 0),
+                          ("dense_below", 0), ("sink", 0), ("recent", 1)]:
             value = getattr(self, name)
             if value is not None and value < low:
                 hint = "; use --sparsity 1 for dense" if name == "n_tokens" else ""
                 raise ValueError(f"{name}={value}: must be at least {low}{hint}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p:g}: must be above 0 and at most 1")
         for name, choices in [("label_bits", (2, 4, 8, 16)), ("pool", ("mean", "max")),
                               ("impl", ("auto", "torch", "triton"))]:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(map(str, choices))}")
 
     def budget(self, live):
-        """Tokens attended when `live` tokens are eligible. live: int, or int32 tensor of any shape; same type back."""
+        """Tokens attended when `live` tokens are eligible, with top_p at most. live: int, or int32 tensor; same type back."""
         num, den = self.share()
         if isinstance(live, int):
             return min(self.n_tokens or max(self.min_tokens, -(-live * den // num)), live)
@@ -63,6 +67,10 @@ class DSConfig:
             return live.clamp(max=self.n_tokens)
         share = (live.long() * den + num - 1) // num
         return torch.minimum(share.clamp(min=self.min_tokens).to(live.dtype), live)
+
+    def sparse_at(self, live):
+        """Whether sparse steps pay at `live` eligible tokens, of the longest row."""
+        return live >= self.dense_below and self.budget(live) < live
 
     def share(self):
         """sparsity as a fraction (num, den) of small integers, so that every implementation rounds alike."""
@@ -243,33 +251,64 @@ def score_ref(q, labels, label_map, seq_lens, window=None, pool="mean"):
 # ---------------------------------------------------------------- select
 
 
-def select_ref(scores, seq_lens, n_tokens, max_tokens, sink=0, recent=1, window=None):
-    """Exactly n_tokens[b] positions per row and KV head: newest, first, then best scores; ties go to the earlier token.
+def forced_ref(seq_lens, n_tokens, S, sink, recent, window):
+    """Which of S positions are attended in any case, and which are eligible: [B, HKV, S] bool, [B, 1, S] bool.
 
-    scores [B, HKV, S] fp32; seq_lens, n_tokens [B] int32 (1 <= n_tokens <= eligible tokens); max_tokens: the width.
-    Returns [B, HKV, max_tokens] int32, positions ascending, -1 past n_tokens.
+    seq_lens [B], n_tokens [B, HKV]: the newest `recent`, then the first `sink` tokens, as far as n_tokens goes.
     """
-    S = scores.shape[-1]
     start, _ = live_range(seq_lens, window)
-    position = torch.arange(S, device=scores.device)
+    position = torch.arange(S, device=seq_lens.device)
+    eligible = ((position >= start[:, None]) & (position < seq_lens[:, None]))[:, None]
     n_recent = n_tokens.clamp(max=recent)
     n_sink = (n_tokens - n_recent).clamp(max=sink)
-    newest = position >= (seq_lens - n_recent)[:, None]
-    first = position < n_sink[:, None]
-    eligible = (position >= start[:, None]) & (position < seq_lens[:, None])
-    forced = (newest | first) & eligible  # [B, S]
-    ranked = scores.masked_fill(forced[:, None], float("inf")).masked_fill(~eligible[:, None], float("-inf"))
+    newest = position >= (seq_lens[:, None] - n_recent)[..., None]
+    return (newest | (position < n_sink[..., None])) & eligible, eligible
+
+
+def top_p_ref(scores, seq_lens, n_tokens, top_p, sink=0, recent=1, window=None):
+    """How many tokens hold top_p of the softmax of the label scores, at most n_tokens: those attended in any case, then the best.
+
+    scores, seq_lens and n_tokens as in select_ref. The newest token does not count for either side: its label may not be
+    written yet when a decode step selects. Returns [B, HKV] int32.
+    """
+    HKV, S = scores.shape[1:]
+    n_tokens = per_head(n_tokens, HKV)
+    forced, eligible = forced_ref(seq_lens, n_tokens, S, sink, recent, window)
+    newest = torch.arange(S, device=scores.device) == seq_lens[:, None, None] - 1
+    mass = scores.masked_fill(newest | ~eligible, float("-inf")).softmax(-1).nan_to_num(0.0)  # one token: nothing to weigh
+    needed = top_p - (mass * forced).sum(-1)  # [B, HKV]
+    best = mass.masked_fill(forced | ~eligible, 0.0).sort(-1, descending=True).values
+    before = best.cumsum(-1) - best
+    wanted = forced.sum(-1) + ((before < needed[..., None]) & (best > 0)).sum(-1)
+    return torch.minimum(wanted, n_tokens).to(torch.int32)
+
+
+def per_head(n_tokens, HKV):
+    """n_tokens [B] or [B, HKV] -> [B, HKV]."""
+    return n_tokens if n_tokens.ndim == 2 else n_tokens[:, None].expand(-1, HKV)
+
+
+def select_ref(scores, seq_lens, n_tokens, max_tokens, sink=0, recent=1, window=None):
+    """Exactly n_tokens positions per row and KV head: newest, first, then best scores; ties go to the earlier token.
+
+    scores [B, HKV, S] fp32; seq_lens [B] int32; n_tokens [B] or [B, HKV] int32 (1 <= n_tokens <= eligible tokens);
+    max_tokens: the width. Returns [B, HKV, max_tokens] int32, positions ascending, -1 past n_tokens.
+    """
+    HKV, S = scores.shape[1:]
+    n_tokens = per_head(n_tokens, HKV)
+    forced, eligible = forced_ref(seq_lens, n_tokens, S, sink, recent, window)
+    ranked = scores.masked_fill(forced, float("inf")).masked_fill(~eligible, float("-inf"))
     best = ranked.topk(min(max_tokens, S), dim=-1).values
-    threshold = best.gather(-1, (n_tokens - 1).long()[:, None, None].expand(*best.shape[:2], 1))  # [B, HKV, 1]
+    threshold = best.gather(-1, (n_tokens - 1).long()[..., None])  # [B, HKV, 1]
     above = ranked > threshold
-    tied = (ranked == threshold) & eligible[:, None]
-    room = n_tokens[:, None, None] - above.sum(-1, keepdim=True)
+    tied = (ranked == threshold) & eligible
+    room = n_tokens[..., None] - above.sum(-1, keepdim=True)
     chosen = above | (tied & (tied.cumsum(-1) <= room))  # [B, HKV, S]
     # ascending positions: a chosen token's slot is the number of chosen tokens before it
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, max_tokens)
     indices = torch.full((*scores.shape[:2], max_tokens + 1), -1, dtype=torch.int32, device=scores.device)
-    indices.scatter_(-1, slot, position.to(torch.int32).expand_as(slot))
-    return torch.where(torch.arange(max_tokens, device=scores.device) < n_tokens[:, None, None], indices[..., :-1], -1)
+    indices.scatter_(-1, slot, torch.arange(S, dtype=torch.int32, device=scores.device).expand_as(slot))
+    return torch.where(torch.arange(max_tokens, device=scores.device) < n_tokens[..., None], indices[..., :-1], -1)
 
 
 @triton.jit
@@ -332,15 +371,71 @@ NO_ENTRY = tl.constexpr((-(2**31) + 1) * 2**32)  # such a key in an _entry
 
 
 @triton.jit
-def _threshold(keys, n, low, high, within):
-    """The largest value in [low, high] that at least n keys reach, or one that just n reach, or up to `within` less. At least n
-    keys must reach low."""
-    while high - low > within:
+def _fours(s, TILE: tl.constexpr):
+    """TILE consecutive numbers from s on as [4, TILE / 4]: every column is four in a row, which one thread holds."""
+    return s + 4 * tl.arange(0, TILE // 4)[None, :] + tl.arange(0, 4)[:, None]
+
+
+@triton.jit
+def _weight(key, peak, unit):
+    """exp of label scores less the peak's; unit: log2(e) times one step of the integer scores."""
+    return tl.exp2(tl.minimum((key - peak).to(tl.float32) * unit, 100.0))
+
+
+@triton.jit
+def _listed(entries, s, total, TILE: tl.constexpr):
+    """(keys, positions) of a list in memory from the s-th on, [4, TILE / 4] each."""
+    inside = _fours(s, TILE) < total
+    entry = tl.load(entries + _fours(s, TILE), mask=inside, other=0)
+    return tl.where(inside, (entry >> 32).to(tl.int32), DEAD), entry.to(tl.int32)
+
+
+@triton.jit
+def _reach(keys, total, at, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
+    """How many keys reach `at`, or for MASS the weight of those that do and are not FORCED.
+
+    keys: a tensor, or with a TILE the list in memory of `total` entries.
+    """
+    if TILE:
+        reached = 0.0 if MASS else 0
+        for s in range(0, total, TILE):
+            key, _ = _listed(keys, s, total, TILE)
+            reached += _reach(key, total, at, peak, unit, MASS, 0)
+    elif MASS:
+        reached = tl.sum(tl.where((keys >= at) & (keys < FORCED), _weight(keys, peak, unit), 0.0))
+    else:
+        reached = tl.sum((keys >= at).to(tl.int32))
+    return reached
+
+
+@triton.jit
+def _search(keys, total, low, high, wanted, slack, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
+    """The largest value in [low, high] whose _reach is `wanted` at least, as low's is, or one with `wanted` to `wanted` + slack."""
+    while low < high:
         middle = low + (high - low + 1) // 2
-        reached = tl.sum((keys >= middle).to(tl.int32))
-        low = tl.where(reached >= n, middle, low)
-        high = tl.where(reached > n, high, tl.where(reached == n, middle, middle - 1))
+        reached = _reach(keys, total, middle, peak, unit, MASS, TILE)
+        low = tl.where(reached >= wanted, middle, low)
+        high = tl.where(reached > wanted + slack, high, tl.where(reached >= wanted, middle, middle - 1))
     return low
+
+
+@triton.jit
+def _cut(keys, total, low, high, n, needed, peak, unit, TOP_P: tl.constexpr, TILE: tl.constexpr):
+    """(threshold, room): the n best keys, all of which reach low, are those above the threshold and the first `room` tied with it.
+
+    TOP_P: only as many of the keys that are not FORCED as weigh `needed`, the best first. high: the largest of these.
+    """
+    threshold = _search(keys, total, low, high, n, 0, peak, unit, False, TILE)
+    room = n - _reach(keys, total, threshold + 1, peak, unit, False, TILE)
+    if TOP_P:
+        mass = _reach(keys, total, threshold, peak, unit, True, TILE)
+        if (mass > needed) & (threshold < FORCED):
+            cut = _search(keys, total, threshold, high, needed, 0.0, peak, unit, True, TILE)
+            missing = needed - _reach(keys, total, cut + 1, peak, unit, True, TILE)
+            ties = tl.maximum(tl.ceil(missing / _weight(cut, peak, unit)), 0.0).to(tl.int32)
+            room = tl.where(cut == threshold, tl.minimum(ties, room), ties)
+            threshold = cut
+    return threshold, room
 
 
 @triton.jit
@@ -361,29 +456,14 @@ def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, B
 
 
 @triton.jit
-def _bracket_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, q_sb, q_sh, l_sb, l_sh, l_sw, S, window,
-                    n_fixed, min_tokens, share_num, share_den, HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-                    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
-                    BITS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, PTX: tl.constexpr,
-                    PDL: tl.constexpr):
-    """Per row and KV head: the query's label codes, the budget, and a lower bracket of the n-th best score, from a sample."""
-    row = tl.program_id(0)
-    pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
+def _bracket(q, columns, steps, lows, labels, query, seq_len, start, n, S, q_sh, l_sw, G: tl.constexpr, P: tl.constexpr,
+             D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr,
+             RUN: tl.constexpr, MARGIN: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
+    """Writes the label codes of a row's query. From a sample of M tokens, returns a lower bracket of its n-th best score, for
+    TOP_P the best score seen, and the largest of the query's labels, which is 127 in the codes."""
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
-    PER_WORD: tl.constexpr = 32 // BITS
-    offs_c, offs_w = tl.arange(0, BLOCK_W * PER_WORD), tl.arange(0, BLOCK_W)
-    mask_c = offs_c < C
-    steps = tl.load(step + pid_h * C + offs_c, mask=mask_c, other=1.0)
-    lows = tl.load(lo + pid_h * C + offs_c, mask=mask_c, other=0.0)
-    columns = _columns(basis_q + pid_h * D * C, C, offs_c, D, BLOCK_D)
-    if PDL:  # all before this is constant; all after it may have been written by the kernel before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    labels += pid_b * l_sb + pid_h * l_sh
-    seq_len = tl.load(seq_lens + pid_b)
-    start = tl.maximum(seq_len - window, 0)
     live = seq_len - start
-    # the sample: M tokens in aligned runs of RUN, spread over the live tokens
+    # the sample: aligned runs of RUN tokens, spread over the live ones
     RUNS: tl.constexpr = M // RUN
     run = tl.arange(0, M) // RUN
     sampled = (start + run * (live // RUNS) + run * (live % RUNS) // RUNS) // RUN * RUN + tl.arange(0, M) % RUN
@@ -392,13 +472,12 @@ def _bracket_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, low
     # the query's label codes, packed as the label words are sliced: byte b of word (w, t) is dim (4 * w + b) * T + t
     largest = 0.0
     top_bias = float("-inf")
-    q += pid_b * q_sb + pid_h * G * q_sh
     for p in tl.static_range(P):
         dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
         largest = tl.maximum(largest, tl.max(tl.abs(dots * steps), 0))
         top_bias = tl.maximum(top_bias, tl.sum(dots * lows))
     scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
-    query += row.to(tl.int64) * P * (W * T + 1)
+    offs_w, offs_t = tl.arange(0, BLOCK_W), tl.arange(0, T)
     for p in tl.static_range(P):
         if P > 1:
             dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
@@ -409,31 +488,31 @@ def _bracket_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, low
         else:
             slots = tl.reshape(codes & 255, [BLOCK_W, 4, T])
             packed = tl.sum(slots << (8 * tl.arange(0, 4))[None, :, None], 1)  # [BLOCK_W, T]
-        offs_t = tl.arange(0, T)
         tl.store(query + p * (W * T + 1) + offs_w[:, None] * T + offs_t[None, :], packed, mask=(offs_w < W)[:, None])
         bias = scale * 0.0  # the same for all tokens: it matters only between the heads of a group
         if P > 1:
             bias = tl.maximum(tl.floor((tl.sum(dots * lows) - top_bias) * scale + 0.5), -(2.0**30))
         tl.store(query + p * (W * T + 1) + W * T, bias.to(tl.int32))
-    n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
-    tl.store(n_tokens + pid_b, n)  # every head of the row stores the same
     tl.debug_barrier()  # the query words are read back in another order
     bracket = DEAD + 1
+    peak = 0
     share = M * (n.to(tl.float32) / live)
     wanted = (share + MARGIN * tl.sqrt(share)).to(tl.int32) + 1
+    if TOP_P:
+        keys = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
+        peak = tl.max(tl.where(inside & (sampled < seq_len - 1), keys, -FORCED))
     if (wanted < M // 2) & (live >= M):
         keys = tl.where(inside, _token_scores(words, query, W, BLOCK_W, BITS, P, PTX), DEAD)
         low, high = tl.min(tl.where(inside, keys, FORCED)), tl.max(keys)
-        bracket = _threshold(keys, wanted, low, high, (high - low) // 512)
-    tl.store(lower + row, bracket)
+        bracket = _search(keys, M, low, high, wanted, wanted // 32, 0, 0.0, False, 0)
+    return bracket, peak, largest
 
 
 @triton.jit
-def _token_keys(words, query, s, seq_len, start, n, sink, recent, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
-                P: tl.constexpr, BLOCK_S: tl.constexpr, PTX: tl.constexpr):
+def _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S: tl.constexpr):
     """Scores of the block from token s on, with the tokens that are attended in any case on top and those not eligible at the
     bottom."""
-    keys = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
+    keys = scores
     n_recent = tl.minimum(recent, n)
     n_sink = tl.minimum(sink, n - n_recent)
     if (s < tl.maximum(n_sink, start)) | (s + BLOCK_S > seq_len - n_recent):
@@ -455,12 +534,6 @@ def _append(entries, slot, key, position, bracket):
     keep = key >= bracket
     tl.store(entries + slot, _entry(key, position), mask=keep)
     return slot + keep.to(tl.int32)
-
-
-@triton.jit
-def _fours(s, TILE: tl.constexpr):
-    """TILE consecutive numbers from s on as [4, TILE / 4]: every column is four in a row, which one thread holds."""
-    return s + 4 * tl.arange(0, TILE // 4)[None, :] + tl.arange(0, 4)[:, None]
 
 
 @triton.jit
@@ -495,71 +568,42 @@ def _place(key, position, threshold, room, above, ties, indices):
 
 
 @triton.jit
-def _listed(entries, s, total, TILE: tl.constexpr):
-    """(keys, positions) of a list in memory from the s-th on, [4, TILE / 4] each."""
-    inside = _fours(s, TILE) < total
-    entry = tl.load(entries + _fours(s, TILE), mask=inside, other=0)
-    return tl.where(inside, (entry >> 32).to(tl.int32), DEAD), entry.to(tl.int32)
-
-
-@triton.jit
-def _take_best(entries, total, n, indices, TILE: tl.constexpr):
-    """The positions of the n best of a list in memory, in its order, which is that of positions; ties to the earlier."""
+def _take_best(entries, total, n, needed, peak, unit, n_tokens, indices, TOP_P: tl.constexpr, TILE: tl.constexpr):
+    """The positions of the best of a list in memory (see _cut), in its order, which is that of positions."""
     low = FORCED + 0
     high = DEAD + 0
     for s in range(0, total, TILE):
         key, _ = _listed(entries, s, total, TILE)
         low = tl.minimum(low, tl.min(tl.where(key > DEAD, key, FORCED)))
         high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
-    while low < high:
-        middle = low + (high - low + 1) // 2
-        reached = 0
-        for s in range(0, total, TILE):
-            key, _ = _listed(entries, s, total, TILE)
-            reached += tl.sum((key >= middle).to(tl.int32))
-        low = tl.where(reached >= n, middle, low)
-        high = tl.where(reached > n, high, tl.where(reached == n, middle, middle - 1))
-    room = n
-    for s in range(0, total, TILE):
-        key, _ = _listed(entries, s, total, TILE)
-        room -= tl.sum((key > low).to(tl.int32))
+    threshold, room = _cut(entries, total, low, high, n, needed, peak, unit, TOP_P, TILE)
     above = 0
     ties = 0
     for s in range(0, total, TILE):
         key, position = _listed(entries, s, total, TILE)
-        above, ties = _place(key, position, low, room, above, ties, indices)
+        above, ties = _place(key, position, threshold, room, above, ties, indices)
+    if TOP_P:
+        tl.store(n_tokens, above + tl.minimum(ties, room))
 
 
 @triton.jit
-def _emit_kernel(labels, query, lower, seq_lens, n_tokens, entries, counts, l_sb, l_sh, l_sw, S, window, sink, recent,
-                 HKV: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
-                 SEGMENTS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr):
-    """Scores one segment of a row's tokens and lists, block by block, the candidates: those at or above the lower bracket."""
-    row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
-    pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
-    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
-    labels += pid_b * l_sb + pid_h * l_sh
-    query += row.to(tl.int64) * P * (W * T + 1)
-    entries += row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S
-    counts += row.to(tl.int64) * BLOCKS
-    seq_len = tl.load(seq_lens + pid_b)
-    start = tl.maximum(seq_len - window, 0)
-    first = start // BLOCK_S * BLOCK_S
-    span = tl.cdiv(seq_len - first, SEGMENTS * BLOCK_S) * BLOCK_S
-    begin = first + segment * span
-    end = tl.minimum(begin + span, seq_len)
+def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, S, sink, recent, l_sw,
+          W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, TOP_P: tl.constexpr,
+          PTX: tl.constexpr):
+    """Scores a row's tokens from begin to end, the first block of which is in `words`, and lists, block by block, the
+    candidates: those at or above the bracket. TOP_P: returns top_p of the tokens' weight less that of the forced ones."""
+    needed = 0.0
     readable = _readable(end, S)
     offs_s = tl.arange(0, BLOCK_S)
-    words = _load_words(labels, begin + offs_s, begin + offs_s < readable, l_sw, W, BLOCK_W)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    n = tl.load(n_tokens + pid_b)
-    bracket = tl.load(lower + row)
     group = tl.arange(0, BLOCK_S // 4)
     for s in range(begin, end, BLOCK_S):
         following = _load_words(labels, s + BLOCK_S + offs_s, s + BLOCK_S + offs_s < readable, l_sw, W, BLOCK_W)
-        block = _token_keys(words, query, s, seq_len, start, n, sink, recent, W, BLOCK_W, BITS, P, BLOCK_S, PTX)
+        scores = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
+        block = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
+        if TOP_P:  # without the newest token, whose label may not be there yet
+            counts_for = (s + offs_s >= start) & (s + offs_s < seq_len - 1)
+            weight = tl.where(counts_for, _weight(scores, peak, unit), 0.0)
+            needed += tl.sum(weight * tl.where(block == FORCED, top_p - 1, top_p))
         # a thread holds four tokens in a row: count them, place the groups, list their tokens one by one
         even, odd = tl.split(tl.reshape(block, [BLOCK_S // 4, 2, 2]))
         key_0, key_2 = tl.split(even)
@@ -575,73 +619,129 @@ def _emit_kernel(labels, query, lower, seq_lens, n_tokens, entries, counts, l_sb
         _append(entries, slot, key_3, position + 3, bracket)
         tl.store(counts + s // BLOCK_S + tl.zeros_like(upto), upto, mask=group == BLOCK_S // 4 - 1)
         words = following
+    return needed
 
 
 @triton.jit
-def _take_listed(entries, counts, before, groups, n, bracket, indices, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
-                 TILE: tl.constexpr):
-    """The positions of the n best candidates, all of which reach the bracket, ascending; ties to the earlier."""
+def _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens, indices,
+                 BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TOP_P: tl.constexpr, TILE: tl.constexpr):
+    """The positions of the best candidates (see _cut), all of which reach the bracket, ascending."""
     offset, listed, inside = _sources(counts, before, 0, groups, BLOCK_S, LOG_BLOCKS, TILE)
     key = tl.where(listed, (tl.load(entries + offset, mask=inside, other=0) >> 32).to(tl.int32), DEAD)
     low = tl.maximum(bracket, -FORCED)
     high = tl.maximum(tl.max(tl.where(key < FORCED, key, DEAD)), low)
-    threshold = _threshold(key, n, low, high, 0)
+    threshold, room = _cut(key, total, low, high, n, needed, peak, unit, TOP_P, 0)
     position = tl.load(entries + offset, mask=inside, other=0).to(tl.int32)  # again: registers are scarcer than loads
-    _place(key, position, threshold, n - tl.sum((key > threshold).to(tl.int32)), 0, 0, indices)
+    above, ties = _place(key, position, threshold, room, 0, 0, indices)
+    if TOP_P:
+        tl.store(n_tokens, above + tl.minimum(ties, room))
 
 
 @triton.jit
-def _choose_kernel(labels, query, lower, seq_lens, n_tokens, entries, counts, before, long_entries, indices, l_sb, l_sh, l_sw,
-                   S, longest, max_tokens, window, sink, recent, HKV: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
-                   BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TILE: tl.constexpr,
-                   TIERS: tl.constexpr, TILE_LONG: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr):
-    """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) candidates are searched in registers."""
-    row = tl.program_id(0)
+def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts,
+                   before, long_entries, indices, q_sb, q_sh, l_sb, l_sh, l_sw, S, longest, max_tokens, window, n_fixed,
+                   min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr, G: tl.constexpr,
+                   P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+                   BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr,
+                   BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, BRACKET: tl.constexpr, EMIT: tl.constexpr,
+                   SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr, DONE: tl.constexpr, TILE: tl.constexpr,
+                   TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
+                   PDL: tl.constexpr):
+    """One, or all, of the three stages of a selection; a program has a row and KV head, or in EMIT one of its SEGMENTS.
+
+    CHOOSE takes lists of more than DONE candidates and searches up to TILE * 2**(TIERS - 1) of them in registers; LAST: all
+    that are longer, too.
+    """
+    row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
     BLOCKS: tl.constexpr = 2**LOG_BLOCKS
-    before += row.to(tl.int64) * BLOCKS
+    if BRACKET:
+        offs_c = tl.arange(0, BLOCK_W * (32 // BITS))
+        steps = tl.load(step + pid_h * C + offs_c, mask=offs_c < C, other=1.0)
+        lows = tl.load(lo + pid_h * C + offs_c, mask=offs_c < C, other=0.0)
+        columns = _columns(basis_q + pid_h * D * C, C, offs_c, D, BLOCK_D)
+        if PDL:  # all before this is constant; all after it may have been written by the kernel before
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+    labels += pid_b * l_sb + pid_h * l_sh
+    query += row.to(tl.int64) * P * (W * T + 1)
     entries += row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S
     counts += row.to(tl.int64) * BLOCKS
-    indices += row.to(tl.int64) * max_tokens
     seq_len = tl.load(seq_lens + pid_b)
     start = tl.maximum(seq_len - window, 0)
     first = start // BLOCK_S * BLOCK_S
-    block = tl.arange(0, BLOCKS)
-    live = (block >= first // BLOCK_S) & (block * BLOCK_S < seq_len)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    n = tl.load(n_tokens + pid_b)
-    bracket = tl.load(lower + row)
-    count = tl.load(counts + block, mask=live, other=0)
-    total = tl.sum(count, 0)
-    column = (count + 3) // 4
-    groups = tl.sum(column, 0)
-    tl.store(before + block, tl.cumsum(column, 0) - column)
-    tl.debug_barrier()
-    if (total >= n) & (groups * 4 <= TILE << (TIERS - 1)):
+    if BRACKET:
+        n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
+        bracket, peak, largest = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, labels, query, seq_len,
+                                          start, n, S, q_sh, l_sw, G, P, D, BLOCK_D, W, BLOCK_W, BITS, M, RUN, MARGIN, TOP_P,
+                                          PTX)
+        unit = largest * unit_per_label
+        tl.store(n_tokens + row, n)
+        tl.store(lower + row, bracket)
+        if TOP_P:
+            tl.store(peaks + row, peak)
+            tl.store(units + row, unit)
+    if EMIT:
+        span = tl.cdiv(seq_len - first, SEGMENTS * BLOCK_S) * BLOCK_S
+        begin = first + segment * span
+        end = tl.minimum(begin + span, seq_len)
+        offs_s = begin + tl.arange(0, BLOCK_S)
+        words = _load_words(labels, offs_s, offs_s < _readable(end, S), l_sw, W, BLOCK_W)
+    if not BRACKET:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        n = tl.load(n_tokens + row)
+        bracket = tl.load(lower + row)
+        peak, unit = 0, 0.0
+        if TOP_P:
+            peak, unit = tl.load(peaks + row), tl.load(units + row)
+    if EMIT:
+        needed = _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, S, sink,
+                       recent, l_sw, W, BLOCK_W, BITS, P, BLOCK_S, TOP_P, PTX)
+        if TOP_P:
+            tl.store(needs + row * PARTS + segment, needed)
+    if CHOOSE:
+        before += row.to(tl.int64) * BLOCKS
+        indices += row.to(tl.int64) * max_tokens
+        block = tl.arange(0, BLOCKS)
+        live = (block >= first // BLOCK_S) & (block * BLOCK_S < seq_len)
+        if EMIT:
+            tl.debug_barrier()
+        count = tl.load(counts + block, mask=live, other=0)
+        total = tl.sum(count, 0)
+        column = (count + 3) // 4
+        groups = tl.sum(column, 0)
+        tl.store(before + block, tl.cumsum(column, 0) - column)
+        tl.debug_barrier()
+        missed = total < n
+        needed = 0.0
+        if TOP_P:
+            needed = tl.sum(tl.load(needs + row * PARTS + tl.arange(0, PARTS)))
         for i in tl.static_range(TIERS):  # in registers, as many as it takes: the cost follows the live length
-            if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)):
-                _take_listed(entries, counts, before, groups, n, bracket, indices, BLOCK_S, LOG_BLOCKS, TILE << i)
-    elif (total >= n) & (groups * 4 <= longest):  # in memory, the blocks' lists one behind the other
-        long_entries += row.to(tl.int64) * longest
-        for s in range(0, groups * 4, TILE_LONG):
-            offset, listed, inside = _sources(counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
-            entry = tl.where(listed, tl.load(entries + offset, mask=inside, other=0), NO_ENTRY)
-            tl.store(long_entries + _fours(s, TILE_LONG), entry, mask=inside)
-        tl.debug_barrier()
-        _take_best(long_entries, groups * 4, n, indices, TILE_LONG)
-    else:  # the bracket missed, which is rare: all tokens are candidates
-        labels += pid_b * l_sb + pid_h * l_sh
-        query += row.to(tl.int64) * P * (W * T + 1)
-        for s in range(first, seq_len, BLOCK_S):
-            offs_s = s + tl.arange(0, BLOCK_S)
-            words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W, BLOCK_W)
-            key = _token_keys(words, query, s, seq_len, start, n, sink, recent, W, BLOCK_W, BITS, P, BLOCK_S, PTX)
-            tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
-        tl.debug_barrier()
-        _take_best(entries + first, seq_len - first, n, indices, TILE_LONG)
+            if (groups * 4 <= TILE << i) & (groups * 4 > (DONE if i == 0 else TILE << i >> 1)) & (not missed):
+                _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens + row, indices,
+                             BLOCK_S, LOG_BLOCKS, TOP_P, TILE << i)
+        if LAST:
+            if (groups * 4 > TILE << (TIERS - 1)) & (groups * 4 <= longest) & (not missed):
+                # in memory, the blocks' lists one behind the other
+                long_entries += row.to(tl.int64) * longest
+                for s in range(0, groups * 4, TILE_LONG):
+                    offset, listed, inside = _sources(counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
+                    entry = tl.where(listed, tl.load(entries + offset, mask=inside, other=0), NO_ENTRY)
+                    tl.store(long_entries + _fours(s, TILE_LONG), entry, mask=inside)
+                tl.debug_barrier()
+                _take_best(long_entries, groups * 4, n, needed, peak, unit, n_tokens + row, indices, TOP_P, TILE_LONG)
+            elif missed | (groups * 4 > tl.maximum(TILE << (TIERS - 1), longest)):  # rare: all tokens are candidates
+                for s in range(first, seq_len, BLOCK_S):
+                    offs_s = s + tl.arange(0, BLOCK_S)
+                    words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W, BLOCK_W)
+                    scores = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
+                    key = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
+                    tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
+                tl.debug_barrier()
+                _take_best(entries + first, seq_len - first, n, needed, peak, unit, n_tokens + row, indices, TOP_P, TILE_LONG)
 
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
@@ -651,6 +751,8 @@ MARGIN = 6.0  # standard deviations of a sampled rank between the bracket and th
 BLOCK = 1024  # tokens that emit scores at a time
 TILE = 2048  # candidates that choose searches in registers; doubled for long contexts, up to MAX_TILE
 MAX_TILE = 16384
+MANY_ROWS = 256  # with more, lists of TILE candidates at most are searched by small programs, longer ones apart
+FUSED_ROWS = 512  # from here on one program a row fills the GPU: one launch selects
 
 
 def pdl(tensor):
@@ -677,8 +779,10 @@ class Workspace:
         self.partial_lse = scratch(B * HQ, self.splits, dtype=torch.float32)
         self.arrived = torch.zeros(R, dtype=torch.int32, device=device)  # whoever arrives last resets it
         if config is not None:
-            self.segments = segments or min(64, triton.next_power_of_2(triton.cdiv(1024, R)))
-            self.n_tokens, self.lower = scratch(B), scratch(R)
+            self.segments = segments or (1 if R >= FUSED_ROWS else min(64, triton.next_power_of_2(triton.cdiv(1024, R))))
+            self.n_tokens, self.lower, self.peak = scratch(B, HKV), scratch(R), scratch(R)
+            self.unit = scratch(R, dtype=torch.float32)
+            self.needed = scratch(R, self.segments, dtype=torch.float32)
             self.query = scratch(R, HQ // HKV * (D + 1))  # at most a word per label dim, and a bias
             self.blocks = triton.next_power_of_2(triton.cdiv(S, BLOCK))
             self.entries = scratch(R, triton.cdiv(S, BLOCK) * BLOCK, dtype=torch.int64)
@@ -692,7 +796,7 @@ class Workspace:
 
 @dataclass
 class Selection:
-    """One call's arguments of the three kernels that select; they run in the order bracket, emit, choose."""
+    """One call's arguments of the selection's three stages, which run in the order bracket, emit, choose."""
 
     q: torch.Tensor  # [B, HQ, D]
     labels: torch.Tensor  # [B, HKV, W, S] int32
@@ -712,60 +816,86 @@ class Selection:
         assert self.config.budget(S if self.window is None else min(S, self.window)) <= self.workspace.indices.shape[2], (
             "a workspace for fewer tokens")
         self.rows = B * HKV
-        self.eligible = NO_WINDOW if self.window is None else self.window
-        nvidia = not self.portable and self.q.is_cuda and torch.version.cuda is not None
-        overlapped = not self.portable and pdl(self.q)
-        self.pdl = dict(launch_pdl=True) if overlapped else {}
-        self.registers = dict(maxnreg=128) if nvidia else {}  # so that a multiprocessor holds four rows of bracket
-        self.shape = dict(HKV=HKV, W=W, BLOCK_W=triton.next_power_of_2(W), BITS=bits,
-                          P=1 if self.config.pool == "mean" else self.q.shape[1] // HKV,
-                          PTX=nvidia, PDL=overlapped)
+        self.apart = self.rows > MANY_ROWS and self.workspace.tile > TILE
+        self.nvidia = not self.portable and self.q.is_cuda and torch.version.cuda is not None
+        self.overlapped = not self.portable and pdl(self.q)
+
+    def run(self):
+        """The three stages: in one launch where there are rows enough to fill the GPU, one program each."""
+        if self.workspace.segments == 1:
+            self.launch(bracket=True, emit=True, choose=True, registers=128, last=not self.apart)  # four rows to a multiprocessor
+            self.choose_long()
+        else:
+            self.bracket()
+            self.emit()
+            self.choose()
 
     def bracket(self, num_warps=4):
         """The query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
-        m, ws, D = self.label_map, self.workspace, self.q.shape[2]
-        _bracket_kernel[(self.rows,)](
-            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, *self.q.stride()[:2],
-            *self.labels.stride()[:3], self.labels.shape[3], self.eligible, self.config.n_tokens or 0, self.config.min_tokens,
-            *self.config.share(), G=self.q.shape[1] // self.shape["HKV"], D=D, BLOCK_D=triton.next_power_of_2(D),
-            C=m.basis_q.shape[2], M=SAMPLE, RUN=RUN, MARGIN=MARGIN, num_warps=num_warps,
-            enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
-            **self.registers, **self.pdl, **self.shape)
+        self.launch(bracket=True, num_warps=num_warps, registers=128)
 
     def emit(self, num_warps=8):
         """The candidates: tokens at or above the bracket, block by block."""
-        ws = self.workspace
-        _emit_kernel[(self.rows * ws.segments,)](
-            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.entries, ws.counts, *self.labels.stride()[:3],
-            self.labels.shape[3], self.eligible, self.config.sink, self.config.recent, SEGMENTS=ws.segments, BLOCK_S=BLOCK,
-            BLOCKS=ws.blocks, num_warps=num_warps, **self.pdl, **self.shape)
+        self.launch(emit=True, num_warps=num_warps)
 
     def choose(self, num_warps=None):
         """Exactly n of them, into workspace.indices."""
-        ws = self.workspace
-        per_warp = 256 if self.rows <= 256 else 512  # few rows leave multiprocessors idle: more warps to each
-        num_warps = num_warps or max(1, min(16, ws.tile // per_warp))
-        _choose_kernel[(self.rows,)](
-            self.labels, ws.query, ws.lower, self.seq_lens, ws.n_tokens, ws.entries, ws.counts, ws.before, ws.long_entries,
-            ws.indices, *self.labels.stride()[:3], self.labels.shape[3], ws.longest, ws.indices.shape[2], self.eligible,
-            self.config.sink, self.config.recent, BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1, TILE=TILE,
-            TIERS=(ws.tile // TILE).bit_length(), TILE_LONG=256 * num_warps, num_warps=num_warps, **self.pdl, **self.shape)
+        per_warp = 256 if self.rows <= MANY_ROWS else 512  # few rows leave multiprocessors idle: more warps to each
+        longest = TILE if self.apart else self.workspace.tile
+        self.launch(choose=True, num_warps=num_warps or max(1, min(16, longest // per_warp)), last=not self.apart)
+        self.choose_long()
+
+    def choose_long(self):
+        """The rows whose lists are too long for small programs, where many rows have those."""
+        if self.apart:
+            self.launch(choose=True, num_warps=8, done=TILE)
+
+    def launch(self, bracket=False, emit=False, choose=False, num_warps=4, registers=None, done=0, last=True):
+        """Some stages in one launch. registers: at most so many per thread. choose takes lists of more than `done` candidates,
+        and unless it is the last launch, of TILE at most."""
+        m, ws, c = self.label_map, self.workspace, self.config
+        HQ, D = self.q.shape[1:]
+        HKV, W, S = self.labels.shape[1:]
+        smallest = 2 * done if done else TILE
+        segments = ws.segments if emit else 1
+        limits = dict(maxnreg=registers) if registers and self.nvidia else {}
+        _select_kernel[(self.rows * segments,)](
+            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, ws.peak, ws.unit,
+            ws.needed, ws.entries, ws.counts, ws.before, ws.long_entries, ws.indices, *self.q.stride()[:2], *self.labels.stride()[:3], S, ws.longest,
+            ws.indices.shape[2], NO_WINDOW if self.window is None else self.window, c.n_tokens or 0, c.min_tokens, *c.share(),
+            c.sink, c.recent, c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV=HKV, G=HQ // HKV, P=1 if c.pool == "mean" else HQ // HKV, D=D,
+            BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[2], W=W, BLOCK_W=triton.next_power_of_2(W), BITS=m.bits,
+            M=SAMPLE, RUN=RUN, MARGIN=MARGIN, BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit,
+            SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose, DONE=done, TILE=smallest, TIERS=max(1, (ws.tile // smallest).bit_length()) if last else 1,
+            LAST=last, TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, PTX=self.nvidia, PDL=self.overlapped, num_warps=num_warps,
+            enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
+            **limits, **(dict(launch_pdl=True) if self.overlapped else {}))
 
 
 def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False):
-    """score_ref and select_ref in three launches, without writing the scores. Shapes as in score_ref.
-
-    Returns (indices [B, HKV, N] int32, ascending, n_tokens [B] int32), both in the workspace; entries past n_tokens are not
-    written.
-    """
+    """select_tokens by kernels, in at most four launches, without writing the scores: what comes back is in the workspace, and
+    indices past n_tokens are not written."""
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
     workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-    selection = Selection(q, labels, label_map, seq_lens, config, workspace, window, portable)
-    selection.bracket()
-    selection.emit()
-    selection.choose()
+    Selection(q, labels, label_map, seq_lens, config, workspace, window, portable).run()
     return workspace.indices, workspace.n_tokens
+
+
+def select_tokens(q, labels, label_map, seq_lens, config, window=None, workspace=None):
+    """The tokens that a decode step attends to, with the configured implementation; inputs as in score_ref.
+
+    Returns (indices [B, HKV, N] int32, ascending, of which the first n_tokens count; n_tokens [B, HKV] int32).
+    """
+    if config.use_triton(q):
+        return select(q, labels, label_map, seq_lens, config, window, workspace)
+    n_tokens = config.budget(live_range(seq_lens, window)[1])
+    scores = score_ref(q, labels, label_map, seq_lens, window, config.pool)
+    n_tokens = per_head(n_tokens, labels.shape[1])
+    if config.top_p is not None:
+        n_tokens = top_p_ref(scores, seq_lens, n_tokens, config.top_p, config.sink, config.recent, window)
+    indices = select_ref(scores, seq_lens, n_tokens, int(n_tokens.max()), config.sink, config.recent, window)
+    return indices, n_tokens
 
 
 # ---------------------------------------------------------------- attend
@@ -774,7 +904,7 @@ def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, 
 def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
     """Exact attention of one query per row over the selected tokens, or over all eligible ones (dense decode).
 
-    q [B, HQ, D]; k, v [B, HKV, S, D]; seq_lens [B] int32; indices [B, HKV, N] int32 with n_tokens [B] valid entries
+    q [B, HQ, D]; k, v [B, HKV, S, D]; seq_lens [B] int32; indices [B, HKV, N] int32 with n_tokens ([B] or [B, HKV]) valid entries
     in front, or None for all eligible tokens. Returns [B, HQ, D] in q's dtype; fp32 inside.
     """
     B, HQ, D = q.shape
@@ -784,7 +914,7 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
         position = torch.arange(S, device=q.device)
         valid = ((position >= start[:, None]) & (position < seq_lens[:, None]))[:, None]  # [B, 1, S]
     else:
-        valid = (torch.arange(indices.shape[-1], device=q.device) < n_tokens[:, None])[:, None]  # [B, 1, N]
+        valid = torch.arange(indices.shape[-1], device=q.device) < per_head(n_tokens, HKV)[..., None]  # [B, HKV, N]
         rows = indices.clamp(min=0).long()[..., None].expand(-1, -1, -1, D)
         k, v = k.gather(2, rows), v.gather(2, rows)  # [B, HKV, N, D]
     if k.stride(0) == 0:  # rows of one shared cache: no copies of it
@@ -817,7 +947,9 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
                    max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw,
                    SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
-                   BLOCK_W: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
+                   BLOCK_W: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr):
+    if PDL and not OVERLAP:
+        tl.extra.cuda.gdc_wait()
     row, pid_split = tl.program_id(0), tl.program_id(1)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     offs_d, offs_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -834,10 +966,10 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
             C: tl.constexpr = W * 32 // BITS
             _label_newest(k + (seq_len - 1).to(tl.int64) * k_ss, basis_k + pid_h * D * C, step + pid_h * C, lo + pid_h * C,
                           labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D, W, BLOCK_W, BITS)
-    if PDL:
+    if PDL and OVERLAP:
         tl.extra.cuda.gdc_wait()
     begin = 0 if SPARSE else tl.maximum(seq_len - window, 0)
-    end = tl.load(n_tokens + pid_b) if SPARSE else seq_len
+    end = tl.load(n_tokens + row) if SPARSE else seq_len
     per_split = tl.cdiv(end - begin, SPLITS * BLOCK_N) * BLOCK_N
     begin += pid_split * per_split
     end = tl.minimum(begin + per_split, end)
@@ -868,6 +1000,8 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         top = new_top
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     # an empty split keeps top = -inf: the combine gives it no weight
     head = row.to(tl.int64) * G + offs_g
     total = tl.where(total > 0, total, 1.0)
@@ -893,8 +1027,8 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
            overlap=False, block_n=32, num_warps=None, stages=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts.
 
-    labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too. overlap: start
-    while `select`, called right before, ends; q, k and seq_lens must be older than that.
+    labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too. overlap: read q, k
+    and seq_lens while `select`, called right before, ends; they must be older than that.
     """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
@@ -904,7 +1038,9 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     assert ws.shape[:4] == (B, HQ, HKV, D), "a workspace of another shape"
     out = torch.empty(B, HQ, D, dtype=q.dtype, device=q.device)
     m, W = label_map, 0 if labels is None else labels.shape[2]
-    overlap = overlap and pdl(q)
+    if n_tokens is not None:
+        n_tokens = per_head(n_tokens, HKV).contiguous()
+    overlapped = pdl(q)
     _attend_kernel[(B * HKV, ws.splits)](
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,
         *((m.basis_k, m.step, m.lo, labels) if W else (None,) * 4), S if indices is None else indices.shape[-1],
@@ -913,7 +1049,8 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
         max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n, stages, W,
         triton.next_power_of_2(W), m.bits if W else 0,
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
-        PDL=overlap, num_warps=num_warps or (1 if q.element_size() == 2 else 4), **(dict(launch_pdl=True) if overlap else {}))
+        PDL=overlapped, OVERLAP=overlap, num_warps=num_warps or (1 if q.element_size() == 2 else 4),
+        **(dict(launch_pdl=True) if overlapped else {}))
     return out
 
 
@@ -925,10 +1062,22 @@ def write_labels(k, positions, labels, label_map, config):
     (label if config.use_triton(k) else label_ref)(k, positions, labels, label_map)
 
 
-def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None):
-    """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in attend_ref."""
+def label_newest_ref(k, seq_lens, labels, label_map):
+    """Writes the label of each row's newest key; k [B, HKV, S, D], seq_lens [B], labels [B, HKV, W, S]."""
+    newest = (seq_lens - 1)[:, None]
+    rows = newest.long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    label_ref(k.gather(2, rows), newest, labels, label_map)
+
+
+def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None, label_map=None):
+    """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in attend_ref.
+
+    labels, label_map: if given, the label of each row's newest key is written, for sparse steps to come.
+    """
     if impl == "triton" or (impl == "auto" and q.is_cuda):
-        return attend(q, k, v, seq_lens, window=window, workspace=workspace)
+        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels, label_map=label_map)
+    if labels is not None:
+        label_newest_ref(k, seq_lens, labels, label_map)
     live = int(seq_lens.max())
     return attend_ref(q, k[:, :, :live], v[:, :, :live], seq_lens, window=window)
 
@@ -945,17 +1094,12 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
         B, HQ, D = q.shape
         HKV, S = k.shape[1:3]
         workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, workspace)
+        indices, n_tokens = select_tokens(q, labels, label_map, seq_lens, config, window, workspace)
         newest = dict(labels=labels, label_map=label_map) if label_newest else {}
         return attend(q, k, v, seq_lens, indices, n_tokens, workspace=workspace, overlap=True, **newest)
     if label_newest:
-        newest = (seq_lens - 1)[:, None]
-        rows = newest.long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        label_ref(k.gather(2, rows), newest, labels, label_map)
+        label_newest_ref(k, seq_lens, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
     k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
-    n_tokens = config.budget(live_range(seq_lens, window)[1])
-    scores = score_ref(q, labels, label_map, seq_lens, window, config.pool)
-    indices = select_ref(scores, seq_lens, n_tokens, config.budget(S if window is None else min(S, window)), config.sink,
-                         config.recent, window)
+    indices, n_tokens = select_tokens(q, labels, label_map, seq_lens, config, window)
     return attend_ref(q, k, v, seq_lens, indices, n_tokens)

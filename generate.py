@@ -2,25 +2,31 @@
 
 Usage: python generate.py --sparsity 16                                the built-in demonstration on tiny/
        python generate.py --checkpoint DIR_OR_HUB_ID --prompt "Once upon a time" --max_new_tokens 100
+       python generate.py --compare --prompt_file FILE                 dense and sparse side by side
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
+import math
+import os
 import random
 import resource
+import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import sentencepiece
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from convert_hf import convert
 from ds_attention import DSConfig
-from model import ArgumentParser, KVCache, load_label_maps, load_model, open_tensors, run_command
+from model import ArgumentParser, KVCache, ModelConfig, check_memory, load_label_maps, load_model, open_tensors, run_command
 from tiny.tasks import kv_answer, kv_prompt, random_kv
 
 HERE = Path(__file__).resolve().parent
@@ -118,84 +124,224 @@ def load_maps(checkpoint, config, ds, device, channels=None):
     return load_label_maps(checkpoint, config, ds, channels)
 
 
+def open_checkpoint(name):
+    """A checkpoint by directory or hub id -> (config, tokenizer, our checkpoint directory)."""
+    checkpoint = resolve_checkpoint(name)
+    config = ModelConfig.from_file(checkpoint / "config.json")
+    tokenizer = Tokenizer(checkpoint, config.bos_id)
+    if tokenizer.size() > config.vocab_size:
+        raise ValueError(f"{checkpoint}: the tokenizer has {tokenizer.size()} pieces, the model a vocabulary of "
+                         f"{config.vocab_size}: they do not belong together")
+    return config, tokenizer, checkpoint
+
+
 def load(name, device, dtype):
     """A checkpoint by directory or hub id -> (model, tokenizer, our checkpoint directory)."""
-    checkpoint = resolve_checkpoint(name)
-    model = load_model(checkpoint, device, dtype)
-    tokenizer = Tokenizer(checkpoint, model.config.bos_id)
-    if tokenizer.size() > model.config.vocab_size:
-        raise ValueError(f"{checkpoint}: the tokenizer has {tokenizer.size()} pieces, the model a vocabulary of "
-                         f"{model.config.vocab_size}: they do not belong together")
-    return model, tokenizer, checkpoint
+    _, tokenizer, checkpoint = open_checkpoint(name)
+    return load_model(checkpoint, device, dtype), tokenizer, checkpoint
 
 
 # ---------------------------------------------------------------- generation
 
 
 def sample(logits, temperature=0.0, top_k=None, generator=None):
-    """logits [B, vocab] -> tokens [B]; temperature 0 takes the most likely one."""
+    """logits [B, vocab] -> tokens [B]; temperature 0 takes the most likely one. Asks nothing of the host."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
         threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    # of exponential times with rates p_i, the i-th is the first with probability p_i
+    times = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30)
+    return (logits - times.log()).argmax(-1)
+
+
+class HostEvent:
+    """torch.cuda.Event on a CPU, where what was called is done."""
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return (end.time - self.time) * 1e3
+
+
+def now(device):
+    """An event recorded now, at this place in the work given to the device."""
+    event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostEvent()
+    event.record()
+    return event
+
+
+class DecodeStep:
+    """The decode step of a cache's sequences: tokens in, sampled tokens out, all of it on the device.
+
+    On a GPU it is a CUDA graph, and another one for steps that attend to everything (DSConfig.dense_below); on a CPU the
+    same function, as it is. A sequence that has met its end-of-text token is frozen: it repeats its last step, to no effect.
+    """
+
+    def __init__(self, model, cache, temperature=0.0, top_k=None, seed=0):
+        B, device = len(cache.seq_lens), model.device
+        self.model, self.cache, self.sampling, self.seed = model, cache, (temperature, top_k), seed
+        self.views = {True: cache, False: cache.all_tokens()}  # by whether the step is sparse
+        self.tokens = torch.zeros(B, dtype=torch.long, device=device)  # input of the next step
+        self.sampled = torch.zeros(B, dtype=torch.long, device=device)  # output of the last one
+        self.running = torch.ones(B, dtype=torch.bool, device=device)
+        self.end_tokens = torch.tensor(model.config.eos_ids, dtype=torch.long, device=device)
+        self.generator = torch.Generator(device)
+        self.graphs, self.pool = {}, None
+
+    @torch.no_grad()  # not inference_mode: the generator's state, which all graphs of the process share, would be bound to it
+    def start(self, tokens, kinds=(True, False)):
+        """The first step's tokens, one per sequence. kinds: the steps that will be run, sparse (True) or not."""
+        self.tokens.copy_(torch.tensor(tokens))
+        for sparse in kinds:
+            if self.model.device.type == "cuda" and sparse not in self.graphs:
+                self._capture(sparse)
+        self.running.fill_(True)
+        self.generator.manual_seed(self.seed)
+
+    def _capture(self, sparse):
+        # frozen rows write what the first step will write again: the warm-up leaves no trace
+        self.cache.seq_lens += 1
+        self.running.fill_(False)
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
+            for _ in range(2):
+                self._step(sparse)
+        torch.cuda.current_stream().wait_stream(warm_up)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()  # the graphs never run at once and leave nothing in it
+        with torch.cuda.graph(graph, pool=self.pool):
+            self._step(sparse)
+        self.graphs[sparse] = graph
+        self.cache.seq_lens -= 1
+
+    def _step(self, sparse):
+        logits = self.model.decode(self.tokens, self.views[sparse], self.running)
+        self.sampled.copy_(sample(logits, *self.sampling, self.generator))
+        self.running &= (self.sampled[:, None] != self.end_tokens).all(1)
+        self.tokens.copy_(torch.where(self.running, self.sampled, self.tokens))
+
+    @torch.no_grad()
+    def run(self, sparse):
+        """One step more; returns at once on a GPU."""
+        if self.graphs:
+            self.graphs[sparse].replay()
+        else:
+            self._step(sparse)
 
 
 @dataclass
 class Generation:
     """What came out, and what it cost. Times in seconds, bytes of the whole batch."""
 
-    token_ids: list = field(default_factory=list)  # one list of new tokens per prompt, end-of-text not included
-    ttft_s: float = 0.0  # prefill and the first token
-    decode_s: float = 0.0  # all tokens after the first
-    kv_bytes_per_step: float = 0.0  # cache read by a decode step, labels included, mean over the steps
-    dense_kv_bytes_per_step: float = 0.0
+    token_ids: list  # one list of new tokens per prompt, end-of-text not included
+    ttft_s: float  # prefill and the first token; in a process's first run compilation and capture, too
+    step_s: list  # of each step after the first
+    cold_start_s: float  # from the start of the process to the first token
+    weight_bytes_per_step: int
+    kv_bytes_per_step: float  # cache read by a decode step, labels included, mean over the steps
+    dense_kv_bytes_per_step: float
 
-    def decode_tokens_per_s(self):
-        """Tokens after the first, of all sequences together, per second."""
-        later = sum(max(0, len(ids) - 1) for ids in self.token_ids)
-        return later / self.decode_s if self.decode_s else 0.0
+    def statistics(self):
+        """Figures for people and --json. Tokens per second are of the steps after the first, and of live sequences alone."""
+        decode_s = sum(self.step_s)
+        tokens = sum(max(0, len(ids) - 1) for ids in self.token_ids)
+        in_order = sorted(self.step_s) or [0.0]
+        return {"ttft_ms": self.ttft_s * 1e3, "cold_start_s": self.cold_start_s, "prompts": len(self.token_ids),
+                "median_ms_per_token": statistics.median(in_order) * 1e3,
+                "p99_ms_per_token": in_order[math.ceil(0.99 * len(in_order)) - 1] * 1e3,
+                "decode_tokens_per_s": tokens / decode_s if decode_s else 0.0,
+                "decode_tokens_per_s_per_sequence": len(self.step_s) / decode_s if decode_s else 0.0,
+                "bytes_per_step": self.weight_bytes_per_step + self.kv_bytes_per_step,
+                "kv_bytes_per_step": self.kv_bytes_per_step, "dense_kv_bytes_per_step": self.dense_kv_bytes_per_step}
 
 
-def generate(model, cache, prompts, max_new_tokens, start=0, temperature=0.0, top_k=None, seed=0, on_token=None,
-             progress=None):
+def generate(step, prompts, max_new_tokens, start=0, on_token=None, progress=None):
     """Decodes a ragged batch of prompts (lists of token ids) together; a sequence stops at its end-of-text token.
 
     All of a prompt but its last token is prefilled; that one is the first decode step, so that every new token comes
-    out of the same (sparse) step. start: tokens already in the cache, for one more turn of a conversation.
-    on_token(b, token): called as tokens come. Returns a Generation.
+    out of the same (sparse) step. step: a DecodeStep, one prompt to each row of its cache. start: tokens already in the cache,
+    for one more turn of a conversation. on_token(b, token): called as tokens come, while the next step runs. progress: as in
+    Transformer.prefill. Returns a Generation.
     """
-    device = model.device
-    generator = torch.Generator(device).manual_seed(seed) if temperature else None
-    result = Generation([[] for _ in prompts])
-    began = time.perf_counter()
+    model, cache, device = step.model, step.cache, step.model.device
+    age_s = process_age_s()
+    began = now(device)
     model.prefill([prompt[:-1] for prompt in prompts], cache, start, progress=progress)
-    tokens = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-    lengths = [start + len(prompt) for prompt in prompts]
-    running = set(range(len(prompts)))
-    steps = 0
-    for steps in range(1, max_new_tokens + 1):
-        tokens = sample(model.decode(tokens, cache), temperature, top_k, generator)
-        for b, token in enumerate(tokens.tolist()):
-            if b in running and token in model.config.eos_ids:
-                running.discard(b)
-            elif b in running:
-                result.token_ids[b].append(token)
+    lengths = [start + len(prompt) for prompt in prompts]  # live in the first step
+    kinds = {cache.sparse_at(length) for length in (min(lengths), max(lengths) + max_new_tokens - 1)}  # the extremes' hold all
+    step.start([prompt[-1] for prompt in prompts], kinds)
+    sampled = torch.empty(max_new_tokens, len(prompts), dtype=torch.long, pin_memory=device.type == "cuda")
+    done, sparse = [], []  # of each step: the event of its end, and whether it was sparse
+    delivered = 0  # steps whose tokens the host has read
+    token_ids = [[] for _ in prompts]
+    ended = [max_new_tokens] * len(prompts)  # the step in which a sequence met its end, or their number
+
+    def running(i):
+        return [b for b in range(len(prompts)) if ended[b] >= i]
+
+    def deliver():
+        nonlocal delivered
+        done[delivered].synchronize()
+        for b in running(delivered):
+            token = sampled[delivered, b].item()
+            if token in model.config.eos_ids:
+                ended[b] = delivered
+            else:
+                token_ids[b].append(token)
                 if on_token:
                     on_token(b, token)
-        sparse_bytes, dense_bytes = cache.read_bytes([length + steps - 1 for length in lengths])
-        result.kv_bytes_per_step += sparse_bytes
-        result.dense_kv_bytes_per_step += dense_bytes
-        if steps == 1:
-            result.ttft_s = time.perf_counter() - began
-        if not running:
+        delivered += 1
+
+    for i in range(max_new_tokens):
+        if not running(i):
             break
-    result.decode_s = time.perf_counter() - began - result.ttft_s
-    result.kv_bytes_per_step /= max(steps, 1)
-    result.dense_kv_bytes_per_step /= max(steps, 1)
-    return result
+        sparse.append(cache.sparse_at(max(lengths[b] for b in running(i)) + i))
+        step.run(sparse[i])
+        sampled[i].copy_(step.sampled, non_blocking=True)
+        done.append(now(device))
+        if i and (on_token or model.config.eos_ids):  # one step behind, so that the device has work; else once, at the end
+            deliver()
+    while delivered < len(done) and running(delivered):
+        deliver()
+    # a step after the end of all sequences, begun before the host knew, does not count
+    live = torch.tensor(lengths) + torch.minimum(torch.arange(delivered)[:, None], torch.tensor(ended))  # [steps, B]
+    sparse = torch.tensor(sparse[:delivered])
+    read = cache.read_bytes(live[sparse])[0], *cache.all_tokens().read_bytes(live[~sparse])
+    return Generation(
+        token_ids, ttft_s := began.elapsed_time(done[0]) * 1e-3,
+        [a.elapsed_time(b) * 1e-3 for a, b in zip(done, done[1:delivered])], age_s + ttft_s,
+        model.weight_bytes(len(prompts)), (read[0] + read[1]) / delivered, cache.read_bytes(live)[1] / delivered)
+
+
+@torch.inference_mode()
+def forced_logits(step, prompts, texts):
+    """Logits [B, vocab] of each step that decodes given texts (lists of token ids) instead of samples; where a text has ended
+    they mean nothing. The prompts must be in the cache."""
+    lengths = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    step.cache.seq_lens.copy_(lengths)
+    inputs = [prompt[-1:] + text for prompt, text in zip(prompts, texts)]
+    for i in range(max(map(len, texts))):
+        tokens = torch.tensor([ids[min(i, len(ids) - 1)] for ids in inputs], device=step.model.device)
+        yield step.model.decode(tokens, step.views[step.cache.sparse_at(lengths.max().item() + 1 + i)])
+
+
+def divergence(wanted, found, texts):
+    """Mean KL of next-token distributions (nats), `wanted` from `found`: two iterables as from forced_logits of these texts."""
+    total = 0.0
+    for i, (p, q) in enumerate(zip(wanted, found)):
+        p, q = (x.float().log_softmax(-1).cpu() for x in (p, q))
+        live = torch.tensor([i < len(text) for text in texts])
+        total += F.kl_div(q, p, reduction="none", log_target=True).sum(-1)[live].double().sum().item()
+    return total / max(1, sum(map(len, texts)))
 
 
 class Streamer:
@@ -225,19 +371,54 @@ class Streamer:
 # ---------------------------------------------------------------- command line
 
 
+def process_age_s():
+    """Seconds since this process began."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
 def peak_memory_bytes(device):
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def print_statistics(result, cache, device):
-    share = result.kv_bytes_per_step / max(result.dense_kv_bytes_per_step, 1)
-    memory = "GPU" if device != "cpu" else "process"
-    print(f"time to first token {result.ttft_s * 1e3:.0f} ms | decode {result.decode_tokens_per_s():.1f} tokens/s | cache read "
-          f"per step {result.kv_bytes_per_step / 1e6:.2f} MB, dense {result.dense_kv_bytes_per_step / 1e6:.2f} MB "
-          f"({share:.0%}) | KV cache {cache.kv_bytes() / 2**20:.1f} MiB + labels {cache.label_bytes() / 2**20:.1f} MiB | "
-          f"peak {memory} memory {peak_memory_bytes(device) / 2**30:.2f} GiB", file=sys.stderr)
+@functools.cache  # measured once
+def copy_bandwidth(device):
+    """Bytes per second of a large copy on the GPU, read and written bytes both counted."""
+    a = torch.empty(2**29, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    times = []
+    for _ in range(20):  # not in a graph, where a copy may become a copy engine's, which is slower than a kernel
+        begin = now(a.device)
+        b.copy_(a)
+        end = now(a.device)
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e-3)
+    return 2 * a.nbytes / statistics.median(times)
+
+
+def run_statistics(result, cache, device):
+    """A Generation's statistics and what belongs to the machine: a dict for --json."""
+    found = result.statistics() | {"kv_cache_bytes": cache.kv_bytes(), "label_cache_bytes": cache.label_bytes(),
+                                   "peak_memory_bytes": peak_memory_bytes(device)}
+    if device != "cpu" and result.step_s:
+        found["bandwidth_share"] = found["bytes_per_step"] / found["median_ms_per_token"] * 1e3 / copy_bandwidth(device)
+    return found
+
+
+def print_statistics(found, device, name=""):
+    """found: from run_statistics."""
+    share = found["kv_bytes_per_step"] / max(found["dense_kv_bytes_per_step"], 1)
+    each = f" ({found['decode_tokens_per_s_per_sequence']:.1f} per sequence)" if found["prompts"] > 1 else ""
+    bandwidth = f", {found['bandwidth_share']:.0%} of the copy bandwidth" if "bandwidth_share" in found else ""
+    print(f"{name}time to first token {found['ttft_ms']:.0f} ms ({found['cold_start_s']:.1f} s after the process began) | "
+          f"{found['median_ms_per_token']:.2f} ms per token, p99 {found['p99_ms_per_token']:.2f} | decode "
+          f"{found['decode_tokens_per_s']:.1f} tokens/s{each} | read per step {found['bytes_per_step'] / 1e6:.2f} MB{bandwidth}"
+          f", of it cache {found['kv_bytes_per_step'] / 1e6:.2f} MB, dense {found['dense_kv_bytes_per_step'] / 1e6:.2f} MB "
+          f"({share:.0%}) | KV cache {found['kv_cache_bytes'] / 2**20:.1f} MiB + labels "
+          f"{found['label_cache_bytes'] / 2**20:.1f} MiB | peak {'GPU' if device != 'cpu' else 'process'} memory "
+          f"{found['peak_memory_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
 
 
 def demonstration(tokenizer, max_tokens=4000):
@@ -257,6 +438,8 @@ def add_sparsity_arguments(parser):
     parser.add_argument("--sparsity", type=float, default=default.sparsity, metavar="R",
                         help="attend to 1/R of the tokens, with labels of 1/R of K's bytes; 1: dense (default %(default)g)")
     parser.add_argument("--n_tokens", type=int, help="attend to this many tokens instead of a share")
+    parser.add_argument("--top_p", type=float, metavar="P", help="of these only as many, the best first, as hold this share of the "
+                                                                "attention that the labels foresee (default: all)")
     parser.add_argument("--label_channels", type=int, metavar="C", help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=int, default=default.label_bits, help="bits per label dim: 2, 4, 8 or 16 "
                                                                                    "(default %(default)s)")
@@ -287,38 +470,54 @@ def parse_arguments():
     parser.add_argument("--top_k", type=int, help="sample among the k most likely tokens (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
     add_sparsity_arguments(parser)
+    parser.add_argument("--dense_below", type=int, default=DSConfig.dense_below, metavar="TOKENS",
+                        help="attend to everything while the longest sequence is shorter: sparse steps could not be faster "
+                             "(default %(default)s)")
+    parser.add_argument("--max_seq_length", type=int, metavar="TOKENS",
+                        help="cache of each sequence: generation ends where it is full (default: as many as there will be; "
+                             "--interactive: all of the model's)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--no_compile", action="store_true", help="on a GPU, leave blocks out of torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="of weights and cache (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--interactive", action="store_true", help="read lines from the terminal and continue after each; "
                                                                    "an empty line or Ctrl-D ends")
+    parser.add_argument("--compare", action="store_true",
+                        help="generate dense and sparse: both texts, where they part, how far apart their next-token "
+                             "distributions are, both speeds")
     parser.add_argument("--json", metavar="FILE", help="write tokens, texts and statistics to this file")
     args = parser.parse_args()
-    for name, low in [("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)]:
+    for name, low in [("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("max_seq_length", 2)]:
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value}: must be at least {low}")
-    if args.interactive and (args.prompt or args.prompt_file or args.json):
-        raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, --prompt_file and --json")
+    if args.interactive and (args.prompt or args.prompt_file or args.json or args.compare):
+        raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, --prompt_file, --json and "
+                         "--compare")
     return args
 
 
-def check_lengths(prompts, max_new_tokens, config, ds):
-    """Raises ValueError for an empty prompt and for lengths that the model has no positions for."""
+def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
+    """Tokens of cache per sequence. Raises ValueError for an empty prompt and for lengths that do not fit."""
     for prompt in prompts:
         if not prompt or prompt == [config.bos_id]:
             raise ValueError("the prompt is empty: give at least one character of text")
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > config.max_positions:
+    longest = max(map(len, prompts), default=0)
+    wanted = longest + max_new_tokens if prompts else config.max_positions
+    if min(wanted, max_seq_length or wanted) > config.max_positions:
         raise ValueError(f"{longest} prompt tokens + max_new_tokens={max_new_tokens} is more than the model's "
                          f"{config.max_positions} positions; shorten one of them")
-    total = longest + max_new_tokens
-    if ds is not None and ds.budget(total) >= total:
+    if max_seq_length and max_seq_length <= longest:
+        raise ValueError(f"max_seq_length={max_seq_length}: must be more than the {longest} tokens of the longest prompt")
+    total = min(wanted, max_seq_length or wanted)
+    if ds is not None and not ds.sparse_at(total):
         least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"the least budget, {ds.min_tokens} tokens,"
-        print(f"{least} is no less than the {total} tokens there will be: every token is attended (dense)", file=sys.stderr)
+        why = f"{least} is no less" if ds.budget(total) >= total else f"dense_below={ds.dense_below} is more"
+        print(f"{why} than the {total} tokens there will be: every token is attended (dense)", file=sys.stderr)
+    return total
 
 
-def converse(model, tokenizer, cache, args):
+def converse(step, tokenizer, args):
     """The --interactive loop: each line continues the text so far, the answer streams. The cache keeps what is unchanged."""
     text, ids = "", []
     while True:
@@ -329,24 +528,61 @@ def converse(model, tokenizer, cache, args):
         if not line:
             return
         whole = tokenizer.encode(f"{text}\n{line}" if text else line)
-        room = cache.max_seq_length - len(whole)
+        room = step.cache.max_seq_length - len(whole)
         if room < 1:
-            print("the conversation has used up the model's positions", file=sys.stderr)
+            print(f"the conversation has used up its {step.cache.max_seq_length} tokens of cache", file=sys.stderr)
             return
         cached = max(0, len(ids) - 1)  # K and V of the last new token were not needed yet
         kept = min([i for i, (a, b) in enumerate(zip(ids[:cached], whole)) if a != b] + [cached, len(whole) - 1])
         stream = Streamer(tokenizer, whole)
-        result = generate(model, cache, [whole[kept:]], min(args.max_new_tokens, room), kept, args.temperature, args.top_k,
-                          args.seed, stream)
+        result = generate(step, [whole[kept:]], min(args.max_new_tokens, room), kept, stream)
         ids = whole + result.token_ids[0]
         text = tokenizer.decode(ids)
         stream.finish()
-        print_statistics(result, cache, args.device)
+        print_statistics(run_statistics(result, step.cache, args.device), args.device)
+
+
+def new_tokens_text(tokenizer, prompt, ids):
+    return tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
+
+
+def compare(model, tokenizer, prompts, size, ds, label_maps, args):
+    """The --compare run: prints both texts and how they differ; returns the figures, a dict for --json."""
+    found, text_ids, logits = {}, {}, {}
+    bar = tqdm(total=2 * sum(map(len, prompts)), desc="prefill, dense and ds", unit="token", leave=False, delay=2)
+    for mode, config in (("dense", None), ("ds", ds)):
+        if args.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        cache = KVCache(model.config, len(prompts), size, args.device, model.dtype, config, label_maps)
+        step = DecodeStep(model, cache, args.temperature, args.top_k, args.seed)
+        result = generate(step, prompts, min(args.max_new_tokens, size - max(map(len, prompts))), progress=bar.update)
+        found[mode], text_ids[mode] = run_statistics(result, cache, args.device), result.token_ids
+        # on the host: dense's must outlive its cache, for which there may be no room beside the other one
+        logits[mode] = (x.cpu() for x in forced_logits(step, prompts, text_ids["dense"]))
+        if mode == "dense":
+            logits[mode] = list(logits[mode])
+            del step, cache
+    bar.close()
+    kl = divergence(logits["dense"], logits["ds"], text_ids["dense"])
+    texts = {mode: [new_tokens_text(tokenizer, *pair) for pair in zip(prompts, ids)] for mode, ids in text_ids.items()}
+    parted = []
+    for b, (ours, dense) in enumerate(zip(text_ids["ds"], text_ids["dense"])):
+        same = next((i for i, (x, y) in enumerate(zip(ours, dense)) if x != y), min(len(ours), len(dense)))
+        parted.append(None if ours == dense else same)
+        print(f"=== prompt {b + 1}, dense\n{texts['dense'][b]}\n=== prompt {b + 1}, ds\n{texts['ds'][b]}")
+        print(f"=== prompt {b + 1}: " + (f"the same {len(ours)} tokens" if ours == dense else f"they part after {same} tokens, "
+              f"dense with {tokenizer.decode(dense[same : same + 1])!r}, ds with {tokenizer.decode(ours[same : same + 1])!r}"))
+    print(f"KL of ds from dense over dense's text: {kl:.6f} nats per token")
+    for mode in found:
+        print_statistics(found[mode], args.device, f"{mode}: ")
+    return {"token_ids": text_ids, "text": texts, "first_difference": parted, "kl": kl, **found}
 
 
 def main():
     args = parse_arguments()
     ds = sparsity_from(args)
+    if args.compare and ds is None:
+        raise ValueError("--compare sets sparse against dense: give a --sparsity above 1")
     args.device = pick_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     texts = list(args.prompt or [])
@@ -354,49 +590,51 @@ def main():
         texts.append(read_text(args.prompt_file))
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"{args.json}: no such directory to write to")
-    model, tokenizer, checkpoint = load(args.checkpoint, args.device, dtype)
+    config, tokenizer, checkpoint = open_checkpoint(args.checkpoint)
     answer = None
     if not texts and not args.interactive:
         prompt, answer = demonstration(tokenizer)
         texts = [prompt]
         args.max_new_tokens = min(args.max_new_tokens, len(tokenizer.encode(answer[1:], bos=False)))
     prompts = [tokenizer.encode(text) for text in texts]
-    if prompts:
-        check_lengths(prompts, args.max_new_tokens, model.config, ds)
-    label_maps = load_maps(checkpoint, model.config, ds, args.device, args.channels) if ds else None
-    size = model.config.max_positions if args.interactive else max(map(len, prompts)) + args.max_new_tokens
-    cache = KVCache(model.config, max(1, len(prompts)), size, args.device, dtype, ds, label_maps)
-    if args.interactive:
-        return converse(model, tokenizer, cache, args)
-
+    size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
+    if args.device != "cpu":
+        check_memory(torch.cuda.mem_get_info()[0], config, max(1, len(prompts)), size, dtype, ds)
+    model = load_model(checkpoint, args.device, dtype)
+    label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
+    if args.device != "cpu" and not args.no_compile:
+        model.compile_blocks()
     if answer:
         question = texts[0].rpartition("}\n")[2].strip()  # what follows the document
         print(f"no prompt given: a generated document of {len(prompts[0])} tokens, then\n{question}", file=sys.stderr)
-    bar = tqdm(total=sum(map(len, prompts)), desc="prefill", unit="token", leave=False, delay=2)
-    stream = Streamer(tokenizer, prompts[0]) if len(prompts) == 1 else None
-    result = generate(model, cache, prompts, args.max_new_tokens, 0, args.temperature, args.top_k, args.seed, stream,
-                      bar.update)
-    bar.close()
-    outputs = [tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :] for prompt, ids in zip(prompts, result.token_ids)]
-    if stream:
-        stream.finish()
+    if args.compare:
+        found = compare(model, tokenizer, prompts, size, ds, label_maps, args)
     else:
-        for b, (text, output) in enumerate(zip(texts, outputs)):
-            print(f"=== prompt {b + 1}\n{text}{output}")
-    if answer:
-        verdict = "right" if outputs[0].strip() == answer.strip() else f"wrong, it is {answer.strip()}"
-        print(f"the answer is {verdict}", file=sys.stderr)
-    print_statistics(result, cache, args.device)
+        cache = KVCache(config, max(1, len(prompts)), size, args.device, dtype, ds, label_maps)
+        step = DecodeStep(model, cache, args.temperature, args.top_k, args.seed)
+        if args.interactive:
+            return converse(step, tokenizer, args)
+        bar = tqdm(total=sum(map(len, prompts)), desc="prefill", unit="token", leave=False, delay=2)
+        stream = Streamer(tokenizer, prompts[0]) if len(prompts) == 1 else None
+        result = generate(step, prompts, min(args.max_new_tokens, size - max(map(len, prompts))), 0, stream, bar.update)
+        bar.close()
+        outputs = [new_tokens_text(tokenizer, *pair) for pair in zip(prompts, result.token_ids)]
+        if stream:
+            stream.finish()
+        else:
+            for b, (text, output) in enumerate(zip(texts, outputs)):
+                print(f"=== prompt {b + 1}\n{text}{output}")
+        if answer:
+            verdict = "right" if outputs[0].strip() == answer.strip() else f"wrong, it is {answer.strip()}"
+            print(f"the answer is {verdict}", file=sys.stderr)
+        found = {"token_ids": result.token_ids, "text": outputs, **run_statistics(result, cache, args.device)}
+        print_statistics(found, args.device)
     if args.json:
-        Path(args.json).write_text(json.dumps({
-            "prompt_token_ids": prompts, "token_ids": result.token_ids, "text": outputs, "ttft_ms": result.ttft_s * 1e3,
-            "decode_tokens_per_s": result.decode_tokens_per_s(), "kv_bytes_per_step": result.kv_bytes_per_step,
-            "dense_kv_bytes_per_step": result.dense_kv_bytes_per_step, "kv_cache_bytes": cache.kv_bytes(),
-            "label_cache_bytes": cache.label_bytes(), "peak_memory_bytes": peak_memory_bytes(args.device),
-            "config": {"checkpoint": args.checkpoint, "device": args.device, "dtype": str(dtype).removeprefix("torch."),
-                       "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
-                       "seed": args.seed, "double_sparsity": asdict(ds) if ds else None},
-        }, indent=1) + "\n", encoding="utf-8")
+        found |= {"prompt_token_ids": prompts, "config": {
+            "checkpoint": args.checkpoint, "device": args.device, "dtype": str(dtype).removeprefix("torch."),
+            "max_new_tokens": args.max_new_tokens, "max_seq_length": size, "temperature": args.temperature, "top_k": args.top_k,
+            "seed": args.seed, "compile": not args.no_compile, "double_sparsity": asdict(ds) if ds else None}}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

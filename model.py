@@ -6,22 +6,27 @@ width. Three ways through the same blocks:
   prefill        a prompt into the cache, chunk by chunk, dense causal attention
   decode         one new token per sequence (`decode`), or the next tokens of one sequence as if each were decoded in
                  turn (`decode_rows`): every token attends to its own past, by Double Sparsity where configured
+On a GPU `decode` runs the blocks' weights through fused kernels, below; the torch blocks are their reference.
 """
 import argparse
 import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, write_labels
+from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, pdl, write_labels
 
 # ---------------------------------------------------------------- configuration
 
@@ -183,6 +188,7 @@ class LayerCache:
     label_map: LabelMap | None = None
     labels: torch.Tensor | None = None  # [B, HKV, W, S] int32
     workspace: Workspace | None = None  # scratch of a decode step of B rows; other shapes make their own
+    all_tokens: bool = False  # decode attends to everything, whatever `ds` is; labels are written all the same
 
     def row(self, b):
         """The same layer of sequence b alone: a view with B = 1."""
@@ -208,6 +214,9 @@ class LayerCache:
         workspace = self.workspace if own else None
         if self.ds is None:
             return dense_decode(q, k, v, seq_lens, self.window, workspace=workspace)
+        if self.all_tokens:
+            newest = dict(labels=self.labels, label_map=self.label_map) if own else {}
+            return dense_decode(q, k, v, seq_lens, self.window, self.ds.impl, workspace, **newest)
         labels = self.labels.expand(len(q), -1, -1, -1)
         return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace, own)
 
@@ -218,11 +227,11 @@ class KVCache:
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None):
         """ds: None for dense; label_maps: one LabelMap per layer, needed from ds.dense_layers on."""
         B, HKV, S, D = batch, config.n_kv_heads, max_seq_length, config.head_dim
-        self.max_seq_length = S
+        self.max_seq_length, self.window, self.ds = S, config.sliding_window, ds
         self.seq_lens = torch.zeros(B, dtype=torch.int32, device=device)
         self.layers = []
         workspace = None
-        if torch.device(device).type == "cuda":
+        if torch.device(device).type != "cpu":
             workspace = Workspace(B, config.n_heads, HKV, D, S, device, ds, config.sliding_window)
         for i in range(config.n_layers):
             kv = torch.zeros(B, HKV, S, 2, D, dtype=dtype, device=device)
@@ -232,12 +241,22 @@ class KVCache:
                 layer.labels = torch.zeros(B, HKV, ds.words(D), S, dtype=torch.int32, device=device)
             self.layers.append(layer)
 
-    def row(self, b):
-        view = object.__new__(KVCache)
-        view.max_seq_length = self.max_seq_length
-        view.seq_lens = self.seq_lens[b : b + 1]
-        view.layers = [layer.row(b) for layer in self.layers]
+    def _view(self, seq_lens, layers):
+        view = copy(self)
+        view.seq_lens, view.layers = seq_lens, layers
         return view
+
+    def row(self, b):
+        """The same cache of sequence b alone."""
+        return self._view(self.seq_lens[b : b + 1], [layer.row(b) for layer in self.layers])
+
+    def all_tokens(self):
+        """The same cache, of which a decode step reads everything."""
+        return self._view(self.seq_lens, [replace(layer, all_tokens=True) for layer in self.layers])
+
+    def sparse_at(self, length):
+        """Whether a step whose longest row has `length` live tokens, its own included, is sparse (see DSConfig.dense_below)."""
+        return self.ds is not None and self.ds.sparse_at(length if self.window is None else min(length, self.window))
 
     def kv_bytes(self):
         return sum(layer.kv.nbytes for layer in self.layers)
@@ -246,19 +265,215 @@ class KVCache:
         return sum(layer.labels.nbytes for layer in self.layers if layer.labels is not None)
 
     def read_bytes(self, lengths):
-        """Bytes of cache that one decode step reads at these live lengths (ints): (as configured, if all dense)."""
+        """Bytes of cache that decode steps read at these live lengths, an int64 tensor: (as configured, if dense)."""
         dense = sparse = 0
+        live = lengths if self.window is None else lengths.clamp(max=self.window)
         for layer in self.layers:
             HKV, S, _, D = layer.kv.shape[1:]
             token = HKV * 2 * D * layer.kv.element_size()
-            for length in lengths:
-                live = length if layer.window is None else min(length, layer.window)
-                dense += live * token
-                if layer.ds is None:
-                    sparse += live * token
-                else:
-                    sparse += layer.ds.budget(live) * token + live * HKV * layer.labels.shape[2] * 4
+            dense += live.sum().item() * token
+            if layer.ds is None or layer.all_tokens:
+                sparse += live.sum().item() * token
+            else:
+                sparse += (layer.ds.budget(live) * token + live * HKV * layer.labels.shape[2] * 4).sum().item()
         return sparse, dense
+
+
+# ---------------------------------------------------------------- decode kernels
+
+# The kernels of a decode step overlap: one may start once all programs of the one before have called gdc_launch_dependents
+# (programmatic dependent launch). What keeps that safe, here and in ds_attention.py: each kernel calls gdc_wait before it
+# writes anything or reads what this step has written, so that one that has ended implies that all before it have; and a kernel
+# whose successor reads more than constants before its own gdc_wait launches that successor after gdc_wait.
+
+
+@triton.jit
+def _prefetch(rows, BYTES: tl.constexpr):
+    """Asks the L2 cache for the first BYTES of each row; rows: pointers [BLOCK_N, 1]."""
+    chunks = rows.to(tl.pointer_type(tl.uint8)) + 256 * tl.arange(0, BYTES // 256)[None, :]
+    tl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0;", "=r,l", [chunks], tl.int32,
+                              is_pure=False, pack=1)
+
+
+@triton.jit
+def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV, kv_sb,
+                   kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
+                   UPCAST: tl.constexpr, PDL: tl.constexpr):
+    """x [B, K] times w [rows, K], then an epilogue: see the methods of Stream. A program owns BLOCK_N of N outputs, all of K.
+
+    "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie `half` apart.
+    """
+    PAIR: tl.constexpr = EPILOGUE == "silu" or EPILOGUE == "rope"
+    NORM: tl.constexpr = EPILOGUE != "residual"
+    pid = tl.program_id(0)
+    n, b, offs_k = pid * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_K)
+    mask_n, mask_b = n < N, b < B
+    mask = mask_n[:, None] & mask_b[None, :]
+    row = tl.minimum(n, N - 1)
+    if PAIR:
+        row += row // half * half
+    rows = w + row.to(tl.int64)[:, None] * K
+    if PDL:  # the weights are constants: their first tiles are on the way while the kernel before ends
+        if PREFETCH > 0:
+            _prefetch(rows, PREFETCH)
+            if PAIR:
+                _prefetch(rows + half * K, PREFETCH)
+        tl.extra.cuda.gdc_wait()
+    # what the epilogue needs is loaded here, so that its latency is the loop's
+    at = b[None, :] * N + n[:, None]
+    if NORM:
+        offs_p = tl.arange(0, BLOCK_P)
+        part = tl.load(squares + offs_p[:, None] * B + b[None, :], mask=(offs_p < parts)[:, None] & mask_b[None, :], other=0.0)
+    else:
+        before = tl.load(out + at, mask=mask, other=0.0)
+        gains = tl.load(gain + n, mask=mask_n, other=0.0)
+    if EPILOGUE == "rope":
+        head, channel = n // half, n % half
+        turned = mask & (head < HQ + HKV)[:, None]  # V is not
+        angle = b[None, :] * half + channel[:, None]
+        c, s = tl.load(cos + angle, mask=turned, other=1.0), tl.load(sin + angle, mask=turned, other=0.0)
+        position = tl.load(seq_lens + b, mask=mask_b, other=1) - 1
+    acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    acc_2 = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        mask_k = k + offs_k < K
+        inputs = tl.load(x + b[:, None] * K + (k + offs_k)[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0)
+        tile = tl.load(rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0, eviction_policy="evict_first")
+        if UPCAST:
+            inputs, tile = inputs.to(tl.float32), tile.to(tl.float32)
+        acc = tl.dot(tile, tl.trans(inputs), acc)
+        if PAIR:
+            tile_2 = tl.load(rows + half * K + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0,
+                             eviction_policy="evict_first")
+            acc_2 = tl.dot(tile_2.to(tile.dtype), tl.trans(inputs), acc_2)
+        if PDL:
+            if k == launch_at:  # not earlier: what the next kernel prefetches must still be in the L2 cache when it is used
+                tl.extra.cuda.gdc_launch_dependents()
+    dtype = out.dtype.element_ty
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(part, 0) / K + eps)[None, :]
+        acc, acc_2 = acc * rstd, acc_2 * rstd
+    if EPILOGUE == "none":
+        tl.store(out + at, acc.to(dtype), mask=mask)
+    if EPILOGUE == "silu":
+        tl.store(out + at, (acc / (1 + tl.exp(-acc)) * acc_2).to(dtype), mask=mask)
+    if EPILOGUE == "residual":
+        total = (before.to(tl.float32) + acc).to(dtype)
+        tl.store(out + at, total, mask=mask)
+        total = total.to(tl.float32)
+        tl.store(scaled + at, (total * gains.to(tl.float32)[:, None]).to(dtype), mask=mask)
+        tl.store(squares + pid * B + b, tl.sum(tl.where(mask, total * total, 0.0), 0), mask=mask_b)
+    if EPILOGUE == "rope":
+        first, second = (acc * c - acc_2 * s).to(dtype), (acc_2 * c + acc * s).to(dtype)
+        to_q, to_kv = mask & (head < HQ)[:, None], mask & (head >= HQ)[:, None]
+        at = (b[None, :] * HQ + head[:, None]) * (2 * half) + channel[:, None]
+        tl.store(out + at, first, mask=to_q)
+        tl.store(out + at + half, second, mask=to_q)
+        slot = b.to(tl.int64) * kv_sb + position.to(tl.int64) * kv_ss
+        in_token = (head >= HQ + HKV).to(tl.int32) * 2 * half + channel  # a token's K, then its V
+        at = slot[None, :] + (((head - HQ) % HKV).to(tl.int64) * kv_sh + in_token)[:, None]
+        tl.store(kv + at, first, mask=to_kv)
+        tl.store(kv + at + half, second, mask=to_kv)
+
+
+@triton.jit
+def _enter_kernel(table, tokens, gain, x, scaled, squares, dim, BLOCK: tl.constexpr):
+    pid_b = tl.program_id(0)
+    row = pid_b.to(tl.int64)
+    if tokens is not None:
+        row = tl.load(tokens + pid_b).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, dim, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        value = tl.load(table + row * dim + offs, mask=offs < dim, other=0.0)
+        gains = tl.load(gain + offs, mask=offs < dim, other=0.0).to(tl.float32)
+        tl.store(x + pid_b * dim + offs, value, mask=offs < dim)
+        value = value.to(tl.float32)
+        tl.store(scaled + pid_b * dim + offs, (value * gains).to(x.dtype.element_ty), mask=offs < dim)
+        total += value * value
+    tl.store(squares + pid_b, tl.sum(total, 0))
+
+
+class Stream:
+    """The residual stream of a decode step, one token for each of B sequences, and the fused linear layers that read it.
+
+    Beside x [B, dim] stand x times the weight of the norm that comes next, and the sums of x**2 over parts of dim: the kernel
+    that changes x writes them, and the one that needs the norm scales its result at the end. Weights are read once, at the
+    memory's speed, for up to MAX_ROWS sequences. `tiles` of any method: block sizes and the like, see _tiles.
+    """
+
+    MAX_ROWS = 64
+
+    def __init__(self, table, gain, eps, tokens=None):
+        """Starts with rows `tokens` [B] of table [any, dim], or with all of its rows; gain [dim]: the first norm's weight."""
+        B, dim = len(table if tokens is None else tokens), table.shape[1]
+        self.eps = eps
+        self.x, self.scaled = (torch.empty(B, dim, dtype=table.dtype, device=table.device) for _ in range(2))
+        self.partial = torch.empty(triton.cdiv(dim, 16), B, dtype=torch.float32, device=table.device)
+        self.enter(table, gain, tokens)
+
+    def enter(self, table, gain, tokens=None):
+        """x becomes rows of table, as in __init__."""
+        self.squares = self.partial[:1]
+        _enter_kernel[(len(self.x),)](table, tokens, gain, self.x, self.scaled, self.squares, table.shape[1], BLOCK=1024)
+
+    def logits(self, weight, **tiles):
+        """norm(x) times weight [vocab, dim]: [B, vocab]."""
+        return self._linear("none", self.scaled, weight, weight.shape[0], **tiles)
+
+    def swiglu(self, weight, **tiles):
+        """silu(gate) * up of norm(x), weight [2 * F, dim] holding gate, then up: [B, F]."""
+        F_ = weight.shape[0] // 2
+        return self._linear("silu", self.scaled, weight, F_, half=F_, **tiles)
+
+    def heads(self, weight, cos, sin, kv, seq_lens, **tiles):
+        """The query heads [B, HQ, D] of norm(x) after RoPE; K and V go to each row's newest position in kv [B, HKV, S, 2, D].
+
+        weight [(HQ + 2 * HKV) * D, dim]; cos, sin [B, D / 2] fp32 of the newest positions, seq_lens [B] int32 - 1.
+        """
+        HKV, D = kv.shape[1], kv.shape[4]
+        HQ = weight.shape[0] // D - 2 * HKV
+        assert kv.stride(3) == D and kv.stride(4) == 1
+        out = torch.empty(len(self.x), HQ, D, dtype=self.x.dtype, device=self.x.device)
+        rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV, strides=kv.stride()[:3])
+        return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out, **rope, **tiles)
+
+    def add(self, inputs, weight, gain, **tiles):
+        """x += inputs [B, K] times weight [dim, K]; gain [dim]: the weight of the norm that comes next."""
+        self._linear("residual", inputs, weight, weight.shape[0], out=self.x, gain=gain, **tiles)
+
+    def _linear(self, epilogue, x, weight, N, half=1, out=None, gain=None, cos=None, sin=None, seq_lens=None, kv=None, HQ=1,
+                HKV=1, strides=(0, 0, 0), **tiles):
+        B, K = x.shape
+        assert x.is_contiguous() and weight.is_contiguous() and B <= self.MAX_ROWS
+        tiles = _tiles(epilogue, N, K, B) | tiles
+        programs = triton.cdiv(N, tiles["BLOCK_N"])
+        out = torch.empty(B, N, dtype=x.dtype, device=x.device) if out is None else out
+        if epilogue == "residual":
+            self.squares = self.partial[:programs]
+        parts = len(self.squares)
+        launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
+        overlap = pdl(x)
+        _linear_kernel[(programs,)](
+            x, weight, out, self.squares, gain, None if gain is None else self.scaled, cos, sin, seq_lens, kv, B, N, K, half,
+            parts, launch_at, HQ, HKV, *strides, self.eps, EPILOGUE=epilogue, BLOCK_B=max(8, triton.next_power_of_2(B)),
+            BLOCK_P=triton.next_power_of_2(parts), UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
+            PDL=overlap, **tiles, **(dict(launch_pdl=True) if overlap else {}))
+        return out
+
+
+def _tiles(epilogue, N, K, B):
+    """Block sizes of a fused linear layer: all programs resident at once, 40 KB and more of weights on the way to each
+    multiprocessor. PREFETCH: bytes of each row that are asked for while the kernel before still runs (0, or 256 times a power
+    of two); AHEAD: steps of BLOCK_K before its end at which the next kernel may start."""
+    pair, many = epilogue in ("silu", "rope"), B > 16  # many: inputs take as much shared memory as weights
+    BLOCK_N = 16 if triton.cdiv(N, 32) < 128 else 64 if epilogue == "none" or (pair and many) else 32
+    if many:
+        sizes = dict(BLOCK_K=64 if pair else 128, STAGES=4, num_warps=8)
+    else:
+        sizes = dict(BLOCK_K=128 if pair or BLOCK_N == 64 else 256, STAGES=3 if epilogue == "silu" else 4, num_warps=4)
+    return dict(BLOCK_N=BLOCK_N, PREFETCH=1024 if K >= 512 and K % 8 == 0 else 0, AHEAD=2, **sizes)
 
 
 # ---------------------------------------------------------------- blocks
@@ -299,18 +514,15 @@ class Attention(nn.Module):
         q, k, v = heads.split(self.heads, 1)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def forward(self, x, cos, sin, cache=None, step=None):
-        B, T, _ = x.shape
-        q, k, v = self.project(x, cos, sin)
+    def attend(self, q, k, v, cache=None, step=None):
+        """q, k, v as from `project`, k and v going to the cache first if there is one -> [B, T, HQ, D]."""
+        B, HQ, T, D = q.shape
         if cache is None:
-            y = causal_attention(q, k, v, self.window).transpose(1, 2)  # [B, T, HQ, D]
-        else:
-            cache.write(k, v, step.positions, labels=step.prefill_length is not None or T > 1)
-            if step.prefill_length is not None:
-                y = causal_attention(q, *cache.past(step.prefill_length), self.window).transpose(1, 2)
-            else:
-                y = cache.decode(q.transpose(1, 2).reshape(B * T, -1, self.head_dim), step.row_lens)  # [B * T, HQ, D]
-        return self.wo(y.reshape(B, T, -1))
+            return causal_attention(q, k, v, self.window).transpose(1, 2)
+        cache.write(k, v, step.positions, labels=step.prefill_length is not None or T > 1)
+        if step.prefill_length is not None:
+            return causal_attention(q, *cache.past(step.prefill_length), self.window).transpose(1, 2)
+        return cache.decode(q.transpose(1, 2).reshape(B * T, HQ, D), step.row_lens).view(B, T, HQ, D)
 
 
 class FeedForward(nn.Module):
@@ -324,6 +536,32 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(gate) * up)
 
 
+@triton.jit
+def _expert_linear_kernel(x, w, experts, out, N, K, PER_X: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out[p, n] = w[experts[p], n] . x[p // PER_X]; w [E, N, K], x [pairs / PER_X, K], out [pairs, N]."""
+    pair, offs_n = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (offs_n < N)[:, None]
+    w += tl.load(experts + pair).to(tl.int64) * N * K + offs_n.to(tl.int64)[:, None] * K
+    x += (pair // PER_X).to(tl.int64) * K
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        row = tl.load(x + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+        acc += row[None, :] * tl.load(w + offs_k[None, :], mask=mask_n & (offs_k < K)[None, :], other=0.0).to(tl.float32)
+    tl.store(out + pair.to(tl.int64) * N + offs_n, tl.sum(acc, 1).to(out.dtype.element_ty), mask=offs_n < N)
+
+
+def expert_linear(x, w, experts, block_n=8, block_k=512, num_warps=4):
+    """Each row through its own experts, without gathering their weights: x [rows, K], w [E, N, K], experts [rows * top] int64,
+    the top ones of a row side by side -> [rows * top, N]. All contiguous."""
+    (E, N, K), pairs = w.shape, len(experts)
+    out = torch.empty(pairs, N, dtype=x.dtype, device=x.device)
+    # pairs vary fastest: rows with the same expert meet its weights in the L2 cache
+    _expert_linear_kernel[(pairs, triton.cdiv(N, block_n))](x, w, experts, out, N, K, pairs // len(x), block_n, block_k,
+                                                            num_warps=num_warps)
+    return out
+
+
 class MoEFeedForward(nn.Module):
     """Mixtral's: each token goes through its top experts, weighted by the softmax of their router logits."""
 
@@ -335,17 +573,27 @@ class MoEFeedForward(nn.Module):
         self.w13 = nn.Parameter(torch.empty(E, 2 * F_, dim))
         self.w2 = nn.Parameter(torch.empty(E, dim, F_))
 
+    @torch.compiler.disable  # how many tokens an expert gets is data: a compiler would stop at each
     def forward(self, x):
+        """x [..., tokens, dim]. Decode, on a GPU, asks nothing of the host: a CUDA graph must not."""
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # [tokens, dim]
         logits, experts = self.router(x).topk(self.top, -1)  # [tokens, top]
         weights = logits.float().softmax(-1).to(x.dtype)
+        if x.is_cuda and (shape[-2] == 1 or len(x) <= 64):
+            return self.by_token(x, experts, weights).view(shape)
         out = torch.zeros_like(x)
         for e in range(len(self.w13)):
             token, choice = (experts == e).nonzero(as_tuple=True)
             gate, up = F.linear(x[token], self.w13[e]).chunk(2, -1)
             out.index_add_(0, token, F.linear(F.silu(gate) * up, self.w2[e]) * weights[token, choice, None])
         return out.view(shape)
+
+    def by_token(self, x, experts, weights):
+        """The same for few tokens: x [tokens, dim]; experts, weights [tokens, top] -> [tokens, dim]."""
+        gate, up = expert_linear(x, self.w13, experts.flatten()).chunk(2, -1)  # [tokens * top, ffn_dim]
+        parts = expert_linear(F.silu(gate) * up, self.w2, experts.flatten()).view(*experts.shape, -1)
+        return (parts * weights[..., None]).sum(1)
 
 
 class Block(nn.Module):
@@ -356,9 +604,31 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.ffn = MoEFeedForward(config) if config.n_experts else FeedForward(config)
 
-    def forward(self, x, cos, sin, cache=None, step=None):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache, step)
+    def before(self, x, cos, sin):
+        """x [B, T, dim] -> q [B, HQ, T, D], k, v [B, HKV, T, D] for attention."""
+        return self.attn.project(self.attn_norm(x), cos, sin)
+
+    def after(self, x, y):
+        """x [B, T, dim] and attention's result y [B, T, HQ, D] -> [B, T, dim]."""
+        x = x + self.attn.wo(y.flatten(2))
         return x + self.ffn(self.ffn_norm(x))
+
+    def forward(self, x, cos, sin, cache=None, step=None):
+        q, k, v = self.before(x, cos, sin)
+        return self.after(x, self.attn.attend(q, k, v, cache, step))
+
+    def decode(self, stream, cos, sin, cache, seq_lens, next_gain):
+        """`forward` of one new token per sequence by fused kernels. next_gain: the weight of the norm after this block."""
+        q = stream.heads(self.attn.wqkv.weight, cos, sin, cache.kv, seq_lens)
+        y = cache.decode(q, seq_lens)  # [B, HQ, D]
+        stream.add(y.flatten(1), self.attn.wo.weight, self.ffn_norm.weight)
+        if isinstance(self.ffn, FeedForward):
+            stream.add(stream.swiglu(self.ffn.w13.weight), self.ffn.w2.weight, next_gain)
+        else:
+            stream.enter(stream.x + self.ffn(self.ffn_norm(stream.x)), next_gain)
+
+
+PREFILL_CHUNK = 8192  # tokens: enough for matrix products at full speed, few enough that activations stay below 2 GB at 7B
 
 
 @dataclass
@@ -398,6 +668,17 @@ class Transformer(nn.Module):
         angles = positions[:, None, :, None].float() * self.frequencies
         return angles.cos(), angles.sin()
 
+    def weight_bytes(self, batch):
+        """Bytes of weights that a decode step of `batch` sequences reads: all but the embedding table, of which it takes a row
+        each, and of an expert layer the experts of all sequences (as if they chose different ones, while there are any)."""
+        total = self.head_weight.nbytes
+        for name, parameter in self.named_parameters():
+            if name.startswith(("layers.", "norm.")):
+                expert = parameter.ndim == 3  # [E, out, in]
+                share = min(1, batch * self.config.experts_per_token / len(parameter)) if expert else 1
+                total += int(parameter.nbytes * share)
+        return total
+
     def logits(self, x):
         """x [..., dim] after the last block -> [..., vocab]."""
         return F.linear(self.norm(x), self.head_weight)
@@ -410,6 +691,13 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin)
         return self.logits(x)
 
+    def compile_blocks(self):
+        """What a block does before and after attention goes through torch.compile: once for all layers, at first use."""
+        for name in ("before", "after"):
+            compiled = torch.compile(getattr(Block, name), dynamic=True)  # prompts have any length
+            for layer in self.layers:
+                setattr(layer, name, partial(compiled, layer))
+
     def _run(self, tokens, cache, step):
         x = self.embed(tokens)
         cos, sin = self.rope(step.positions)
@@ -418,7 +706,7 @@ class Transformer(nn.Module):
         return x
 
     @torch.inference_mode()
-    def prefill(self, prompts, cache, start=0, chunk=2048, progress=None):
+    def prefill(self, prompts, cache, start=0, chunk=PREFILL_CHUNK, progress=None):
         """Writes prompts (one list of token ids per sequence) to the cache from position `start` on.
 
         progress: called after each chunk with the number of tokens it had.
@@ -436,12 +724,30 @@ class Transformer(nn.Module):
                     progress(len(part))
 
     @torch.inference_mode()
-    def decode(self, tokens, cache):
-        """Appends one token per sequence: tokens [B] -> logits of the next, [B, vocab]."""
-        positions = cache.seq_lens.clone()
-        cache.seq_lens += 1
-        x = self._run(tokens[:, None], cache, Step(positions[:, None], row_lens=cache.seq_lens))
+    def decode(self, tokens, cache, grow=1, impl="auto"):
+        """Appends one token per sequence: tokens [B] -> logits of the next, [B, vocab].
+
+        grow: 1, or a [B] tensor of bool or int: a sequence with 0 repeats its last step (whose token must be given again),
+        which leaves its cache as it is. impl: "triton" for the fused kernels, "torch", or "auto": the kernels for up to 64
+        sequences of a 16-bit model on a GPU.
+        """
+        assert impl in ("auto", "torch", "triton"), f"impl={impl}"
+        cache.seq_lens += grow
+        positions = (cache.seq_lens - 1)[:, None]
+        fused = self.dtype.itemsize == 2 and self.device.type == "cuda" and len(tokens) <= Stream.MAX_ROWS
+        if impl == "triton" or (impl == "auto" and fused):
+            return self._decode_fused(tokens, positions, cache)
+        x = self._run(tokens[:, None], cache, Step(positions, row_lens=cache.seq_lens))
         return self.logits(x[:, 0])
+
+    def _decode_fused(self, tokens, positions, cache):
+        """`decode` by fused kernels; cache.seq_lens counts the new tokens already, positions [B, 1] are theirs."""
+        cos, sin = (table.flatten(1) for table in self.rope(positions))  # [B, D / 2]
+        gains = [layer.attn_norm.weight for layer in self.layers] + [self.norm.weight]
+        stream = Stream(self.embed.weight, gains[0], self.config.norm_eps, tokens)
+        for layer, layer_cache, next_gain in zip(self.layers, cache.layers, gains[1:]):
+            layer.decode(stream, cos, sin, layer_cache, cache.seq_lens, next_gain)
+        return stream.logits(self.head_weight)
 
     @torch.inference_mode()
     def decode_rows(self, tokens, cache):
@@ -454,6 +760,61 @@ class Transformer(nn.Module):
         cache.seq_lens += T
         x = self._run(tokens[None], cache, Step(positions[None], row_lens=positions + 1))
         return self.logits(x[0])
+
+
+# ---------------------------------------------------------------- memory
+
+RUNTIME_BYTES = 2**30  # kernels' code, cuBLAS workspaces, CUDA graphs, and what the allocator's blocks leave unused
+
+
+def memory_need(config, batch, max_seq_length, dtype, ds=None):
+    """Bytes of GPU memory that prefill and decode take, by what they are for: a dict."""
+    HKV, D = config.n_kv_heads, config.head_dim
+    meta = partial(torch.empty, device="meta")
+    maps = None
+    if ds is not None:
+        basis, range_ = meta(HKV, D, ds.channels(D)), meta(HKV, ds.channels(D))
+        maps = [LabelMap.from_statistics(basis, basis, range_, range_, ds.label_bits)] * config.n_layers
+    cache = KVCache(config, batch, max_seq_length, "meta", dtype, ds, maps)
+    scratch = [x.nbytes for x in vars(cache.layers[0].workspace).values() if isinstance(x, torch.Tensor)]
+    qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
+    # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K
+    # and V side by side; or the feed-forward's gate, up and product
+    widest = 3 * config.dim + max(2 * qkv + attended + 2 * HKV * D + 6 * qkv, attended + 3 * config.ffn_dim)
+    sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and their fp32 copies on the way to a token
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    return {"weights": parameters * dtype.itemsize, "KV cache": cache.kv_bytes(), "labels": cache.label_bytes(),
+            "workspace": sum(scratch), "activations": min(PREFILL_CHUNK, max_seq_length) * widest * dtype.itemsize + sampling,
+            "runtime": RUNTIME_BYTES}
+
+
+def check_memory(free, config, batch, max_seq_length, dtype, ds=None):
+    """Raises ValueError, naming what would fit, if `free` bytes of GPU memory are too few for memory_need's total."""
+    def total(batch, length):
+        return sum(memory_need(config, batch, length, dtype, ds).values())
+
+    def most(fits, low, high):
+        """The largest number in [low, high) that fits; low does."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    need = memory_need(config, batch, max_seq_length, dtype, ds)
+    if sum(need.values()) <= free:
+        return
+    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
+    if total(1, 1) > free:
+        remedy = "no batch of this model fits"
+    else:
+        options = []
+        if total(batch, 1) <= free:
+            options.append(f"--max_seq_length {most(lambda length: total(batch, length) <= free, 1, max_seq_length)}")
+        if batch > 1 and total(1, max_seq_length) <= free:
+            options.append(f"a batch of {most(lambda rows: total(rows, max_seq_length) <= free, 1, batch)}")
+        remedy = f"{' or '.join(options)} would fit" if options else "take a smaller batch and a shorter --max_seq_length"
+    raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs {sum(need.values()) / 2**30:.1f} GiB of "
+                     f"GPU memory ({parts}), {free / 2**30:.1f} are free; {remedy}")
 
 
 # ---------------------------------------------------------------- checkpoints
