@@ -30,7 +30,7 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,16 +77,15 @@ BUDGET_FIELDS = {"n": "n_tokens", "top_p": "top_p"}
 
 
 def parse_budget(text, ds):
-    """"1/16" (as --sparsity 16: of the tokens, and of K's bytes for labels), "n=256", or "1/16,n=256" for both -> DSConfig."""
-    known = {field.name for field in fields(ds)}
+    """"1/16" (as --sparsity 16: of the tokens, and of K's bytes for labels), "n=256", or "n=256,top_p=0.9" -> DSConfig."""
     for part in text.split(","):
         name, _, value = part.partition("=")
         field = BUDGET_FIELDS.get(name)
         if part.startswith("1/"):
             field, value = "sparsity", part[2:]
             ds = replace(ds, n_tokens=None)
-        if field not in known:
-            raise ValueError(f"budgets={text}: must look like 1/16 or n=256")
+        if field is None:
+            raise ValueError(f"budgets={text}: must look like 1/16, n=256 or n=256,top_p=0.9")
         try:
             value = int(value) if field == "n_tokens" else float(value)
         except ValueError:
@@ -99,7 +98,7 @@ def budget_name(ds):
     """What parse_budget would read, or "all" for dense."""
     if ds is None:
         return "all"
-    parts = [f"{name}={value:g}" for name, field in BUDGET_FIELDS.items() if (value := getattr(ds, field, None))]
+    parts = [f"{name}={value:g}" for name, field in BUDGET_FIELDS.items() if (value := getattr(ds, field))]
     return ",".join(parts if ds.n_tokens else [f"1/{ds.sparsity:g}", *parts])
 
 
@@ -778,7 +777,8 @@ def main():
     parser.add_argument("--methods", nargs="+", help=f"ways to choose the tokens: {', '.join(METHODS)}; ds:CALIBRATION, "
                                                      "ds/BITS and ds:CALIBRATION/BITS are ds with other labels, calibrated "
                                                      "first by that --method of calibrate.py (default: ds)")
-    parser.add_argument("--budgets", nargs="+", help="1/R as by --sparsity, n=N as by --n_tokens (default: as those say)")
+    parser.add_argument("--budgets", nargs="+", help="1/R as by --sparsity, n=N as by --n_tokens, either with ,top_p=P "
+                                                     "(default: as those options say)")
     parser.add_argument("--calibration_data", metavar="FILE", help="text for ds:CALIBRATION (default: the Python language "
                                                                    "reference)")
     parser.add_argument("--results", metavar="FILE", help="rows are added to it, those in it are not measured again (default: "
@@ -822,7 +822,7 @@ def evaluate(args):
     runs = [(args.task, args.limit, settings)]
     if args.task == "all":
         runs = default_run(ds or DSConfig(), args.context, evaluation.device)
-        if ds is None or args.methods or args.budgets or args.n_tokens:
+        if ds is None or args.methods or args.budgets or args.n_tokens or args.top_p:
             runs = [(task, limit, settings) for task, limit, _ in runs if ds or task != "agreement"]
     rows = []
     for task, limit, settings in tqdm(runs, desc="tasks", unit="task", leave=False, disable=len(runs) == 1):

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ds_attention import Workspace, attend, attend_ref, live_range, score_ref, select, select_ref
+from ds_attention import Workspace, attend, attend_ref, live_range, per_head, select_ref, select_tokens, top_p_ref
 from model import LayerCache
 
 
@@ -17,9 +17,12 @@ class Sparse(LayerCache):
     """
 
     labelled = False  # whether the choice reads labels
+    foresees = False  # whether its scores are logits of the attention, which top_p needs
 
     def __init__(self, layer, scratch):
         """scratch: {rows: Workspace} of the last number of rows, shared by all layers."""
+        if layer.ds.top_p is not None and not self.foresees:
+            raise ValueError(f"top_p={layer.ds.top_p:g}: this method does not foresee the attention; take ds or exact_topk")
         super().__init__(layer.kv, layer.window, layer.ds, layer.label_map, layer.labels)
         self.scratch = scratch
         self.start()
@@ -35,7 +38,7 @@ class Sparse(LayerCache):
         super().write(k, v, positions, labels=self.labelled)
 
     def choose(self, q, seq_lens):
-        """The tokens attended, (indices [R, HKV, N], n_tokens [R]) as in select_ref."""
+        """The tokens attended, (indices [R, HKV, N], n_tokens [R, HKV]) as select_tokens gives them."""
         raise NotImplementedError
 
     def workspace_of(self, q):
@@ -62,40 +65,43 @@ class Sparse(LayerCache):
         heads = torch.arange(HKV, device=q.device)[:, None]
         # gathered by whole rows, which is many times faster than attend_ref's own gather; then each head is a row of its own
         k, v = (x[0][heads, indices.clamp(min=0)].view(R * HKV, 1, N, D) for x in self.kv.unbind(3))
-        return attend_ref(q.reshape(R * HKV, -1, D), k, v, n.view(R, -1).expand(R, HKV).flatten()).view_as(q)
+        return attend_ref(q.reshape(R * HKV, -1, D), k, v, n.flatten()).view_as(q)
 
     def best(self, scores, seq_lens):
-        """scores [R, HKV, S] -> (indices [R, HKV, N], n_tokens [R])."""
-        S = scores.shape[2]
-        n = self.ds.budget(live_range(seq_lens, self.window)[1])
-        most = self.ds.budget(S if self.window is None else min(S, self.window))
-        return select_ref(scores, seq_lens, n, most, self.ds.sink, self.ds.recent, self.window), n
+        """scores [R, HKV, S] -> (indices [R, HKV, N], n_tokens [R, HKV])."""
+        (_, HKV, S), ds = scores.shape, self.ds
+        n = per_head(ds.budget(live_range(seq_lens, self.window)[1]), HKV)
+        if ds.top_p is not None:
+            n = top_p_ref(scores, seq_lens, n, ds.top_p, ds.sink, ds.recent, self.window)
+        most = ds.budget(S if self.window is None else min(S, self.window))
+        return select_ref(scores, seq_lens, n, most, ds.sink, ds.recent, self.window), n
 
     def kept_mass(self, q, seq_lens, indices, n):
         """Share of the exact softmax that the chosen tokens hold, summed over the rows: [HQ] fp64."""
-        S, (R, _, N) = int(seq_lens.max()), indices.shape
+        S, N = int(seq_lens.max()), indices.shape[2]
         grouped = q.float().unflatten(1, (self.kv.shape[1], -1))  # [R, HKV, G, D]
         logits = torch.einsum("rhgd,hsd->rhgs", grouped, self.past(S)[0][0].float()) / math.sqrt(q.shape[2])
         start, _ = live_range(seq_lens, self.window)
         position = torch.arange(S, device=q.device)
         eligible = (position >= start[:, None]) & (position < seq_lens[:, None])  # [R, S]
         weights = logits.masked_fill(~eligible[:, None, None], float("-inf")).softmax(-1)
-        chosen = torch.arange(N, device=q.device) < n.view(R, -1, 1)  # [R, 1, N]; what lies past n is not written
+        chosen = torch.arange(N, device=q.device) < n[..., None]  # [R, HKV, N]; what lies past n is not written
         index = indices.long().where(chosen, 0)[:, :, None].expand(-1, -1, weights.shape[2], -1)
         return (weights.gather(3, index) * chosen[:, :, None]).sum((0, 3)).flatten().double()
 
 
 class DoubleSparsity(Sparse):
-    """By label scores, through the stages that ds_decode runs."""
+    """By label scores, as ds_decode chooses."""
 
-    labelled = True
+    labelled = foresees = True
 
     def choose(self, q, seq_lens):
-        labels = self.labels.expand(len(q), -1, -1, -1)
+        labels, workspace = self.labels.expand(len(q), -1, -1, -1), None
         if self.ds.use_triton(q):
-            return select(q, labels, self.label_map, seq_lens, self.ds, self.window, self.workspace_of(q))
-        labels = labels[..., : int(seq_lens.max())]
-        return self.best(score_ref(q, labels, self.label_map, seq_lens, self.window, self.ds.pool), seq_lens)
+            workspace = self.workspace_of(q)
+        else:
+            labels = labels[..., : int(seq_lens.max())]
+        return select_tokens(q, labels, self.label_map, seq_lens, self.ds, self.window, workspace)
 
 
 class Baseline(Sparse):
@@ -114,6 +120,8 @@ class Baseline(Sparse):
 
 class ExactTopK(Baseline):
     """The best tokens by q . k / sqrt(D) itself: the ceiling of token sparsity."""
+
+    foresees = True
 
     def scores(self, q, k):
         return torch.einsum("rhgd,hsd->rhgs", q, k) / math.sqrt(q.shape[3])
