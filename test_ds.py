@@ -1435,13 +1435,14 @@ def test_baselines_choose_by_their_own_definition(method):
             torch.testing.assert_close(out[b, h], weights @ v[0, h, chosen], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method, top_p", [("ds", None), ("ds", 0.6), ("exact_topk", None), ("exact_topk", 0.6), ("quest", None),
-                                           ("streaming", None)])
+@pytest.mark.parametrize("method, top_p", [("ds", None), ("ds", 0.6), ("exact_topk", None), ("exact_topk", 0.6),
+                                           ("quest", None), ("streaming", None)])
 def test_methods_by_kernels_equal_the_reference(method, top_p):
     """Groups of two query heads, rows over one cache in runs of several lengths, whose scratch is taken anew."""
     p, found = Problem(shapes(B=1, HQ=4, HKV=2, S=150)), {}
     for impl in ("torch", "triton"):
-        config = replace(p.config, impl=impl, dense_layers=0, recent=16, label_channels=32, sparsity=2 if top_p else 8, top_p=top_p)
+        config = replace(p.config, impl=impl, dense_layers=0, recent=16, label_channels=32, top_p=top_p,
+                         sparsity=2 if top_p else 8)
         cache = KVCache(ModelConfig(256, 1, 4, 2, 64, 64, 50, 150), 1, 150, DEVICE, torch.float32, config, [p.map])
         scratch = {}
         layer = evaluation.METHODS[method](cache.layers[0], scratch)
@@ -1805,7 +1806,8 @@ def test_the_published_wikitext_is_the_one_expected():
     (["longbench"], "longbench needs"), (["lines", "--data", "x"], "leave out --data"), (["--lengths", "0"], "lengths=0"),
     (["agreement", "--sparsity", "1"], "sparsity=1: dense has no methods"), (["--budgets", "n=x"], "budgets=n=x"),
     (["--methods", "topk"], "methods=topk: must be one of"),
-    (["lines", "--limit", "1", "--lengths", "300", "--methods", "quest", "--top_p", "0.9"], "top_p=0.9: this method does not"), (["perplexity", "--context", "9000"], "8192 positions")])
+    (["lines", "--limit", "1", "--lengths", "300", "--methods", "quest", "--top_p", "0.9"], "top_p=0.9: this method does not"),
+    (["perplexity", "--context", "9000"], "8192 positions")])
 def test_bad_settings_of_eval_are_named(evaluate, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         evaluate(*arguments)
