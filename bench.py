@@ -194,17 +194,17 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     row["dense_us"] = timed[row["dense_kernel"]]
 
     def stages(x, last):
-        """The step up to its `last`-th kernel."""
+        """The step's selection, up to its `last`-th launch."""
         def run():
-            selection = Selection(x.q, x.labels, x.map, x.seq_lens, config, workspace)
-            for stage in (selection.bracket, selection.emit, selection.choose)[:last]:
+            for stage in Selection(x.q, x.labels, x.map, x.seq_lens, config, workspace).stages()[:last]:
                 stage()
         return run
 
-    upto = [graph_us([stages(x, last) for x in xs]) for last in (1, 2, 3)]
+    launches = len(Selection(xs[0].q, xs[0].labels, xs[0].map, xs[0].seq_lens, config, workspace).stages())
+    upto = [graph_us([stages(x, last) for x in xs]) for last in range(1, launches + 1)]
     row["ds_us"] = graph_us([lambda x=x: step(x) for x in xs])
-    row |= {"bracket_us": upto[0], "emit_us": upto[1] - upto[0], "score_us": upto[1], "select_us": upto[2] - upto[1],
-            "attend_us": row["ds_us"] - upto[2]}
+    score_us = upto[1] if launches > 1 else None  # else one launch scores and selects
+    row |= {"score_us": score_us, "select_us": upto[-1] - (score_us or 0), "attend_us": row["ds_us"] - upto[-1]}
     try:
         row["naive_us"] = graph_us([lambda x=x: naive_chain(x, config) for x in xs[:1]], 5)
     except torch.OutOfMemoryError:
@@ -223,7 +223,7 @@ def attention_table(rows):
         return "-" if value is None else f"{value:.0f}"
 
     for r in rows:
-        stages = " + ".join(us(r.get(f"{name}_us")) for name in ("score", "select", "attend"))
+        stages = " + ".join(us(r[name]) for name in ("score_us", "select_us", "attend_us") if r.get(name) is not None) or "-"
         speedup = f"{r['speedup']:.1f}x" if r.get("speedup") else "wrong" if "speedup" in r else "CPU reference"
         limit = f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})" if "limit_us" in r else "-"
         dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))

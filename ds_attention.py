@@ -638,20 +638,67 @@ def _take_listed(entries, counts, before, total, groups, n, bracket, needed, pea
 
 
 @triton.jit
+def _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len,
+            start, n, bracket, peak, unit, sink, recent, l_sw, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
+            P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+            TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
+    """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, and for LAST
+    longer ones in memory; returns whether the row is left to another launch. labels, query, entries, counts: the row's."""
+    before += row.to(tl.int64) * 2**LOG_BLOCKS
+    long_entries += row.to(tl.int64) * longest
+    indices += row.to(tl.int64) * max_tokens
+    n_tokens += row
+    needed = 0.0
+    if TOP_P:
+        needed = tl.sum(tl.load(needs + row * PARTS + tl.arange(0, PARTS)))
+    first = start // BLOCK_S * BLOCK_S
+    block = tl.arange(0, 2**LOG_BLOCKS)
+    live = (block >= first // BLOCK_S) & (block * BLOCK_S < seq_len)
+    count = tl.load(counts + block, mask=live, other=0)
+    total = tl.sum(count, 0)
+    column = (count + 3) // 4
+    groups = tl.sum(column, 0)
+    tl.store(before + block, tl.cumsum(column, 0) - column)
+    tl.debug_barrier()
+    missed = total < n
+    for i in tl.static_range(TIERS):  # in registers, as many as it takes: the cost follows the live length
+        if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)) & (not missed):
+            _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens, indices, BLOCK_S,
+                         LOG_BLOCKS, TOP_P, TILE << i)
+    left = missed | (groups * 4 > TILE << (TIERS - 1))
+    if LAST:
+        if left & (groups * 4 <= longest) & (not missed):
+            # in memory, the blocks' lists one behind the other
+            for s in range(0, groups * 4, TILE_LONG):
+                offset, listed, inside = _sources(counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
+                entry = tl.where(listed, tl.load(entries + offset, mask=inside, other=0), NO_ENTRY)
+                tl.store(long_entries + _fours(s, TILE_LONG), entry, mask=inside)
+            tl.debug_barrier()
+            _take_best(long_entries, groups * 4, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
+        elif left:  # rare: all tokens are candidates
+            for s in range(first, seq_len, BLOCK_S):
+                offs_s = s + tl.arange(0, BLOCK_S)
+                words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W, BLOCK_W)
+                scores = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
+                key = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
+                tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
+            tl.debug_barrier()
+            _take_best(entries + first, seq_len - first, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
+    return left
+
+
+@triton.jit
 def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts,
-                   before, long_entries, indices, q_sb, q_sh, l_sb, l_sh, l_sw, S, longest, max_tokens, window, n_fixed,
+                   before, long_entries, indices, pending, q_sb, q_sh, l_sb, l_sh, l_sw, S, longest, max_tokens, window, n_fixed,
                    min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr, G: tl.constexpr,
                    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
                    BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr,
                    BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, BRACKET: tl.constexpr, EMIT: tl.constexpr,
-                   SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr, DONE: tl.constexpr, TILE: tl.constexpr,
+                   SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr, TILE: tl.constexpr,
                    TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
                    PDL: tl.constexpr):
-    """One, or all, of the three stages of a selection; a program has a row and KV head, or in EMIT one of its SEGMENTS.
-
-    CHOOSE takes lists of more than DONE candidates and searches up to TILE * 2**(TIERS - 1) of them in registers; LAST: all
-    that are longer, too.
-    """
+    """One, or all, of the three stages of a selection; a program has a row and KV head, or in EMIT one of its SEGMENTS. Unless
+    it is the LAST launch, rows with long lists are left to _choose_left_kernel."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
@@ -703,45 +750,40 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         if TOP_P:
             tl.store(needs + row * PARTS + segment, needed)
     if CHOOSE:
-        before += row.to(tl.int64) * BLOCKS
-        indices += row.to(tl.int64) * max_tokens
-        block = tl.arange(0, BLOCKS)
-        live = (block >= first // BLOCK_S) & (block * BLOCK_S < seq_len)
         if EMIT:
             tl.debug_barrier()
-        count = tl.load(counts + block, mask=live, other=0)
-        total = tl.sum(count, 0)
-        column = (count + 3) // 4
-        groups = tl.sum(column, 0)
-        tl.store(before + block, tl.cumsum(column, 0) - column)
-        tl.debug_barrier()
-        missed = total < n
-        needed = 0.0
-        if TOP_P:
-            needed = tl.sum(tl.load(needs + row * PARTS + tl.arange(0, PARTS)))
-        for i in tl.static_range(TIERS):  # in registers, as many as it takes: the cost follows the live length
-            if (groups * 4 <= TILE << i) & (groups * 4 > (DONE if i == 0 else TILE << i >> 1)) & (not missed):
-                _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens + row, indices,
-                             BLOCK_S, LOG_BLOCKS, TOP_P, TILE << i)
-        if LAST:
-            if (groups * 4 > TILE << (TIERS - 1)) & (groups * 4 <= longest) & (not missed):
-                # in memory, the blocks' lists one behind the other
-                long_entries += row.to(tl.int64) * longest
-                for s in range(0, groups * 4, TILE_LONG):
-                    offset, listed, inside = _sources(counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
-                    entry = tl.where(listed, tl.load(entries + offset, mask=inside, other=0), NO_ENTRY)
-                    tl.store(long_entries + _fours(s, TILE_LONG), entry, mask=inside)
-                tl.debug_barrier()
-                _take_best(long_entries, groups * 4, n, needed, peak, unit, n_tokens + row, indices, TOP_P, TILE_LONG)
-            elif missed | (groups * 4 > tl.maximum(TILE << (TIERS - 1), longest)):  # rare: all tokens are candidates
-                for s in range(first, seq_len, BLOCK_S):
-                    offs_s = s + tl.arange(0, BLOCK_S)
-                    words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W, BLOCK_W)
-                    scores = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
-                    key = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
-                    tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
-                tl.debug_barrier()
-                _take_best(entries + first, seq_len - first, n, needed, peak, unit, n_tokens + row, indices, TOP_P, TILE_LONG)
+        left = _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens,
+                       seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, W, BLOCK_W, BITS, P, BLOCK_S, LOG_BLOCKS, PARTS,
+                       TILE, TIERS, LAST, TILE_LONG, TOP_P, PTX)
+        if not LAST:
+            tl.store(pending + row, left.to(tl.int32))
+
+
+@triton.jit
+def _choose_left_kernel(labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts, before, long_entries,
+                        indices, pending, l_sb, l_sh, l_sw, S, longest, max_tokens, window, sink, recent, rows,
+                        HKV: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
+                        BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+                        TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
+                        PDL: tl.constexpr):
+    """The rows that are pending, of ROWS a program: few large programs, which mostly find none."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
+    for i in range(ROWS):
+        row = tl.program_id(0) * ROWS + i
+        if tl.load(pending + row, mask=row < rows, other=0) != 0:
+            pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
+            seq_len, n, bracket = tl.load(seq_lens + pid_b), tl.load(n_tokens + row), tl.load(lower + row)
+            peak, unit = 0, 0.0
+            if TOP_P:
+                peak, unit = tl.load(peaks + row), tl.load(units + row)
+            _choose(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * T + 1), needs,
+                    entries + row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S, counts + row.to(tl.int64) * 2**LOG_BLOCKS, before,
+                    long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len, tl.maximum(seq_len - window, 0), n,
+                    bracket, peak, unit, sink, recent, l_sw, W, BLOCK_W, BITS, P, BLOCK_S, LOG_BLOCKS, PARTS, TILE, TIERS, True,
+                    TILE_LONG, TOP_P, PTX)
 
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
@@ -787,6 +829,7 @@ class Workspace:
             self.blocks = triton.next_power_of_2(triton.cdiv(S, BLOCK))
             self.entries = scratch(R, triton.cdiv(S, BLOCK) * BLOCK, dtype=torch.int64)
             self.counts, self.before = scratch(R, self.blocks), scratch(R, self.blocks)
+            self.pending = scratch(R)
             max_tokens = config.budget(S if window is None else min(S, window))
             self.tile = min(max(TILE, triton.next_power_of_2(max_tokens * 7 // 4)), MAX_TILE)
             self.longest = 4 * max_tokens  # candidates searched in memory
@@ -820,15 +863,13 @@ class Selection:
         self.nvidia = not self.portable and self.q.is_cuda and torch.version.cuda is not None
         self.overlapped = not self.portable and pdl(self.q)
 
-    def run(self):
-        """The three stages: in one launch where there are rows enough to fill the GPU, one program each."""
-        if self.workspace.segments == 1:
-            self.launch(bracket=True, emit=True, choose=True, registers=128, last=not self.apart)  # four rows to a multiprocessor
-            self.choose_long()
-        else:
-            self.bracket()
-            self.emit()
-            self.choose()
+    def stages(self):
+        """What runs, in order: the three stages, or where one program a row fills the GPU, all in one launch."""
+        return [self.at_once] if self.workspace.segments == 1 else [self.bracket, self.emit, self.choose]
+
+    def at_once(self, num_warps=4, registers=128):
+        self.launch(bracket=True, emit=True, choose=True, num_warps=num_warps, registers=registers)  # four rows at a time
+        self.choose_left()
 
     def bracket(self, num_warps=4):
         """The query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
@@ -842,34 +883,49 @@ class Selection:
         """Exactly n of them, into workspace.indices."""
         per_warp = 256 if self.rows <= MANY_ROWS else 512  # few rows leave multiprocessors idle: more warps to each
         longest = TILE if self.apart else self.workspace.tile
-        self.launch(choose=True, num_warps=num_warps or max(1, min(16, longest // per_warp)), last=not self.apart)
-        self.choose_long()
+        self.launch(choose=True, num_warps=num_warps or max(1, min(16, longest // per_warp)))
+        self.choose_left()
 
-    def choose_long(self):
-        """The rows whose lists are too long for small programs, where many rows have those."""
+    def choose_left(self, num_warps=8):
+        """The rows whose lists are too long for small programs, where there are many rows and some may have such lists."""
         if self.apart:
-            self.launch(choose=True, num_warps=8, done=TILE)
+            rows_each = triton.cdiv(self.rows, 128)
+            names = ("q_sb", "q_sh", "n_fixed", "min_tokens", "share_num", "share_den", "top_p", "unit_per_label")
+            arguments = {name: value for name, value in self.arguments().items() if name not in names}
+            _choose_left_kernel[(triton.cdiv(self.rows, rows_each),)](
+                **arguments, rows=self.rows, ROWS=rows_each, TILE=2 * TILE, TIERS=max(1, (self.workspace.tile // (2 * TILE)).bit_length()),
+                TILE_LONG=256 * num_warps, num_warps=num_warps)
 
-    def launch(self, bracket=False, emit=False, choose=False, num_warps=4, registers=None, done=0, last=True):
-        """Some stages in one launch. registers: at most so many per thread. choose takes lists of more than `done` candidates,
-        and unless it is the last launch, of TILE at most."""
+    def arguments(self):
+        """What all launches have in common."""
         m, ws, c = self.label_map, self.workspace, self.config
         HQ, D = self.q.shape[1:]
         HKV, W, S = self.labels.shape[1:]
-        smallest = 2 * done if done else TILE
+        strides = dict(zip(("q_sb", "q_sh", "l_sb", "l_sh", "l_sw"), self.q.stride()[:2] + self.labels.stride()[:3]))
+        share_num, share_den = c.share()
+        return strides | dict(
+            labels=self.labels, seq_lens=self.seq_lens, n_tokens=ws.n_tokens, query=ws.query, lower=ws.lower, peaks=ws.peak,
+            units=ws.unit, needs=ws.needed, entries=ws.entries, counts=ws.counts, before=ws.before, long_entries=ws.long_entries,
+            indices=ws.indices, pending=ws.pending, S=S, longest=ws.longest, max_tokens=ws.indices.shape[2],
+            window=NO_WINDOW if self.window is None else self.window, n_fixed=c.n_tokens or 0, min_tokens=c.min_tokens,
+            share_num=share_num, share_den=share_den, sink=c.sink, recent=c.recent, top_p=c.top_p or 0.0,
+            unit_per_label=math.log2(math.e) / 127 / math.sqrt(D), HKV=HKV, P=1 if c.pool == "mean" else HQ // HKV, W=W,
+            BLOCK_W=triton.next_power_of_2(W), BITS=m.bits, BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1,
+            PARTS=ws.segments, TOP_P=c.top_p is not None, PTX=self.nvidia, PDL=self.overlapped,
+            **(dict(launch_pdl=True) if self.overlapped else {}))
+
+    def launch(self, bracket=False, emit=False, choose=False, num_warps=4, registers=None):
+        """Some stages in one launch. registers: at most so many per thread."""
+        m, ws, D = self.label_map, self.workspace, self.q.shape[2]
         segments = ws.segments if emit else 1
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
-            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, ws.peak, ws.unit,
-            ws.needed, ws.entries, ws.counts, ws.before, ws.long_entries, ws.indices, *self.q.stride()[:2], *self.labels.stride()[:3], S, ws.longest,
-            ws.indices.shape[2], NO_WINDOW if self.window is None else self.window, c.n_tokens or 0, c.min_tokens, *c.share(),
-            c.sink, c.recent, c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV=HKV, G=HQ // HKV, P=1 if c.pool == "mean" else HQ // HKV, D=D,
-            BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[2], W=W, BLOCK_W=triton.next_power_of_2(W), BITS=m.bits,
-            M=SAMPLE, RUN=RUN, MARGIN=MARGIN, BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit,
-            SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose, DONE=done, TILE=smallest, TIERS=max(1, (ws.tile // smallest).bit_length()) if last else 1,
-            LAST=last, TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, PTX=self.nvidia, PDL=self.overlapped, num_warps=num_warps,
+            **self.arguments(), q=self.q, basis_q=m.basis_q, step=m.step, lo=m.lo, G=self.q.shape[1] // self.labels.shape[1], D=D,
+            BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[2], M=SAMPLE, RUN=RUN, MARGIN=MARGIN, BRACKET=bracket, EMIT=emit,
+            SEGMENTS=segments, CHOOSE=choose, TILE=TILE, TIERS=1 if self.apart else max(1, (ws.tile // TILE).bit_length()),
+            LAST=not self.apart, TILE_LONG=256 * num_warps, num_warps=num_warps,
             enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
-            **limits, **(dict(launch_pdl=True) if self.overlapped else {}))
+            **limits)
 
 
 def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False):
@@ -878,7 +934,8 @@ def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, 
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
     workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-    Selection(q, labels, label_map, seq_lens, config, workspace, window, portable).run()
+    for stage in Selection(q, labels, label_map, seq_lens, config, workspace, window, portable).stages():
+        stage()
     return workspace.indices, workspace.n_tokens
 
 
@@ -1012,7 +1069,7 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     tl.debug_barrier()
     if tl.atomic_add(arrived + row, 1, sem="acq_rel") == SPLITS - 1:
         offs_s = tl.arange(0, SPLITS)
-        for g in tl.static_range(G):
+        for g in range(G):  # not unrolled: a head's parts take most registers
             part = (row.to(tl.int64) * G + g) * SPLITS + offs_s
             lse = tl.load(partial_lse + part, cache_modifier=".cg")
             weight = tl.exp2(lse - tl.max(lse, 0))  # [SPLITS]

@@ -226,8 +226,9 @@ class KVCache:
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None):
         """ds: None for dense; label_maps: one LabelMap per layer, needed from ds.dense_layers on."""
-        B, HKV, S, D = batch, config.n_kv_heads, max_seq_length, config.head_dim
-        self.max_seq_length, self.window, self.ds = S, config.sliding_window, ds
+        B, HKV, D = batch, config.n_kv_heads, config.head_dim
+        S = -(-max_seq_length // 16) * 16  # so that each row of label words is aligned, and four are loaded at once
+        self.max_seq_length, self.window, self.ds = max_seq_length, config.sliding_window, ds
         self.seq_lens = torch.zeros(B, dtype=torch.int32, device=device)
         self.layers = []
         workspace = None

@@ -1637,8 +1637,8 @@ def test_budgets_that_are_none_are_refused(text):
 
 def test_methods_are_read():
     assert evaluation.parse_method("quest") == ("quest", None, None)
-    assert evaluation.parse_method("ds:qk/2") == ("ds", "qk", 2) and evaluation.parse_method("ds/4,2") == ("ds", None, (4, 2))
-    for text in ("quest:qk", "quest/2", "dense", "ds:best", "ds/x"):
+    assert evaluation.parse_method("ds:qk/2") == ("ds", "qk", 2) and evaluation.parse_method("ds/4") == ("ds", None, 4)
+    for text in ("quest:qk", "quest/2", "dense", "ds:best", "ds/x", "ds/4,2"):
         with pytest.raises(ValueError, match=f"methods={text}"):
             evaluation.parse_method(text)
 
@@ -1806,7 +1806,7 @@ def test_the_published_wikitext_is_the_one_expected():
     (["longbench"], "longbench needs"), (["lines", "--data", "x"], "leave out --data"), (["--lengths", "0"], "lengths=0"),
     (["agreement", "--sparsity", "1"], "sparsity=1: dense has no methods"), (["--budgets", "n=x"], "budgets=n=x"),
     (["--methods", "topk"], "methods=topk: must be one of"),
-    (["lines", "--limit", "1", "--lengths", "300", "--methods", "quest", "--top_p", "0.9"], "top_p=0.9: this method does not"),
+    (["lines", "--limit", "1", "--lengths", "300", "--methods", "quest", "--top_p", "0.9"], "top_p=0.9: only ds and exact_topk"),
     (["perplexity", "--context", "9000"], "8192 positions")])
 def test_bad_settings_of_eval_are_named(evaluate, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
