@@ -1003,7 +1003,7 @@ def evaluate(args):
     runs = [(args.task, args.limit, settings)]
     if args.task == "all":
         runs = default_run(ds or DSConfig(), args.context, evaluation.device)
-        if ds is None or args.methods or args.budgets or args.n_tokens:
+        if ds is None or args.methods or args.budgets or args.n_tokens or args.top_p:
             runs = [(task, limit, settings) for task, limit, _ in runs if ds or task != "agreement"]
     rows = []
     for task, limit, settings in tqdm(runs, desc="tasks", unit="task", leave=False, disable=len(runs) == 1):

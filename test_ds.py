@@ -1435,12 +1435,14 @@ def test_baselines_choose_by_their_own_definition(method):
             torch.testing.assert_close(out[b, h], weights @ v[0, h, chosen], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["ds", "exact_topk", "quest", "streaming"])
-def test_methods_by_kernels_equal_the_reference(method):
+@pytest.mark.parametrize("method, top_p", [("ds", None), ("ds", 0.6), ("exact_topk", None), ("exact_topk", 0.6),
+                                           ("quest", None), ("streaming", None)])
+def test_methods_by_kernels_equal_the_reference(method, top_p):
     """Groups of two query heads, rows over one cache in runs of several lengths, whose scratch is taken anew."""
     p, found = Problem(shapes(B=1, HQ=4, HKV=2, S=150)), {}
     for impl in ("torch", "triton"):
-        config = replace(p.config, impl=impl, dense_layers=0, recent=16, label_channels=32)
+        config = replace(p.config, impl=impl, dense_layers=0, recent=16, label_channels=32, top_p=top_p,
+                         sparsity=2 if top_p else 8)
         cache = KVCache(ModelConfig(256, 1, 4, 2, 64, 64, 50, 150), 1, 150, DEVICE, torch.float32, config, [p.map])
         scratch = {}
         layer = evaluation.METHODS[method](cache.layers[0], scratch)
@@ -1448,11 +1450,32 @@ def test_methods_by_kernels_equal_the_reference(method):
         layer.start(probed=True)
         q = torch.randn(7, 4, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
         lens = torch.tensor([150, 149, 60, 31, 7, 2, 1], dtype=torch.int32, device=DEVICE)
-        found[impl] = [torch.cat([layer.decode(q[:4], lens[:4]), layer.decode(q[4:], lens[4:])]), layer.mass]
-        assert float(layer.attended) == pytest.approx(sum(config.budget(length) for length in lens.tolist()))
+        found[impl] = [torch.cat([layer.decode(q[:4], lens[:4]), layer.decode(q[4:], lens[4:])]), layer.mass, layer.attended]
+        most = sum(config.budget(length) for length in lens.tolist())
+        assert float(layer.attended) < most - 5 if top_p else float(layer.attended) == pytest.approx(most)
         assert list(scratch) == ([3] if impl == "triton" else [])
     for got, want in zip(found["triton"], found["torch"]):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+def test_exact_topk_takes_as_many_as_hold_top_p():
+    """Against a walk down the sorted softmax, head by head; the newest token is attended, but its weight is not counted."""
+    config = DSConfig(n_tokens=60, dense_layers=0, sink=2, recent=3, top_p=0.8)
+    cache = KVCache(ModelConfig(64, 1, 2, 2, 32, 64, 50, 128), 1, 100, DEVICE, torch.float32, config, [Problem(shapes()).map])
+    layer = evaluation.METHODS["exact_topk"](cache.layers[0], {})
+    k, v, q = (torch.randn(*shape, generator=torch.Generator().manual_seed(s)).to(DEVICE) * 1.5
+               for s, shape in enumerate(((1, 2, 100, 32), (1, 2, 100, 32), (4, 2, 32))))
+    layer.write(k, v, torch.arange(100, device=DEVICE)[None])
+    indices, n = layer.choose(q, torch.full((4,), 100, dtype=torch.int32, device=DEVICE))
+    for b in range(4):
+        for h in range(2):
+            mass = (k[0, h, :99] @ q[b, h] / 32**0.5).softmax(0).tolist()
+            chosen = {0, 1, 97, 98}
+            for token in sorted(set(range(99)) - chosen, key=lambda i: -mass[i]):
+                if sum(mass[i] for i in chosen) >= 0.8 or len(chosen) == 59:
+                    break
+                chosen.add(token)
+            assert set(indices[b, h, : n[b, h]].tolist()) == chosen | {99}
 
 
 def test_h2o_keeps_the_newest_and_the_most_attended():
@@ -1597,7 +1620,7 @@ def test_mmlu_runs_on_files_of_its_format(tiny, tmp_path):
 
 @pytest.mark.parametrize("text, wanted", [
     ("1/32", dict(sparsity=32)), ("n=64", dict(n_tokens=64)), ("1/8,n=64", dict(sparsity=8, n_tokens=64)),
-    ("n=64,top_p=0.8", dict(n_tokens=64, top_p=0.8))])
+    ("n=64,top_p=0.9", dict(n_tokens=64, top_p=0.9)), ("top_p=0.75", dict(top_p=0.75))])
 def test_budgets_are_read_and_named_alike(text, wanted):
     base = DSConfig(sink=2)
     config = evaluation.parse_budget(text, base)
@@ -1782,7 +1805,9 @@ def test_the_published_wikitext_is_the_one_expected():
 @pytest.mark.parametrize("arguments, message", [
     (["longbench"], "longbench needs"), (["lines", "--data", "x"], "leave out --data"), (["--lengths", "0"], "lengths=0"),
     (["agreement", "--sparsity", "1"], "sparsity=1: dense has no methods"), (["--budgets", "n=x"], "budgets=n=x"),
-    (["--methods", "topk"], "methods=topk: must be one of"), (["perplexity", "--context", "9000"], "8192 positions")])
+    (["--methods", "topk"], "methods=topk: must be one of"),
+    (["lines", "--limit", "1", "--lengths", "300", "--methods", "quest", "--top_p", "0.9"], "top_p=0.9: only ds and exact_topk"),
+    (["perplexity", "--context", "9000"], "8192 positions")])
 def test_bad_settings_of_eval_are_named(evaluate, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         evaluate(*arguments)
