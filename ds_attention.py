@@ -332,9 +332,9 @@ def _dot4(a, b, acc, PTX: tl.constexpr):
 
 
 @triton.jit
-def _readable(end, S):
-    """The first position not to read for tokens up to `end`: a multiple of 16 where S is one, so that loads take four words."""
-    return tl.minimum(tl.cdiv(end, 16) * 16, S)
+def _readable(end, row_words):
+    """The first position not to read for tokens up to `end`: a multiple of 16 where row_words is, so that loads take four words."""
+    return tl.minimum(tl.cdiv(end, 16) * 16, row_words)
 
 
 @triton.jit
@@ -456,7 +456,7 @@ def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, B
 
 
 @triton.jit
-def _bracket(q, columns, steps, lows, labels, query, seq_len, start, n, S, q_sh, l_sw, G: tl.constexpr, P: tl.constexpr,
+def _bracket(q, columns, steps, lows, labels, query, seq_len, start, n, row_words, q_sh, l_sw, G: tl.constexpr, P: tl.constexpr,
              D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr,
              RUN: tl.constexpr, MARGIN: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
     """Writes the label codes of a row's query. From a sample of M tokens, returns a lower bracket of its n-th best score, for
@@ -468,7 +468,7 @@ def _bracket(q, columns, steps, lows, labels, query, seq_len, start, n, S, q_sh,
     run = tl.arange(0, M) // RUN
     sampled = (start + run * (live // RUNS) + run * (live % RUNS) // RUNS) // RUN * RUN + tl.arange(0, M) % RUN
     inside = (sampled < seq_len) & (sampled >= start)
-    words = _load_words(labels, sampled, sampled < _readable(seq_len, S), l_sw, W, BLOCK_W)
+    words = _load_words(labels, sampled, sampled < _readable(seq_len, row_words), l_sw, W, BLOCK_W)
     # the query's label codes, packed as the label words are sliced: byte b of word (w, t) is dim (4 * w + b) * T + t
     largest = 0.0
     top_bias = float("-inf")
@@ -587,13 +587,13 @@ def _take_best(entries, total, n, needed, peak, unit, n_tokens, indices, TOP_P: 
 
 
 @triton.jit
-def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, S, sink, recent, l_sw,
+def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_words, sink, recent, l_sw,
           W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, TOP_P: tl.constexpr,
           PTX: tl.constexpr):
     """Scores a row's tokens from begin to end, the first block of which is in `words`, and lists, block by block, the
     candidates: those at or above the bracket. TOP_P: returns top_p of the tokens' weight less that of the forced ones."""
     needed = 0.0
-    readable = _readable(end, S)
+    readable = _readable(end, row_words)
     offs_s = tl.arange(0, BLOCK_S)
     group = tl.arange(0, BLOCK_S // 4)
     for s in range(begin, end, BLOCK_S):
@@ -689,7 +689,7 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
 
 @triton.jit
 def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts,
-                   before, long_entries, indices, pending, q_sb, q_sh, l_sb, l_sh, l_sw, S, longest, max_tokens, window, n_fixed,
+                   before, long_entries, indices, pending, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_words, longest, max_tokens, window, n_fixed,
                    min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr, G: tl.constexpr,
                    P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
                    BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr,
@@ -721,7 +721,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     if BRACKET:
         n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
         bracket, peak, largest = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, labels, query, seq_len,
-                                          start, n, S, q_sh, l_sw, G, P, D, BLOCK_D, W, BLOCK_W, BITS, M, RUN, MARGIN, TOP_P,
+                                          start, n, row_words, q_sh, l_sw, G, P, D, BLOCK_D, W, BLOCK_W, BITS, M, RUN, MARGIN, TOP_P,
                                           PTX)
         unit = largest * unit_per_label
         tl.store(n_tokens + row, n)
@@ -734,7 +734,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         begin = first + segment * span
         end = tl.minimum(begin + span, seq_len)
         offs_s = begin + tl.arange(0, BLOCK_S)
-        words = _load_words(labels, offs_s, offs_s < _readable(end, S), l_sw, W, BLOCK_W)
+        words = _load_words(labels, offs_s, offs_s < _readable(end, row_words), l_sw, W, BLOCK_W)
     if not BRACKET:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -745,8 +745,8 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         if TOP_P:
             peak, unit = tl.load(peaks + row), tl.load(units + row)
     if EMIT:
-        needed = _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, S, sink,
-                       recent, l_sw, W, BLOCK_W, BITS, P, BLOCK_S, TOP_P, PTX)
+        needed = _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_words,
+                       sink, recent, l_sw, W, BLOCK_W, BITS, P, BLOCK_S, TOP_P, PTX)
         if TOP_P:
             tl.store(needs + row * PARTS + segment, needed)
     if CHOOSE:
@@ -892,7 +892,7 @@ class Selection:
         """The rows whose lists are too long for small programs, where there are many rows and some may have such lists."""
         if self.apart:
             rows_each = triton.cdiv(self.rows, 128)
-            names = ("q_sb", "q_sh", "n_fixed", "min_tokens", "share_num", "share_den", "top_p", "unit_per_label")
+            names = ("q_sb", "q_sh", "row_words", "n_fixed", "min_tokens", "share_num", "share_den", "top_p", "unit_per_label")
             arguments = {name: value for name, value in self.arguments().items() if name not in names}
             _choose_left_kernel[(triton.cdiv(self.rows, rows_each),)](
                 **arguments, rows=self.rows, ROWS=rows_each, TILE=2 * TILE, TIERS=max(1, (self.workspace.tile // (2 * TILE)).bit_length()),
@@ -905,10 +905,14 @@ class Selection:
         HKV, W, S = self.labels.shape[1:]
         strides = dict(zip(("q_sb", "q_sh", "l_sb", "l_sh", "l_sw"), self.q.stride()[:2] + self.labels.stride()[:3]))
         share_num, share_den = c.share()
+        # tokens that may be read of a row of label words: up to the next multiple of 16, if the memory goes on so far
+        last = self.labels.storage_offset() + sum((n - 1) * stride for n, stride in zip(self.labels.shape, self.labels.stride()))
+        beyond = self.labels.untyped_storage().nbytes() // 4 - 1 - last
+        row_words = S + (-S % 16 if -S % 16 <= beyond else 0)
         return strides | dict(
             labels=self.labels, seq_lens=self.seq_lens, n_tokens=ws.n_tokens, query=ws.query, lower=ws.lower, peaks=ws.peak,
             units=ws.unit, needs=ws.needed, entries=ws.entries, counts=ws.counts, before=ws.before, long_entries=ws.long_entries,
-            indices=ws.indices, pending=ws.pending, S=S, longest=ws.longest, max_tokens=ws.indices.shape[2],
+            indices=ws.indices, pending=ws.pending, S=S, row_words=row_words, longest=ws.longest, max_tokens=ws.indices.shape[2],
             window=NO_WINDOW if self.window is None else self.window, n_fixed=c.n_tokens or 0, min_tokens=c.min_tokens,
             share_num=share_num, share_den=share_den, sink=c.sink, recent=c.recent, top_p=c.top_p or 0.0,
             unit_per_label=math.log2(math.e) / 127 / math.sqrt(D), HKV=HKV, P=1 if c.pool == "mean" else HQ // HKV, W=W,

@@ -226,9 +226,8 @@ class KVCache:
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None):
         """ds: None for dense; label_maps: one LabelMap per layer, needed from ds.dense_layers on."""
-        B, HKV, D = batch, config.n_kv_heads, config.head_dim
-        S = -(-max_seq_length // 16) * 16  # so that each row of label words is aligned, and four are loaded at once
-        self.max_seq_length, self.window, self.ds = max_seq_length, config.sliding_window, ds
+        B, HKV, S, D = batch, config.n_kv_heads, max_seq_length, config.head_dim
+        self.max_seq_length, self.window, self.ds = S, config.sliding_window, ds
         self.seq_lens = torch.zeros(B, dtype=torch.int32, device=device)
         self.layers = []
         workspace = None
@@ -239,7 +238,8 @@ class KVCache:
             layer = LayerCache(kv, config.sliding_window, workspace=workspace)
             if ds is not None and i >= ds.dense_layers:
                 layer.ds, layer.label_map = ds, label_maps[i].to(device)
-                layer.labels = torch.zeros(B, HKV, ds.words(D), S, dtype=torch.int32, device=device)
+                padded = -(-S // 16) * 16  # each row of label words starts aligned: four are loaded at once
+                layer.labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32, device=device)[..., :S]
             self.layers.append(layer)
 
     def _view(self, seq_lens, layers):

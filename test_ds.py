@@ -347,6 +347,20 @@ def test_pooling_by_the_maximum_bears_labels_far_from_zero():
     assert check_selection(p) > 0.99
 
 
+def test_labels_are_not_read_past_their_memory():
+    """Rows are read up to a multiple of 16 tokens, as far as there is memory: padded as in the cache, or not."""
+    p = Problem(shapes(S=203))
+    padded = torch.full((2, 2, 4, 208), -1, dtype=torch.int32, device=DEVICE)[..., :203]
+    padded.copy_(p.labels)
+    found = []
+    for labels, row_words in ((p.labels, 203), (padded, 208)):
+        workspace = ds.Workspace(2, 4, 2, 64, 203, torch.device(DEVICE), p.config)
+        assert ds.Selection(p.q, labels, p.map, p.seq_lens, p.config, workspace).arguments()["row_words"] == row_words
+        indices, n = ds.select(p.q, labels, p.map, p.seq_lens, p.config, workspace=workspace)
+        found.append([indices[b, h, : n[b, h]].tolist() for b in range(2) for h in range(2)])
+    assert found[0] == found[1]
+
+
 def test_a_workspace_of_another_shape_is_refused():
     p = Problem(shapes(S=300))
     config = DSConfig(**{**vars(p.config), "impl": "triton"})
@@ -1158,7 +1172,7 @@ def test_memory_need_counts_what_is_allocated():
     cache = KVCache(model.config, 3, 70, DEVICE, torch.float32, config, maps)
     assert need["weights"] == sum(p.nbytes for p in model.parameters())
     assert need["KV cache"] == cache.kv_bytes() and need["labels"] == cache.label_bytes() > 0
-    workspace = ds.Workspace(3, 4, 2, 16, 80, torch.device(DEVICE), config)  # its tokens in whole groups of 16
+    workspace = ds.Workspace(3, 4, 2, 16, 70, torch.device(DEVICE), config)
     assert need["workspace"] == sum(x.nbytes for x in vars(workspace).values() if isinstance(x, torch.Tensor))
     assert memory_need(model.config, 3, 70, torch.float32)["labels"] == 0
 
