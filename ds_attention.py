@@ -892,45 +892,45 @@ class Selection:
         """The rows whose lists are too long for small programs, where there are many rows and some may have such lists."""
         if self.apart:
             rows_each = triton.cdiv(self.rows, 128)
-            names = ("q_sb", "q_sh", "row_words", "n_fixed", "min_tokens", "share_num", "share_den", "top_p", "unit_per_label")
-            arguments = {name: value for name, value in self.arguments().items() if name not in names}
+            tiers = max(1, (self.workspace.tile // (2 * TILE)).bit_length())
             _choose_left_kernel[(triton.cdiv(self.rows, rows_each),)](
-                **arguments, rows=self.rows, ROWS=rows_each, TILE=2 * TILE, TIERS=max(1, (self.workspace.tile // (2 * TILE)).bit_length()),
-                TILE_LONG=256 * num_warps, num_warps=num_warps)
+                **self.arguments(), rows=self.rows, ROWS=rows_each, TILE=2 * TILE, TIERS=tiers, TILE_LONG=256 * num_warps,
+                num_warps=num_warps)
 
     def arguments(self):
         """What all launches have in common."""
-        m, ws, c = self.label_map, self.workspace, self.config
-        HQ, D = self.q.shape[1:]
-        HKV, W, S = self.labels.shape[1:]
-        strides = dict(zip(("q_sb", "q_sh", "l_sb", "l_sh", "l_sw"), self.q.stride()[:2] + self.labels.stride()[:3]))
-        share_num, share_den = c.share()
-        # tokens that may be read of a row of label words: up to the next multiple of 16, if the memory goes on so far
-        last = self.labels.storage_offset() + sum((n - 1) * stride for n, stride in zip(self.labels.shape, self.labels.stride()))
-        beyond = self.labels.untyped_storage().nbytes() // 4 - 1 - last
-        row_words = S + (-S % 16 if -S % 16 <= beyond else 0)
+        ws, c, (HKV, W, S) = self.workspace, self.config, self.labels.shape[1:]
+        strides = dict(zip(("l_sb", "l_sh", "l_sw"), self.labels.stride()))
         return strides | dict(
             labels=self.labels, seq_lens=self.seq_lens, n_tokens=ws.n_tokens, query=ws.query, lower=ws.lower, peaks=ws.peak,
             units=ws.unit, needs=ws.needed, entries=ws.entries, counts=ws.counts, before=ws.before, long_entries=ws.long_entries,
-            indices=ws.indices, pending=ws.pending, S=S, row_words=row_words, longest=ws.longest, max_tokens=ws.indices.shape[2],
-            window=NO_WINDOW if self.window is None else self.window, n_fixed=c.n_tokens or 0, min_tokens=c.min_tokens,
-            share_num=share_num, share_den=share_den, sink=c.sink, recent=c.recent, top_p=c.top_p or 0.0,
-            unit_per_label=math.log2(math.e) / 127 / math.sqrt(D), HKV=HKV, P=1 if c.pool == "mean" else HQ // HKV, W=W,
-            BLOCK_W=triton.next_power_of_2(W), BITS=m.bits, BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1,
-            PARTS=ws.segments, TOP_P=c.top_p is not None, PTX=self.nvidia, PDL=self.overlapped,
-            **(dict(launch_pdl=True) if self.overlapped else {}))
+            indices=ws.indices, pending=ws.pending, S=S, longest=ws.longest, max_tokens=ws.indices.shape[2],
+            window=NO_WINDOW if self.window is None else self.window, sink=c.sink, recent=c.recent, HKV=HKV,
+            P=1 if c.pool == "mean" else self.q.shape[1] // HKV, W=W, BLOCK_W=triton.next_power_of_2(W), BITS=self.label_map.bits,
+            BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1, PARTS=ws.segments, TOP_P=c.top_p is not None, PTX=self.nvidia,
+            PDL=self.overlapped, **(dict(launch_pdl=True) if self.overlapped else {}))
+
+    def row_words(self):
+        """Tokens that may be read of a row of label words: up to the next multiple of 16, if the memory goes on so far."""
+        S, offset = self.labels.shape[3], self.labels.storage_offset()
+        last = offset + sum((n - 1) * stride for n, stride in zip(self.labels.shape, self.labels.stride()))
+        beyond = self.labels.untyped_storage().nbytes() // 4 - 1 - last
+        return S + (-S % 16 if -S % 16 <= beyond else 0)
 
     def launch(self, bracket=False, emit=False, choose=False, num_warps=4, registers=None):
         """Some stages in one launch. registers: at most so many per thread."""
-        m, ws, D = self.label_map, self.workspace, self.q.shape[2]
+        m, ws, c, D = self.label_map, self.workspace, self.config, self.q.shape[2]
         segments = ws.segments if emit else 1
+        share_num, share_den = c.share()
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
-            **self.arguments(), q=self.q, basis_q=m.basis_q, step=m.step, lo=m.lo, G=self.q.shape[1] // self.labels.shape[1], D=D,
-            BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[2], M=SAMPLE, RUN=RUN, MARGIN=MARGIN, BRACKET=bracket, EMIT=emit,
-            SEGMENTS=segments, CHOOSE=choose, TILE=TILE, TIERS=1 if self.apart else max(1, (ws.tile // TILE).bit_length()),
-            LAST=not self.apart, TILE_LONG=256 * num_warps, num_warps=num_warps,
-            enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
+            **self.arguments(), q=self.q, basis_q=m.basis_q, step=m.step, lo=m.lo, q_sb=self.q.stride(0), q_sh=self.q.stride(1),
+            row_words=self.row_words(), n_fixed=c.n_tokens or 0, min_tokens=c.min_tokens, share_num=share_num,
+            share_den=share_den, top_p=c.top_p or 0.0, unit_per_label=math.log2(math.e) / 127 / math.sqrt(D),
+            G=self.q.shape[1] // self.labels.shape[1], D=D, BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[2], M=SAMPLE,
+            RUN=RUN, MARGIN=MARGIN, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, CHOOSE=choose, TILE=TILE,
+            TIERS=1 if self.apart else max(1, (ws.tile // TILE).bit_length()), LAST=not self.apart, TILE_LONG=256 * num_warps,
+            num_warps=num_warps, enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
             **limits)
 
 

@@ -355,7 +355,7 @@ def test_labels_are_not_read_past_their_memory():
     found = []
     for labels, row_words in ((p.labels, 203), (padded, 208)):
         workspace = ds.Workspace(2, 4, 2, 64, 203, torch.device(DEVICE), p.config)
-        assert ds.Selection(p.q, labels, p.map, p.seq_lens, p.config, workspace).arguments()["row_words"] == row_words
+        assert ds.Selection(p.q, labels, p.map, p.seq_lens, p.config, workspace).row_words() == row_words
         indices, n = ds.select(p.q, labels, p.map, p.seq_lens, p.config, workspace=workspace)
         found.append([indices[b, h, : n[b, h]].tolist() for b in range(2) for h in range(2)])
     assert found[0] == found[1]
