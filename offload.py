@@ -48,6 +48,12 @@ def host_tensor(shape, dtype, device):
     return tensor
 
 
+def host_layers(count, shape, dtype, device):
+    """K and V of that many layers, a host_tensor each. Pinning takes about 0.6 s per GiB."""
+    bar = tqdm(range(count), desc="pinning host memory", unit="layer", leave=False, delay=2)
+    return [host_tensor(shape, dtype, device) for _ in bar]
+
+
 def free_host_bytes():
     """Memory that this process may still take: the machine's, or what its control group allows."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -122,9 +128,10 @@ class Resident:
         self.kv = table(B, HKV, R, 2, D, dtype=dtype)
         self.slot_token = table(B, HKV, R)  # the token in a slot, -1 for none
         self.token_slot = table(B, HKV, S)  # the slot that a token was last put to; whether it is still there, slot_token says
-        self.last_used = table(B, HKV, R)  # by this clock: steps since forget()
+        self.last_used = table(B, HKV, R)  # by this clock, of steps since forget()
         self.clock = table(B, HKV)
-        self.counts = table(2, B, HKV, dtype=torch.int64)  # tokens selected and fetched since forget(), without the newest
+        # tokens selected, and of them fetched, without the newest ones; steps
+        self.counts = table(3, B, HKV, dtype=torch.int64)
         # of the latest step: slots of the selected tokens in their order, and which of them (as indices into it) were missing
         self.slots, self.missing, self.n_missing = table(B, HKV, R), table(B, HKV, R), table(B, HKV)
         self.forget()
@@ -165,7 +172,7 @@ def resolve_ref(r, indices, n_tokens, seq_lens):
     r.missing[b, h, (missed.cumsum(2) - 1)[b, h, i]] = i.int()
     r.slot_token[b, h, slot], r.token_slot[b, h, token], r.last_used[b, h, slot] = token.int(), slot.int(), r.clock[b, h]
     fetched = missed & (tokens != (seq_lens - 1)[:, None, None])
-    r.counts += torch.stack([n_tokens - 1, fetched.sum(2)])
+    r.counts += torch.stack([n_tokens - 1, fetched.sum(2), torch.ones_like(n_tokens)])
 
 
 @triton.jit
@@ -225,6 +232,7 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
     tl.store(clock + row, now)
     tl.store(counts + row, tl.load(counts + row) + n - 1)
     tl.store(counts + rows + row, tl.load(counts + rows + row) + fetched)
+    tl.store(counts + 2 * rows + row, tl.load(counts + 2 * rows + row) + 1)
 
 
 def resolve(r, indices, n_tokens, seq_lens, tile=2048, num_warps=8):
@@ -395,9 +403,7 @@ class OffloadCache(KVCache):
                              f"to (budget {ds.budget(longest)}, dense_below {ds.dense_below}); raise it, or lower "
                              "--dense_below")
         shape = (batch, config.n_kv_heads, max_seq_length, 2, config.head_dim)
-        if host is None:
-            bar = tqdm(range(count), desc="pinning host memory", unit="layer", leave=False, delay=2)
-            host = [host_tensor(shape, dtype, device) for _ in bar]
+        host = host_layers(count, shape, dtype, device) if host is None else host
         self.host = host[len(host) - count :]
         self.side = SideStream(device)
         self.streaming = Streaming(self.host, device, self.side) if ds is None else None
@@ -448,16 +454,18 @@ class OffloadCache(KVCache):
         return super().gpu_bytes() | {"slot maps": sum(r.map_bytes() for r in self.residents()), "staging": staging}
 
     def statistics(self):
-        """Of the steps since begin(): PCIe bytes to the GPU per step, the share of selected tokens that was resident, in
-        all and by layer, and where K and V lie."""
+        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, the share of selected tokens that was
+        resident, in all and by layer; and where K and V lie."""
         host_bytes = sum(host.nbytes for host in self.host)
         found = {"host_bytes": host_bytes, "slot_map_bytes": self.gpu_bytes()["slot maps"]}
         if self.streaming:
             return found | {"pcie_bytes_per_step": host_bytes}
-        counts = torch.stack([r.counts.sum((1, 2)) for r in self.residents()]).double().cpu()  # [layers, selected and fetched]
-        steps = max(1, max(int(r.clock.max()) for r in self.residents()))
-        token = 2 * self.host[0].shape[4] * self.host[0].element_size()
-        by_layer = 1 - counts[:, 1] / counts[:, 0].clamp(min=1)
-        return found | {"pcie_bytes_per_step": counts[:, 1].sum().item() * token / steps,
-                        "hit_rate": 1 - (counts[:, 1].sum() / counts[:, 0].sum().clamp(min=1)).item(),
-                        "hit_rate_by_layer": by_layer.tolist()}
+        counts = torch.stack([r.counts for r in self.residents()]).double().cpu()  # [layers, 3, B, HKV]
+        for r in self.residents():
+            r.counts.zero_()
+        steps = counts[0, 2, 0, 0].clamp(min=1)
+        selected, fetched = counts[:, :2].sum((2, 3)).T  # [layers] each
+        token = self.host[0][0, 0, 0].nbytes
+        return found | {"pcie_bytes_per_step": (fetched.sum() / steps).item() * token,
+                        "hit_rate": 1 - (fetched.sum() / selected.sum().clamp(min=1)).item(),
+                        "hit_rate_by_layer": (1 - fetched / selected.clamp(min=1)).tolist()}
