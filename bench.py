@@ -1,9 +1,11 @@
-"""Speed of Double Sparsity: decode attention against the fastest dense kernels, and whole decode steps against gpt-fast's way.
+"""Speed of Double Sparsity: decode attention against the fastest dense kernels, whole decode steps against gpt-fast's way, and
+with K and V in host memory against streaming all of them.
 
 Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]     on the same inputs, checked first
        python bench.py generate [--model Llama-2-7B --shapes 1x16384] [--modes gpt_fast dense ds]     random weights
+       python bench.py offload [--model Llama-2-7B --shapes 1x131072] [--modes flexgen gpu offload]   random weights
        python bench.py attention --device cpu          a small correctness pass, its times marked as CPU reference
-       python bench.py table attention                 the README's table, from results/attention.jsonl; or table generate
+       python bench.py table attention                 the README's table, from results/attention.jsonl; or generate, offload
 """
 import argparse
 import gc
@@ -13,6 +15,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Callable
 
 import torch
@@ -27,6 +30,7 @@ from ds_attention import DSConfig, LabelMap, Selection, Workspace, write_labels
 from eval import provenance
 from generate import HERE, DecodeStep, copy_bandwidth, default_dtype, generate, now, pick_device
 from model import PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes, run_command
+from offload import OffloadCache, check_host_memory, free_host_bytes, host_layers
 
 RESULTS = HERE / "results"
 
@@ -317,10 +321,11 @@ class GptFast(nn.Module):
         return self.model.logits(x).argmax(-1)
 
 
-def step_seconds(run, steps, device):
-    """Median seconds of run() among `steps` calls, by the device's clock."""
+def step_seconds(run, steps, device, warm=lambda: None):
+    """Median seconds of run() among `steps` calls, by the device's clock. warm: called before these, after the warm-up."""
     for _ in range(WARM_UP):
         run()
+    warm()
     events = [now(torch.device(device))]
     for _ in range(steps):
         run()
@@ -351,29 +356,45 @@ def time_gpt_fast(model, B, S, steps, device, _):
         torch._dynamo.reset()  # lets go of its graphs' memory
 
 
-def random_cache(model, B, size, config, device):
-    """A cache full of random K and V, as large as normed vectors through weights like random_model's, and of their labels.
+def random_cache(model, B, size, config, device, cache_type=KVCache):
+    """A cache full of random K and V, as large as normed vectors through weights like random_model's, and of their labels; the
+    same ones for each type of cache.
 
     The label maps choose channels: of random keys all are alike.
     """
     label_map = config and channel_map(model.config.n_kv_heads, model.config.head_dim, config, device)
-    cache = KVCache(model.config, B, size, device, model.dtype, config, [label_map] * model.config.n_layers)
-    for layer in cache.layers:
-        layer.kv.normal_()
-        if layer.ds is not None:
-            label_all(layer.kv[..., 0, :], layer.labels, label_map, config)
+    cache = cache_type(model.config, B, size, device, model.dtype, config, [label_map] * model.config.n_layers)
+    generator = torch.Generator(device).manual_seed(0)
+    for b in range(B):
+        for layer in cache.prefill_layers(b, 0, size):
+            layer.kv.normal_(generator=generator)
+            if layer.ds is not None:
+                label_all(layer.kv[..., 0, :], layer.labels, label_map, config)
     return cache
 
 
-def time_decode(model, B, S, steps, device, config):
-    """(seconds per step, bytes of weights and cache as read) of generate.py's step, config: DSConfig or None for dense."""
-    cache = random_cache(model, B, S + steps + WARM_UP, config, device)
+def time_steps(model, cache, S, steps, device, temperature=0.0):
+    """Of generate.py's step from S live tokens on: (seconds, tokens that came out of all steps [any, B], logits of one more
+    [B, vocab])."""
     cache.seq_lens.fill_(S - 1)
     sparse = cache.sparse_at(S)
-    step = DecodeStep(model, cache)
-    step.start([1] * B, [sparse])
-    seconds = step_seconds(lambda: step.run(sparse), steps, device)
-    return seconds, model.weight_bytes(B) + step.views[sparse].read_bytes(torch.full((B,), S))[0]
+    step, tokens = DecodeStep(model, cache, temperature), []
+    step.start([1] * len(cache.seq_lens), [sparse])
+
+    def run():
+        step.run(sparse)
+        tokens.append(step.sampled.clone())
+
+    seconds = step_seconds(run, steps, device, warm=cache.statistics)
+    return seconds, torch.stack(tokens), model.decode(step.tokens, step.views[sparse])
+
+
+def time_decode(model, B, S, steps, device, config):
+    """(seconds per step, bytes of weights and cache as read), config: DSConfig or None for dense."""
+    cache = random_cache(model, B, S + steps + WARM_UP, config, device)
+    seconds, *_ = time_steps(model, cache, S, steps, device)
+    view = cache if cache.sparse_at(S) else cache.all_tokens()
+    return seconds, model.weight_bytes(B) + view.read_bytes(torch.full((B,), S))[0]
 
 
 def time_prefill(model, B, S, device, config):
@@ -425,33 +446,43 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first):
     return rows
 
 
-def run_generate(args, device):
-    """Yields the rows of the shapes asked for, one shape's at a time, all modes of a shape in turn on the same machine."""
-    dtype = default_dtype(device)
-    configs = [DSConfig(dense_layers=n, dense_below=args.dense_below) for n in args.dense_layers]
-    timed = [mode for mode in args.modes if mode != "prefill"]
-    settings = [(*row, ["prefill"]) for row in PREFILLS if "prefill" in args.modes] + [(*row, timed) for row in STEPS if timed]
-    presets = PRESETS
+def model_shapes(args, device, settings, modes, example):
+    """The shapes asked for, by default `settings`, (name, B, S, modes) each, on a CPU a small one: yields (model, shape)."""
+    presets = {"tiny": CPU_MODEL} if device == "cpu" else PRESETS
     if device == "cpu":
-        presets, settings = {"tiny": CPU_MODEL}, [("tiny", 2, 300, args.modes)]
-        configs = [replace(config, min_tokens=16, dense_below=0) for config in configs]
+        settings = [("tiny", 2, 300, modes)]
     elif args.model or args.shapes:
-        shapes = parse_sizes("shapes", args.shapes or "1x16384", "4x16384,16x16384")
-        settings = [(args.model or "Llama-2-7B", *shape, args.modes) for shape in shapes]
-    if any(presets[name].n_experts for name, *_ in settings) and "gpt_fast" in args.modes:
+        shapes = parse_sizes("shapes", args.shapes or example, "4x16384,16x16384")
+        settings = [(args.model or "Llama-2-7B", *shape, modes) for shape in shapes]
+    if any(presets[name].n_experts for name, *_ in settings) and "gpt_fast" in modes:
         raise ValueError("modes=gpt_fast: does not know expert layers; leave it out with --modes dense ds")
     model = held = None
-    for i, (name, B, S, modes) in enumerate(tqdm(settings, desc="generate", unit="shape", leave=False)):
-        if name != held:
+    for setting in tqdm(settings, desc="bench", unit="shape", leave=False):
+        if setting[0] != held:
             model = None  # before there is another one
-            model, held = random_model(presets[name], device, dtype), name
+            model, held = random_model(presets[setting[0]], device, default_dtype(device)), setting[0]
             if device != "cpu" and not args.no_compile:
                 model.compile_blocks()
-        yield generate_rows(name, model, B, S, modes, configs, args.steps, device, first=i == 0)
+        yield model, setting
+
+
+def run_generate(args, device):
+    """Yields the rows of the shapes asked for, one shape's at a time, all modes of a shape in turn on the same machine."""
+    modes = args.modes or MODES
+    configs = [DSConfig(dense_layers=n, dense_below=args.dense_below) for n in args.dense_layers]
+    if device == "cpu":
+        configs = [replace(config, min_tokens=16, dense_below=0) for config in configs]
+    timed = [mode for mode in modes if mode != "prefill"]
+    settings = [(*row, ["prefill"]) for row in PREFILLS if "prefill" in modes] + [(*row, timed) for row in STEPS if timed]
+    for i, (model, (name, B, S, of_shape)) in enumerate(model_shapes(args, device, settings, modes, "1x16384")):
+        yield generate_rows(name, model, B, S, of_shape, configs, args.steps, device, first=i == 0)
 
 
 def mode_name(r):
-    return f"ds, {r['config']['dense_layers']} dense layers" if r["mode"] == "ds" else r["mode"]
+    """A row's mode, and what else tells it from others of its shape."""
+    layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
+    resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
+    return r["mode"] + layers + resident
 
 
 def generate_table(rows):
@@ -508,6 +539,103 @@ def draw_generate(rows, axes):
     axes.set(yscale="log", ylabel="tokens/s")
 
 
+# ---------------------------------------------------------------- offload
+
+OFFLOADS = [("Llama-2-7B", 1, 131072), ("Llama-2-7B", 4, 32768), ("Llama-3.1-8B", 1, 262144), ("Llama-3.1-8B", 1, 524288)]
+OFFLOAD_MODES = ("flexgen", "gpu", "offload")
+
+
+def host_bandwidth(host, device):
+    """Bytes per second of a copy of pinned memory to the GPU."""
+    to = torch.empty(host.shape, dtype=host.dtype, device=device)
+    return host.nbytes / step_seconds(lambda: to.copy_(host, non_blocking=True), 5, device)
+
+
+def offload_rows(name, model, B, S, modes, configs, budgets, steps, device):
+    """One shape's rows of results/offload.jsonl. configs: a row of gpu and of offload for each; budgets: resident tokens of
+    offload, a row for each, in multiples of the tokens attended. All modes decode the same random K and V."""
+    c, size = model.config, S + steps + WARM_UP
+    runs = [("flexgen", None, None)] + [("gpu", config, None) for config in configs]
+    runs += [("offload", config, math.ceil(budget * config.budget(size))) for config in configs for budget in budgets]
+    rows, outs, host, copy_speed = [], {}, None, None
+    for mode, config, resident in [run for run in runs if run[0] in modes]:
+        row = {"bench": "offload", "model": name, "weights": "random", "B": B, "S": S, "mode": mode,
+               "config": config and asdict(config), "resident_tokens": resident, "ms_per_step": None,
+               "dtype": str(model.dtype).removeprefix("torch."), "steps": min(steps, 10) if mode == "flexgen" else steps}
+        gc.collect()
+        try:
+            cache_type = KVCache if mode == "gpu" else partial(OffloadCache, resident_tokens=resident)
+            if device != "cpu":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                held = sum(p.nbytes for p in model.parameters())
+                check_memory(torch.cuda.mem_get_info()[0] + held, c, B, size, model.dtype, config, cache_type)
+            if mode != "gpu":
+                if host is None:  # pinned once, for all modes
+                    check_host_memory(free_host_bytes(), c, B, size, model.dtype)
+                    shape = (B, c.n_kv_heads, size, 2, c.head_dim)
+                    host = host_layers(c.n_layers, shape, model.dtype, torch.device(device))
+                    copy_speed = host_bandwidth(host[0], device) if device != "cpu" else None
+                cache_type = partial(cache_type, host=host)
+            cache = random_cache(model, B, size, config, device, cache_type)
+            # sampled: a greedy text of random weights repeats itself, and its selections with it
+            seconds, *out = time_steps(model, cache, S, row["steps"], device, temperature=1.0)
+            row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds, "gpu_kv_bytes": cache.kv_bytes(),
+                    "gpu_label_bytes": cache.label_bytes()} | cache.statistics()
+            if mode == "gpu":
+                outs[config.dense_layers] = out
+            if mode == "offload" and config.dense_layers in outs:
+                tokens, logits = outs[config.dense_layers]
+                row["same_tokens"] = torch.equal(out[0], tokens)
+                row["logit_error"] = ((out[1] - logits).float().norm() / logits.float().norm()).item()
+            if mode != "gpu":
+                row |= {"pcie_gbps": row["pcie_bytes_per_step"] / seconds / 1e9,
+                        "pcie_copy_gbps": copy_speed and copy_speed / 1e9}
+            if device != "cpu":
+                row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        except (ValueError, torch.OutOfMemoryError) as error:
+            row["error"] = str(error).split("\n")[0]
+        cache = None
+        rows.append(row | provenance(device))
+    flexgen = next((r["ms_per_step"] for r in rows if r["mode"] == "flexgen"), None)
+    for row in rows:
+        wrong = row.get("same_tokens") is False or row.get("logit_error", 0) > 1e-3
+        row["speedup_vs_flexgen"] = flexgen / row["ms_per_step"] if flexgen and row["ms_per_step"] and not wrong else None
+    return rows
+
+
+def run_offload(args, device):
+    """Yields the rows of the shapes asked for, one shape's at a time."""
+    modes = args.modes or OFFLOAD_MODES
+    configs = [DSConfig(dense_layers=n, dense_below=0) for n in args.dense_layers]
+    if device == "cpu":
+        configs = [replace(config, min_tokens=64) for config in configs]
+    settings = [(*row, modes) for row in OFFLOADS]
+    for model, (name, B, S, of_shape) in model_shapes(args, device, settings, modes, "1x131072"):
+        yield offload_rows(name, model, B, S, of_shape, configs, args.budgets, args.steps, device)
+
+
+def offload_table(rows):
+    """Rows of results/offload.jsonl -> Markdown."""
+    lines = ["| model | B, S | mode | ms per step | tokens/s | over flexgen | PCIe: MB per step | GB/s | tokens on the GPU | "
+             "same tokens, logits as gpu | GPU GiB: K and V | labels, maps | host GiB |", "|---" * 13 + "|"]
+    for r in rows:
+        def cell(name, form, unit="", scale=1, r=r):
+            return "-" if r.get(name) is None else f"{r[name] / scale:{form}}{unit}"
+
+        time = "out of memory" if "error" in r else cell("ms_per_step", ".2f")
+        share = f" ({r['pcie_gbps'] / r['pcie_copy_gbps']:.0%} of a copy)" if r.get("pcie_copy_gbps") else ""
+        same = {None: "-", True: f"yes, {r.get('logit_error', 0):.0e}", False: "no"}[r.get("same_tokens")]
+        maps = r.get("gpu_label_bytes", 0) + r.get("slot_map_bytes", 0)
+        reference = " (CPU reference)" if "CPU" in r["gpu"] else ""
+        lines.append(f"| {r['model']}{reference} | {r['B']}, {r['S']} | {mode_name(r)} | {time} | "
+                     f"{cell('tokens_per_s', '.1f')} | {cell('speedup_vs_flexgen', '.1f', 'x')} | "
+                     f"{cell('pcie_bytes_per_step', '.1f', scale=1e6)} | {cell('pcie_gbps', '.1f')}{share} | "
+                     f"{cell('hit_rate', '.0%')} | {same} | {cell('gpu_kv_bytes', '.2f', scale=2**30)} | {maps / 2**30:.2f} | "
+                     f"{cell('host_bytes', '.1f', scale=2**30)} |")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -530,8 +658,13 @@ def generate_setting(r):
     return [*(r[key] for key in ("model", "B", "S", "mode", "dtype")), dense_layers]
 
 
+def offload_setting(r):
+    return [*(r[key] for key in ("model", "B", "S", "dtype")), mode_name(r)]
+
+
 BENCHES = {"attention": Bench(run_attention, attention_setting, attention_table, draw_attention),
-           "generate": Bench(run_generate, generate_setting, generate_table, draw_generate)}
+           "generate": Bench(run_generate, generate_setting, generate_table, draw_generate),
+           "offload": Bench(run_offload, offload_setting, offload_table, draw_generate)}
 
 
 def newest_rows(name):
@@ -594,16 +727,20 @@ def main():
                            help="bits per dim: 2, 4, 8 or 16 (default %(default)s)")
     attention.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16",
                            help="of q, K and V (default %(default)s)")
-    steps = parser.add_argument_group("generate")
+    steps = parser.add_argument_group("generate and offload")
     steps.add_argument("--model", choices=PRESETS, help="whose shape, without a sliding window (default: the README's rows)")
-    steps.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES),
-                       help="prefill; decode steps as gpt-fast's, dense, or Double Sparsity as generate.py has it (default: "
-                            "all; gpt_fast compiles for about a minute per shape)")
+    steps.add_argument("--modes", nargs="+", choices=(*MODES, *OFFLOAD_MODES),
+                       help="of generate: prefill; decode steps as gpt-fast's, dense, or Double Sparsity as generate.py has it "
+                            "(gpt_fast compiles for about a minute per shape); of offload: all K and V streamed as FlexGen "
+                            "does, Double Sparsity with K and V on the GPU, and with them in host memory (default: all)")
     steps.add_argument("--steps", type=int, default=50, help="steps timed, the median counts (default %(default)s)")
     steps.add_argument("--dense_layers", type=int, nargs="+", default=[DSConfig.dense_layers, 0],
-                       help="of ds, a row for each (default %(default)s)")
+                       help="of ds, gpu and offload, a row for each (default %(default)s)")
     steps.add_argument("--dense_below", type=int, default=DSConfig.dense_below,
                        help="tokens below which ds attends to everything (default %(default)s)")
+    steps.add_argument("--budgets", type=float, nargs="+", default=[1, 2], metavar="X",
+                       help="of offload: tokens resident on the GPU, in multiples of those attended, a row for each (default "
+                            "%(default)s)")
     steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")
     args = parser.parse_args()
     if args.what == "table":
@@ -615,6 +752,12 @@ def main():
             raise ValueError("bench.py needs a CUDA GPU for its times; --device cpu runs a small correctness pass")
         if args.steps < 1:
             raise ValueError(f"steps={args.steps}: must be at least 1")
+        if min(args.budgets) < 1:
+            raise ValueError(f"budgets={min(args.budgets):g}: must be at least 1, what a step attends to")
+        known = {"generate": MODES, "offload": OFFLOAD_MODES}.get(args.what, ())
+        for mode in args.modes or ():
+            if mode not in known:
+                raise ValueError(f"modes={mode}: is not a mode of {args.what}")
         device = pick_device(args.device)
         bench, rows = BENCHES[args.what], []
         for measured in bench.run(args, device):

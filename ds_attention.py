@@ -1006,9 +1006,9 @@ def _label_newest(key, basis, step, lo, labels, l_sw, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, out, basis_k, step, lo, labels,
-                   max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw,
-                   SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
+def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, out, basis_k, step, lo, labels, newest,
+                   max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw, n_sb, n_sh,
+                   n_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
                    BLOCK_W: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr):
     if PDL and not OVERLAP:
@@ -1027,8 +1027,9 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     if W > 0:  # while the selection runs: whoever reads the newest label in this step overrides its key with FORCED
         if pid_split == 0:
             C: tl.constexpr = W * 32 // BITS
-            _label_newest(k + (seq_len - 1).to(tl.int64) * k_ss, basis_k + pid_h * D * C, step + pid_h * C, lo + pid_h * C,
-                          labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D, W, BLOCK_W, BITS)
+            _label_newest(newest + pid_b * n_sb + pid_h * n_sh + (seq_len - 1).to(tl.int64) * n_ss, basis_k + pid_h * D * C,
+                          step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D,
+                          W, BLOCK_W, BITS)
     if PDL and OVERLAP:
         tl.extra.cuda.gdc_wait()
     begin = 0 if SPARSE else tl.maximum(seq_len - window, 0)
@@ -1087,16 +1088,18 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
 
 
 def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, labels=None, label_map=None,
-           overlap=False, block_n=32, num_warps=None, stages=2):
+           newest=None, overlap=False, block_n=32, num_warps=None, stages=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts.
 
-    labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too. overlap: read q, k
-    and seq_lens while `select`, called right before, ends; they must be older than that.
+    labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too; the key is read at
+    seq_lens - 1 in `newest` [B, HKV, S, D], by default k. overlap: read q, k and seq_lens while `select`, called right before,
+    ends; they must be older than that.
     """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     G = HQ // HKV
-    assert q.stride(2) == k.stride(3) == v.stride(3) == 1
+    newest = k if newest is None else newest
+    assert q.stride(2) == k.stride(3) == v.stride(3) == newest.stride(3) == 1
     ws = workspace or Workspace(B, HQ, HKV, D, S, q.device)
     assert ws.shape[:4] == (B, HQ, HKV, D), "a workspace of another shape"
     out = torch.empty(B, HQ, D, dtype=q.dtype, device=q.device)
@@ -1106,9 +1109,9 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     overlapped = pdl(q)
     _attend_kernel[(B * HKV, ws.splits)](
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,
-        *((m.basis_k, m.step, m.lo, labels) if W else (None,) * 4), S if indices is None else indices.shape[-1],
+        *((m.basis_k, m.step, m.lo, labels, newest) if W else (None,) * 5), S if indices is None else indices.shape[-1],
         NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],
-        *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), indices is not None, HKV, G,
+        *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3], indices is not None, HKV, G,
         max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n, stages, W,
         triton.next_power_of_2(W), m.bits if W else 0,
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers

@@ -3,6 +3,7 @@
 Usage: python generate.py --sparsity 16                                the built-in demonstration on tiny/
        python generate.py --checkpoint DIR_OR_HUB_ID --prompt "Once upon a time" --max_new_tokens 100
        python generate.py --compare --prompt_file FILE                 dense and sparse side by side
+       python generate.py --offload --prompt_file FILE                 K and V in host memory
 """
 import argparse
 import contextlib
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from convert_hf import convert
 from ds_attention import DSConfig
 from model import ArgumentParser, KVCache, ModelConfig, check_memory, load_label_maps, load_model, open_tensors, run_command
+from offload import OffloadCache, check_host_memory, free_host_bytes
 from tiny.tasks import kv_answer, kv_prompt, random_kv
 
 HERE = Path(__file__).resolve().parent
@@ -202,6 +204,7 @@ class DecodeStep:
         for sparse in kinds:
             if self.model.device.type == "cuda" and sparse not in self.graphs:
                 self._capture(sparse)
+        self.cache.begin()
         self.running.fill_(True)
         self.generator.manual_seed(self.seed)
 
@@ -401,7 +404,7 @@ def copy_bandwidth(device):
 def run_statistics(result, cache, device):
     """A Generation's statistics and what belongs to the machine: a dict for --json."""
     found = result.statistics() | {"kv_cache_bytes": cache.kv_bytes(), "label_cache_bytes": cache.label_bytes(),
-                                   "peak_memory_bytes": peak_memory_bytes(device)}
+                                   "peak_memory_bytes": peak_memory_bytes(device)} | cache.statistics()
     if device != "cpu" and result.step_s:
         found["bandwidth_share"] = found["bytes_per_step"] / found["median_ms_per_token"] * 1e3 / copy_bandwidth(device)
     return found
@@ -419,6 +422,11 @@ def print_statistics(found, device, name=""):
           f"({share:.0%}) | KV cache {found['kv_cache_bytes'] / 2**20:.1f} MiB + labels "
           f"{found['label_cache_bytes'] / 2**20:.1f} MiB | peak {'GPU' if device != 'cpu' else 'process'} memory "
           f"{found['peak_memory_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
+    if "host_bytes" in found:
+        hits = f", {found['hit_rate']:.0%} of the selected tokens were on the GPU" if "hit_rate" in found else ""
+        print(f"{name}over PCIe per step {found['pcie_bytes_per_step'] / 1e6:.2f} MB{hits} | host memory "
+              f"{found['host_bytes'] / 2**20:.1f} MiB, GPU maps of it {found['slot_map_bytes'] / 2**20:.1f} MiB",
+              file=sys.stderr)
 
 
 def demonstration(tokenizer, max_tokens=4000):
@@ -476,6 +484,12 @@ def parse_arguments():
     parser.add_argument("--max_seq_length", type=int, metavar="TOKENS",
                         help="cache of each sequence: generation ends where it is full (default: as many as there will be; "
                              "--interactive: all of the model's)")
+    parser.add_argument("--offload", action="store_true",
+                        help="keep K and V in host memory, on the GPU only labels, the dense layers and tokens that recent steps "
+                             "attended to; with --sparsity 1 all of K and V is streamed in each step")
+    parser.add_argument("--resident_tokens", type=int, metavar="TOKENS",
+                        help="with --offload: tokens per sequence and KV head kept on the GPU (default: the most that a step "
+                             "attends to, dense steps below --dense_below included)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--no_compile", action="store_true", help="on a GPU, leave blocks out of torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
@@ -487,10 +501,12 @@ def parse_arguments():
                              "distributions are, both speeds")
     parser.add_argument("--json", metavar="FILE", help="write tokens, texts and statistics to this file")
     args = parser.parse_args()
-    for name, low in [("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("max_seq_length", 2)]:
+    for name, low in [("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("max_seq_length", 2), ("resident_tokens", 1)]:
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value}: must be at least {low}")
+    if args.resident_tokens and not args.offload:
+        raise ValueError(f"resident_tokens={args.resident_tokens}: without --offload all tokens are on the GPU")
     if args.interactive and (args.prompt or args.prompt_file or args.json or args.compare):
         raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, --prompt_file, --json and "
                          "--compare")
@@ -546,14 +562,14 @@ def new_tokens_text(tokenizer, prompt, ids):
     return tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
 
 
-def compare(model, tokenizer, prompts, size, ds, label_maps, args):
+def compare(model, tokenizer, prompts, size, ds, label_maps, cache_type, args):
     """The --compare run: prints both texts and how they differ; returns the figures, a dict for --json."""
     found, text_ids, logits = {}, {}, {}
     bar = tqdm(total=2 * sum(map(len, prompts)), desc="prefill, dense and ds", unit="token", leave=False, delay=2)
     for mode, config in (("dense", None), ("ds", ds)):
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        cache = KVCache(model.config, len(prompts), size, args.device, model.dtype, config, label_maps)
+        cache = cache_type(model.config, len(prompts), size, args.device, model.dtype, config, label_maps)
         step = DecodeStep(model, cache, args.temperature, args.top_k, args.seed)
         result = generate(step, prompts, min(args.max_new_tokens, size - max(map(len, prompts))), progress=bar.update)
         found[mode], text_ids[mode] = run_statistics(result, cache, args.device), result.token_ids
@@ -598,8 +614,12 @@ def main():
         args.max_new_tokens = min(args.max_new_tokens, len(tokenizer.encode(answer[1:], bos=False)))
     prompts = [tokenizer.encode(text) for text in texts]
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
+    cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype, ds)
+    if args.offload:
+        cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens)
+        check_host_memory(free_host_bytes(), *needs)
     if args.device != "cpu":
-        check_memory(torch.cuda.mem_get_info()[0], config, max(1, len(prompts)), size, dtype, ds)
+        check_memory(torch.cuda.mem_get_info()[0], *needs, cache_type)
     model = load_model(checkpoint, args.device, dtype)
     label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
     if args.device != "cpu" and not args.no_compile:
@@ -608,9 +628,9 @@ def main():
         question = texts[0].rpartition("}\n")[2].strip()  # what follows the document
         print(f"no prompt given: a generated document of {len(prompts[0])} tokens, then\n{question}", file=sys.stderr)
     if args.compare:
-        found = compare(model, tokenizer, prompts, size, ds, label_maps, args)
+        found = compare(model, tokenizer, prompts, size, ds, label_maps, cache_type, args)
     else:
-        cache = KVCache(config, max(1, len(prompts)), size, args.device, dtype, ds, label_maps)
+        cache = cache_type(config, max(1, len(prompts)), size, args.device, dtype, ds, label_maps)
         step = DecodeStep(model, cache, args.temperature, args.top_k, args.seed)
         if args.interactive:
             return converse(step, tokenizer, args)

@@ -3,7 +3,7 @@
 Llama 1/2/3, Vicuna, Mistral and Mixtral. Shapes follow the key at the top of ds_attention.py; `dim` is the model's
 width. Three ways through the same blocks:
   forward        whole sequences without a cache: training
-  prefill        a prompt into the cache, chunk by chunk, dense causal attention
+  prefill        a prompt into the cache, layer by layer and in chunks, dense causal attention
   decode         one new token per sequence (`decode`), or the next tokens of one sequence as if each were decoded in
                  turn (`decode_rows`): every token attends to its own past, by Double Sparsity where configured
 On a GPU `decode` runs the blocks' weights through fused kernels, below; the torch blocks are their reference.
@@ -190,6 +190,10 @@ class LayerCache:
     workspace: Workspace | None = None  # scratch of a decode step of B rows; other shapes make their own
     all_tokens: bool = False  # decode attends to everything, whatever `ds` is; labels are written all the same
 
+    def kv_bytes(self):
+        """Bytes of GPU memory for K and V."""
+        return self.kv.nbytes
+
     def row(self, b):
         """The same layer of sequence b alone: a view with B = 1."""
         labels = None if self.labels is None else self.labels[b : b + 1]
@@ -234,13 +238,16 @@ class KVCache:
         if torch.device(device).type != "cpu":
             workspace = Workspace(B, config.n_heads, HKV, D, S, device, ds, config.sliding_window)
         for i in range(config.n_layers):
-            kv = torch.zeros(B, HKV, S, 2, D, dtype=dtype, device=device)
-            layer = LayerCache(kv, config.sliding_window, workspace=workspace)
+            settings = dict(window=config.sliding_window, workspace=workspace)
             if ds is not None and i >= ds.dense_layers:
-                layer.ds, layer.label_map = ds, label_maps[i].to(device)
                 padded = -(-S // 16) * 16  # each row of label words starts aligned: four are loaded at once
-                layer.labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32, device=device)[..., :S]
-            self.layers.append(layer)
+                labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32, device=device)[..., :S]
+                settings |= dict(ds=ds, label_map=label_maps[i].to(device), labels=labels)
+            self.layers.append(self.make_layer((B, HKV, S, 2, D), dtype, device, settings))
+
+    def make_layer(self, shape, dtype, device, settings):
+        """A layer with K and V of `shape`; settings: the other fields of a LayerCache."""
+        return LayerCache(torch.zeros(shape, dtype=dtype, device=device), **settings)
 
     def _view(self, seq_lens, layers):
         view = copy(self)
@@ -259,11 +266,28 @@ class KVCache:
         """Whether a step whose longest row has `length` live tokens, its own included, is sparse (see DSConfig.dense_below)."""
         return self.ds is not None and self.ds.sparse_at(length if self.window is None else min(length, self.window))
 
+    def prefill_layers(self, b, start, end):
+        """Yields, layer by layer, the cache of sequence b alone, through which its tokens from start to end are prefilled."""
+        yield from self.row(b).layers
+
+    def begin(self):
+        """Before the first step of a generation: nothing to do, unless a cache keeps count of its steps."""
+
+    def statistics(self):
+        """Figures of the steps since begin(), for a cache that keeps any."""
+        return {}
+
     def kv_bytes(self):
-        return sum(layer.kv.nbytes for layer in self.layers)
+        return sum(layer.kv_bytes() for layer in self.layers)
 
     def label_bytes(self):
         return sum(layer.labels.nbytes for layer in self.layers if layer.labels is not None)
+
+    def gpu_bytes(self):
+        """GPU memory that it takes, by what it is for."""
+        workspace = self.layers[0].workspace
+        scratch = [x.nbytes for x in vars(workspace).values() if isinstance(x, torch.Tensor)] if workspace else []
+        return {"KV cache": self.kv_bytes(), "labels": self.label_bytes(), "workspace": sum(scratch)}
 
     def read_bytes(self, lengths):
         """Bytes of cache that decode steps read at these live lengths, an int64 tensor: (as configured, if dense)."""
@@ -710,19 +734,25 @@ class Transformer(nn.Module):
     def prefill(self, prompts, cache, start=0, chunk=PREFILL_CHUNK, progress=None):
         """Writes prompts (one list of token ids per sequence) to the cache from position `start` on.
 
-        progress: called after each chunk with the number of tokens it had.
+        Each layer sees all chunks of a prompt before the next layer does: a cache need not hold more than one at a time.
+        progress: called as work is given to the device, with a number of tokens that adds up to those of all prompts.
         """
         for b, prompt in enumerate(prompts):
-            row = cache.row(b)
-            position = start
-            row.seq_lens.fill_(start + len(prompt))
-            for part in torch.tensor(prompt, device=self.device, dtype=torch.long).split(chunk) if prompt else ():
-                end = position + len(part)
-                positions = torch.arange(position, end, device=self.device, dtype=torch.int32)[None]
-                self._run(part[None], row, Step(positions, prefill_length=end))
-                position = end
-                if progress:
-                    progress(len(part))
+            end = start + len(prompt)
+            cache.seq_lens[b] = end
+            parts = torch.tensor(prompt, device=self.device, dtype=torch.long)[None].split(chunk, 1) if prompt else ()
+            positions = torch.arange(start, end, device=self.device, dtype=torch.int32)[None].split(chunk, 1)
+            hidden = [self.embed(part) for part in parts]
+            ropes = [self.rope(position) for position in positions]
+            steps = [Step(position, min(start + (i + 1) * chunk, end)) for i, position in enumerate(positions)]
+            done = 0  # tokens, each counted once per layer
+            # the cache's layers come first: they are asked for one more after the last
+            for layer_cache, layer in zip(cache.prefill_layers(b, start, end), self.layers) if prompt else ():
+                for i, part in enumerate(hidden):
+                    hidden[i] = layer(part, *ropes[i], layer_cache, steps[i])
+                    before, done = done, done + part.shape[1]
+                    if progress:
+                        progress(done // len(self.layers) - before // len(self.layers))
 
     @torch.inference_mode()
     def decode(self, tokens, cache, grow=1, impl="auto"):
@@ -768,40 +798,42 @@ class Transformer(nn.Module):
 RUNTIME_BYTES = 2**30  # kernels' code, cuBLAS workspaces, CUDA graphs, and what the allocator's blocks leave unused
 
 
-def memory_need(config, batch, max_seq_length, dtype, ds=None):
-    """Bytes of GPU memory that prefill and decode take, by what they are for: a dict."""
+def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache):
+    """Bytes of GPU memory that prefill and decode take, by what they are for: a dict. cache_type: called as KVCache is."""
     HKV, D = config.n_kv_heads, config.head_dim
     meta = partial(torch.empty, device="meta")
     maps = None
     if ds is not None:
         basis, range_ = meta(HKV, D, ds.channels(D)), meta(HKV, ds.channels(D))
         maps = [LabelMap.from_statistics(basis, basis, range_, range_, ds.label_bits)] * config.n_layers
-    cache = KVCache(config, batch, max_seq_length, "meta", dtype, ds, maps)
-    scratch = [x.nbytes for x in vars(cache.layers[0].workspace).values() if isinstance(x, torch.Tensor)]
+    cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K
     # and V side by side; or the feed-forward's gate, up and product
     widest = 3 * config.dim + max(2 * qkv + attended + 2 * HKV * D + 6 * qkv, attended + 3 * config.ffn_dim)
+    # the residual stream of one prompt between two layers, and its RoPE tables
+    between = max_seq_length * (config.dim * dtype.itemsize + D * 4)
     sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and their fp32 copies on the way to a token
     parameters = sum(math.prod(shape) for shape in parameter_shapes(config).values())
-    return {"weights": parameters * dtype.itemsize, "KV cache": cache.kv_bytes(), "labels": cache.label_bytes(),
-            "workspace": sum(scratch), "activations": min(PREFILL_CHUNK, max_seq_length) * widest * dtype.itemsize + sampling,
+    in_chunks = min(PREFILL_CHUNK, max_seq_length) * widest * dtype.itemsize
+    return {"weights": parameters * dtype.itemsize, **cache.gpu_bytes(), "activations": in_chunks + between + sampling,
             "runtime": RUNTIME_BYTES}
 
 
-def check_memory(free, config, batch, max_seq_length, dtype, ds=None):
+def most(fits, low, high):
+    """The largest number in [low, high) that fits; low does."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache):
     """Raises ValueError, naming what would fit, if `free` bytes of GPU memory are too few for memory_need's total."""
     def total(batch, length):
-        return sum(memory_need(config, batch, length, dtype, ds).values())
+        return sum(memory_need(config, batch, length, dtype, ds, cache_type).values())
 
-    def most(fits, low, high):
-        """The largest number in [low, high) that fits; low does."""
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
-
-    need = memory_need(config, batch, max_seq_length, dtype, ds)
+    need = memory_need(config, batch, max_seq_length, dtype, ds, cache_type)
     if sum(need.values()) <= free:
         return
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
@@ -814,6 +846,7 @@ def check_memory(free, config, batch, max_seq_length, dtype, ds=None):
         if batch > 1 and total(1, max_seq_length) <= free:
             options.append(f"a batch of {most(lambda rows: total(rows, max_seq_length) <= free, 1, batch)}")
         remedy = f"{' or '.join(options)} would fit" if options else "take a smaller batch and a shorter --max_seq_length"
+        remedy += ", or keep K and V in host memory: --offload" if cache_type is KVCache else ""
     raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs {sum(need.values()) / 2**30:.1f} GiB of "
                      f"GPU memory ({parts}), {free / 2**30:.1f} are free; {remedy}")
 

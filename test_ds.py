@@ -42,11 +42,13 @@ import convert_hf
 import ds_attention as ds
 import eval as evaluation
 import generate
+import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
     PRESETS, KVCache, LayerCache, ModelConfig, Stream, Transformer, check_memory, load_label_maps, load_model, memory_need,
     parameter_shapes
 )
+from offload import OffloadCache
 from tiny import tasks
 
 ROOT = Path(__file__).resolve().parent
@@ -1207,6 +1209,214 @@ def test_forced_logits_are_those_of_generation():
     assert forced.argmax(-1).T.tolist() == texts
 
 
+# ---------------------------------------------------------------- offload
+
+RESIDENTS = {"torch": (offload.resolve_ref, offload.fetch_ref),
+             "triton": (partial(offload.resolve, tile=16), partial(offload.fetch, programs=12, tokens=2))}
+
+
+def replaced(held, last_used, tokens, now):
+    """One head's step by definition: held (tokens or None by slot) and last_used are changed. Returns (slots, misses)."""
+    slots = [held.index(token) if token in held else None for token in tokens]
+    for slot in slots:
+        if slot is not None:
+            last_used[slot] = now
+    misses = [i for i, slot in enumerate(slots) if slot is None]
+    age = [min(now - used, offload.AGES - 1) for used in last_used]
+    free = sorted(sorted(range(len(held)), key=lambda slot: (-age[slot], slot))[: len(misses)])
+    for i, slot in zip(misses, free):
+        slots[i], held[slot], last_used[slot] = slot, tokens[i], now
+    return slots, misses
+
+
+@pytest.mark.parametrize("R", [24, 48], ids=["as-many-as-selected", "twice-as-many"])
+@pytest.mark.parametrize("impl", RESIDENTS)
+def test_residency_is_as_stated(impl, R):
+    """Slots, replacement, misses and contents, step by step, of ragged rows whose selections overlap."""
+    resolve, fetch = RESIDENTS[impl]
+    device = torch.device("cpu" if impl == "torch" else DEVICE)  # the reference reads host memory as torch does
+    B, HKV, S, D, steps = 2, 2, 110, 12, 50
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    host = offload.host_tensor((B, HKV, S, 2, D), torch.float32, device)
+    host.copy_(torch.randn(host.shape, generator=generator))
+    r = offload.Resident(B, HKV, S, R, D, torch.float32, device)
+    truth = host.clone()
+    held = {row: [None] * R for row in range(B * HKV)}
+    last_used = {row: [-offload.AGES] * R for row in held}
+    selected = fetched = evicted = 0
+    for step in range(1, steps + 1):
+        lens = [60 + step, 30 + step // 2]  # the second row repeats every other step, its newest token held already
+        newest = torch.randn(B, HKV, 2, D, generator=generator).to(device)
+        n = [[rng.randint(5, 24) for _ in range(HKV)] for _ in range(B)]
+        indices = torch.full((B, HKV, 24), -7, dtype=torch.int32)
+        for b, h in [(b, h) for b in range(B) for h in range(HKV)]:
+            others = [t for t in held[b * HKV + h] if t is not None and t < lens[b] - 1]
+            old = rng.sample(others, min(len(others), n[b][h] // 2))
+            new = rng.sample([t for t in range(lens[b] - 1) if t not in old], n[b][h] - 1 - len(old))
+            indices[b, h, : n[b][h]] = torch.tensor(sorted([*old, *new, lens[b] - 1]))
+        on_device, seq_lens = indices.to(device), torch.tensor(lens, dtype=torch.int32, device=device)
+        resolve(r, on_device, torch.tensor(n, dtype=torch.int32, device=device), seq_lens)
+        fetch(r, host, newest, on_device, seq_lens)
+        if GPU:
+            torch.cuda.synchronize()
+        for b, h in [(b, h) for b in range(B) for h in range(HKV)]:
+            row, tokens = b * HKV + h, indices[b, h, : n[b][h]].tolist()
+            before = held[row].copy()
+            slots, misses = replaced(held[row], last_used[row], tokens, step)
+            truth[b, h, lens[b] - 1] = newest[b, h].cpu()
+            assert r.slots[b, h, : len(tokens)].tolist() == slots and len(set(slots)) == len(slots)
+            assert r.missing[b, h, : r.n_missing[b, h]].tolist() == misses
+            assert r.slot_token[b, h].tolist() == [-1 if token is None else token for token in held[row]]
+            assert torch.equal(r.kv[b, h, slots].cpu(), truth[b, h, tokens]), "a slot holds another token's K and V"
+            selected += len(tokens) - 1
+            fetched += sum(tokens[i] != lens[b] - 1 for i in misses)
+            evicted += sum(x is not None and x != y for x, y in zip(before, held[row]))
+        assert torch.equal(host, truth), "the newest tokens did not reach the host, or something else did"
+    assert r.counts.sum((1, 2)).tolist() == [selected, fetched, steps * B * HKV] and evicted > 100
+    r.forget()
+    assert (r.slot_token == -1).all() and r.counts.sum() == 0
+
+
+def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", seed=0, **more):
+    """A DecodeStep of random_model with this type of cache, whose texts do not end."""
+    model, maps, config = random_model(seed, **(dict(eos_ids=(), n_kv_heads=2, max_positions=4096) | more))
+    HKV = model.config.n_kv_heads
+    maps = [LabelMap(*(t[:1].expand(HKV, *t.shape[1:]) for t in (m.basis_k, m.basis_q, m.lo, m.step)), 4) for m in maps]
+    maps = [LabelMap(*(t.contiguous() for t in (m.basis_k, m.basis_q, m.lo, m.step)), 4) for m in maps]
+    config = replace(config, dense_below=below, impl=impl)
+    cache = cache_type(model.config, batch, size, DEVICE, torch.float32, config, maps)
+    return generate.DecodeStep(model.to(DEVICE), cache)
+
+
+RAGGED = [[1] + list(range(3, 3 + n)) for n in (50, 5, 33)]
+
+
+@pytest.mark.parametrize("more", [dict(n_kv_heads=4), dict(), dict(sliding_window=40), dict(below=100)],
+                         ids=["mha", "gqa", "window", "dense-at-first"])
+@pytest.mark.parametrize("resident", [None, 180], ids=["evicting", "roomy"])
+def test_offloaded_generation_equals_that_of_the_gpu_s_cache(more, resident):
+    """The same tokens, step after step, while tokens are evicted and fetched again; on a GPU 2000 steps in a CUDA graph."""
+    size = 2100 if GPU else 250
+    n = size - 52
+    want = generate.generate(offload_step(size=size, **more), RAGGED, n)
+    step = offload_step(partial(OffloadCache, resident_tokens=resident and min(resident * size // 250, size)), size, **more)
+    found = generate.generate(step, RAGGED, n)
+    assert found.token_ids == want.token_ids
+    assert found.kv_bytes_per_step == want.kv_bytes_per_step
+    layers, token = step.model.config.n_layers - 1, 2 * 16 * 4
+    fetched = sum(int(r.counts[1].sum()) for r in step.cache.residents())
+    told = step.cache.statistics()
+    assert told["pcie_bytes_per_step"] == pytest.approx(fetched * token / n) and len(told["hit_rate_by_layer"]) == layers
+    assert fetched > 1000 and 0.1 < told["hit_rate"] < 1
+    for r, layer in zip(step.cache.residents(), [layer for layer in step.cache.layers if hasattr(layer, "host")]):
+        assert r.kv.shape[2] == step.cache.resident_tokens and layer.kv_bytes() < layer.host.nbytes
+
+
+@pytest.mark.skipif(GPU, reason="the reference runs on a CPU; compiled kernels are set against those of the GPU's cache")
+def test_offload_by_kernels_equals_the_reference():
+    """The whole step, kernels for selection, residency and attention, in as many steps as the interpreter bears."""
+    steps = {impl: offload_step(OffloadCache, 70, batch=2, impl=impl) for impl in ("torch", "triton")}
+    found = {impl: generate.generate(step, RAGGED[1:], 3).token_ids for impl, step in steps.items()}
+    assert found["torch"] == found["triton"]
+    for a, b in zip(steps["torch"].cache.layers[1:], steps["triton"].cache.layers[1:]):
+        assert torch.equal(a.resident.slot_token, b.resident.slot_token) and torch.equal(a.resident.counts, b.resident.counts)
+        assert torch.equal(a.labels, b.labels)
+        torch.testing.assert_close(a.host, b.host, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["offloaded", "streamed"])
+@torch.inference_mode()
+def test_fused_layers_hand_their_k_and_v_to_the_host(sparse):
+    """Of a 16-bit model, whose K and V the linear layers' kernels write, not torch."""
+    model, maps, config = random_model()
+    model = model.to(DEVICE, torch.float16)
+    logits, caches = [], []
+    for cache_type in (KVCache, OffloadCache):
+        cache = cache_type(model.config, 3, 64, DEVICE, torch.float16, config if sparse else None, maps)
+        model.prefill(RAGGED, cache)
+        tokens = (torch.tensor([5 + i, 6, 7], device=DEVICE) for i in range(4))
+        logits.append(torch.stack([model.decode(token, cache, impl="triton") for token in tokens]))
+        caches.append(cache)
+    assert logits[0].isfinite().all() and torch.equal(*logits)
+    for want, got in zip(caches[0].layers, caches[1].layers):
+        for b, prompt in enumerate(RAGGED if hasattr(got, "host") else ()):
+            new = slice(len(prompt), len(prompt) + 4)
+            assert torch.equal(got.host[b, :, new], want.kv[b, :, new].cpu()) and got.host[b, :, new].any()
+
+
+def test_offload_survives_other_texts_in_the_same_cache():
+    """A step back, another turn and another prompt: what slots hold of the texts before is not taken for theirs."""
+    step, plain = offload_step(OffloadCache), offload_step()
+    found = []
+    for which in (step, plain):
+        texts = generate.generate(which, RAGGED, 60).token_ids
+        forced = torch.stack(list(generate.forced_logits(which, RAGGED, [text[::-1] for text in texts])))
+        turn = generate.generate(which, [[7, 9], [8, 4], [9]], 40, start=30).token_ids
+        found.append((texts, turn, generate.generate(which, RAGGED[::-1], 30).token_ids, forced))
+    assert found[0][:3] == found[1][:3]
+    torch.testing.assert_close(found[0][3], found[1][3], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["offloaded", "streamed"])
+def test_prefill_brings_each_layer_to_the_host(sparse):
+    model, maps, config = random_model()
+    config = config if sparse else None
+    caches = [kind(model.config, 3, 64, "cpu", torch.float32, config, maps) for kind in (KVCache, OffloadCache)]
+    for cache in caches:
+        told = []
+        model.prefill(RAGGED, cache, chunk=16, progress=told.append)
+        assert sum(told) == sum(map(len, RAGGED)) and min(told) >= 0
+        model.prefill([[5, 6, 7]] * 3, cache, start=20, chunk=2)
+    for want, got in zip(caches[0].layers, caches[1].layers):
+        kv = got.host if hasattr(got, "host") else got.kv
+        for b, prompt in enumerate(RAGGED):
+            live = max(len(prompt), 23)
+            torch.testing.assert_close(kv[b, :, :live], want.kv[b, :, :live], atol=0, rtol=0)
+        assert want.labels is None or torch.equal(want.labels, got.labels)
+
+
+def test_streaming_equals_dense_decoding():
+    model, _, _ = random_model(eos_ids=())
+    found = []
+    for cache_type in (KVCache, OffloadCache):
+        cache = cache_type(model.config, 3, 90, DEVICE, torch.float32)
+        found.append(generate.generate(generate.DecodeStep(model.to(DEVICE), cache), RAGGED, 38).token_ids)
+    assert found[0] == found[1]
+    assert cache.statistics()["pcie_bytes_per_step"] == cache.statistics()["host_bytes"] == 3 * 3 * 2 * 90 * 2 * 16 * 4
+
+
+def test_offload_holds_a_sixteenth_on_the_gpu():
+    """Llama-2-7B at 128k, sparse from the first layer on: K and V on the GPU, all that stands for them, by memory_need."""
+    config, S = PRESETS["Llama-2-7B"], 131072
+    full = memory_need(config, 1, S, torch.bfloat16)["KV cache"]
+    need = memory_need(config, 1, S, torch.bfloat16, DSConfig(dense_layers=0, dense_below=0), OffloadCache)
+    assert need["KV cache"] == pytest.approx(full / 16, rel=1e-3) and need["staging"] == 2 * full / 32
+    assert need["labels"] == full / 32 and need["slot maps"] < full / 90
+    default = memory_need(config, 1, S, torch.bfloat16, DSConfig(), OffloadCache)
+    assert default["KV cache"] == pytest.approx(full * (2 + 30 / 16) / 32, rel=1e-3)
+    check_memory(40 * 2**30, config, 1, S, torch.bfloat16, DSConfig(), OffloadCache)
+    with pytest.raises(ValueError, match="or keep K and V in host memory: --offload"):
+        check_memory(40 * 2**30, config, 1, S, torch.bfloat16, DSConfig())
+
+
+def test_too_little_host_memory_is_refused_with_what_would_fit():
+    def check(gib, batch, length):
+        offload.check_host_memory(gib * 2**30, PRESETS["Llama-2-7B"], batch, length, torch.bfloat16, DSConfig())
+
+    check(60, 1, 131072)
+    with pytest.raises(ValueError, match="a batch of 4 needs 60.0 GiB of host memory for K and V of 30 layers, 50.0") as error:
+        check(50, 4, 32768)
+    shorter, smaller = map(int, re.search(r"--max_seq_length (\d+) or a batch of (\d+) would fit", str(error.value)).groups())
+    check(50, 4, shorter)
+    check(50, smaller, 32768)
+    for too_much in ((4, shorter + 1), (smaller + 1, 32768)):
+        with pytest.raises(ValueError):
+            check(50, *too_much)
+    assert 0 < offload.free_host_bytes() < 2**50
+    with pytest.raises(ValueError, match="dense_layers=3: of 3 layers none is left to offload"):
+        offload.check_host_memory(1, random_model()[0].config, 1, 8, torch.float32, DSConfig(dense_layers=3))
+
+
 # ---------------------------------------------------------------- calibrate
 
 
@@ -1866,7 +2076,8 @@ def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
 @pytest.fixture
 def generate_run():
     """The rows of `bench.py generate` on a CPU, but for gpt_fast, which compiles for long."""
-    args = SimpleNamespace(modes=["prefill", "dense", "ds"], dense_layers=[2, 0], dense_below=0, steps=3, shapes=None, model=None)
+    args = SimpleNamespace(modes=["prefill", "dense", "ds"], dense_layers=[2, 0], dense_below=0, steps=3, shapes=None,
+                           model=None)
     return [row for rows in bench.run_generate(args, "cpu") for row in rows]
 
 
@@ -1913,6 +2124,37 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
     dense, sparse = bench.generate_rows("tiny", model, 1, 50, ["dense", "ds"], [DSConfig()], 3, "cpu", False)
     assert dense["error"] == sparse["error"] == "CUDA out of memory. Tried to allocate 1 GiB"
     assert sparse["ms_per_step"] is sparse["speedup_vs_dense"] is None
+
+
+def offload_run(**more):
+    """The rows of `bench.py offload` on a CPU."""
+    args = dict(modes=None, dense_layers=[0], budgets=[1, 2], steps=3, shapes=None, model=None)
+    return [row for rows in bench.run_offload(SimpleNamespace(**(args | more)), "cpu") for row in rows]
+
+
+def test_bench_offload_rows(monkeypatch):
+    flexgen, gpu, tight, roomy = offload_run()
+    assert [row["mode"] for row in (flexgen, gpu, tight, roomy)] == ["flexgen", "gpu", "offload", "offload"]
+    c, size = bench.CPU_MODEL, 300 + 3 + bench.WARM_UP
+    whole = c.n_layers * 2 * c.n_kv_heads * size * 2 * c.head_dim * 4
+    assert flexgen["pcie_bytes_per_step"] == flexgen["host_bytes"] == gpu["gpu_kv_bytes"] == whole
+    budget = DSConfig(min_tokens=64).budget(size)
+    newest = c.n_layers * 2 * c.n_kv_heads * 2 * c.head_dim * 4
+    for row, resident in ((tight, budget), (roomy, 2 * budget)):
+        assert row["resident_tokens"] == resident and row["gpu_kv_bytes"] == whole * resident / size + newest
+        assert row["same_tokens"] and row["logit_error"] < 1e-5 and row["pcie_copy_gbps"] is None
+        assert 0 < row["pcie_bytes_per_step"] < whole * budget / size
+        assert row["speedup_vs_flexgen"] == flexgen["ms_per_step"] / row["ms_per_step"]
+    assert tight["hit_rate"] < roomy["hit_rate"] < 1
+    table = bench.offload_table([flexgen, gpu, tight, roomy])
+    assert f"| offload, 0 dense layers, {budget} resident | {tight['ms_per_step']:.2f} |" in table and "| yes, 0e+00 |" in table
+    monkeypatch.setattr(offload, "fetch_ref", lambda *_: None)  # what is attended is not there: found out, and no speedup told
+    *_, wrong = offload_run(budgets=[1])
+    assert wrong["logit_error"] > 0.01 and wrong["speedup_vs_flexgen"] is None
+    monkeypatch.setattr(bench, "free_host_bytes", lambda: 1000)
+    flexgen, gpu, full = offload_run(budgets=[1])
+    assert "of host memory" in flexgen["error"] and "of host memory" in full["error"] and gpu["tokens_per_s"] > 0
+    assert "| out of memory |" in bench.offload_table([full])
 
 
 def test_published_items_have_our_wording(tmp_path):
@@ -2025,6 +2267,25 @@ def test_generation_ends_where_the_cache_is_full(tmp_path):
     assert run.returncode == 0 and f"used up its {n + 3} tokens" in run.stderr, run.stderr
 
 
+def test_offload_on_the_command_line_says_the_same(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")[:1500]
+    arguments = ["generate.py", "--device", "cpu", "--prompt", text, "--prompt", text[:700], "--n_tokens", 32, "--dense_below", 0,
+                 "--max_new_tokens", 8, "--json", tmp_path / "out.json"]
+    found = []
+    for more in ([], ["--offload"], ["--offload", "--resident_tokens", 100]):
+        run = command(*arguments, *more)
+        assert run.returncode == 0, run.stderr
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    plain, tight, roomy = found
+    assert plain["text"] == tight["text"] == roomy["text"] and "host_bytes" not in plain
+    assert 0 < tight["hit_rate"] < roomy["hit_rate"] and tight["pcie_bytes_per_step"] > roomy["pcie_bytes_per_step"] > 0
+    assert f"over PCIe per step {roomy['pcie_bytes_per_step'] / 1e6:.2f} MB" in run.stderr
+    layers = load_model(TINY, "cpu", torch.float32).config.n_layers
+    assert tight["host_bytes"] == plain["kv_cache_bytes"] * (layers - 2) / layers > 2 * tight["kv_cache_bytes"] / layers
+    streamed = command(*arguments, "--offload", "--compare")
+    assert streamed.returncode == 0 and streamed.stderr.count("over PCIe per step") == 2, streamed.stderr
+
+
 def test_demonstration_finds_its_fact(tmp_path):
     run = command("generate.py", "--device", "cpu", "--sparsity", 16, "--json", tmp_path / "out.json")
     assert run.returncode == 0 and "the answer is right" in run.stderr, run.stderr
@@ -2075,6 +2336,11 @@ BAD_INPUT = {
     "sparsity-negative": (["--sparsity", "-2"], "sparsity=-2: must be above 1"),
     "sparsity-word": (["--sparsity", "much"], "invalid float value: 'much'"),
     "n-0": (["--n_tokens", "0"], "n_tokens=0: must be at least 1"),
+    "resident-few": (["--offload", "--resident_tokens", "9", "--prompt", "hello", "--dense_below", "0"],
+                     "resident_tokens=9: must be at least 128"),
+    "resident-alone": (["--resident_tokens", "9"], "without --offload"),
+    "offload-none": (["--offload", "--dense_layers", "7", "--prompt", "hello", "--dense_below", "0"],
+                     "dense_layers=7: of 7 layers none is left"),
     "not-utf8": (["--prompt_file", "{}/latin1.txt"], "not UTF-8"),
     "dense-below": (["--dense_below", "-1"], "dense_below=-1: must be at least 0"),
     "no-file": (["--prompt_file", "{}/absent.txt"], "No such file"),
