@@ -289,21 +289,21 @@ def adversarial(crowd, **more):
     return p
 
 
-@pytest.mark.parametrize("crowd", CROWDS.values(), ids=CROWDS)
-@pytest.mark.parametrize("window, portable, how", [(None, True, "staged"), (4500, True, "staged"), (None, False, "staged"),
-                                                   (None, True, "fused"), (None, True, "by-length")],
-                         ids=["full", "window", "ptx", "fused", "by-length"])
+@pytest.mark.parametrize("crowd, window, portable, how", [
+    *((crowd, window, True, "staged") for crowd in CROWDS for window in (None, 4500)),
+    *((crowd, None, False, "staged") for crowd in (CROWDS if GPU else ("many-ties",))),  # the interpreter takes the portable branch
+    *((crowd, None, True, how) for how in ("fused", "by-length") for crowd in ("many-ties", "descending", "sample-sees-the-best"))])
 def test_kernel_selection_of_adversarial_scores(crowd, window, portable, how, monkeypatch):
     """Rows long enough for the sampled bracket: exactly n tokens, and the same as the reference's, ties included."""
     launched(how, monkeypatch)
     select = ds.select
     monkeypatch.setattr(ds, "select", lambda *a: select(*a, portable=portable))
-    assert check_selection(adversarial(crowd, window=window)) == 1.0
+    assert check_selection(adversarial(CROWDS[crowd], window=window)) == 1.0
 
 
-@pytest.mark.parametrize("crowd, how", [("many-ties", "by-length"), ("descending", "fused"), ("best-in-one-place", "staged"),
-                                        ("sample-sees-the-best", "staged")])
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("crowd, how, top_p", [
+    ("many-ties", "by-length", 0.5), ("descending", "fused", 0.01), ("descending", "fused", 0.5), ("best-in-one-place", "staged", 1.0),
+    ("best-in-one-place", "staged", 0.01), ("sample-sees-the-best", "staged", 0.5)])
 def test_top_p_of_adversarial_scores(crowd, how, top_p, monkeypatch):
     """From hardly more than the forced tokens to all n, in registers, in memory and with a bracket that missed."""
     launched(how, monkeypatch)
@@ -1235,7 +1235,7 @@ def test_residency_is_as_stated(impl, R):
     """Slots, replacement, misses and contents, step by step, of ragged rows whose selections overlap."""
     resolve, fetch = RESIDENTS[impl]
     device = torch.device("cpu" if impl == "torch" else DEVICE)  # the reference reads host memory as torch does
-    B, HKV, S, D, steps = 2, 2, 110, 12, 50
+    B, HKV, S, D, steps = 2, 2, 110, 12, 50 if GPU or impl == "torch" else 32
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     host = offload.host_tensor((B, HKV, S, 2, D), torch.float32, device)
     host.copy_(torch.randn(host.shape, generator=generator))
