@@ -208,6 +208,7 @@ class H2O(Sparse):
             raise ValueError(f"window={self.window}: h2o is not made for sliding windows")
 
     def decode(self, q, seq_lens):
+        """As of any layer, row by row: what one keeps depends on the attention of those before."""
         _, HKV, S, _, D = self.kv.shape
         out, heads = torch.empty_like(q), torch.arange(HKV, device=q.device)
         for row, length in enumerate(seq_lens.tolist()):

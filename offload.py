@@ -369,6 +369,7 @@ class StreamedLayer(HostLayer):
         return self.newest.nbytes
 
     def decode(self, q, seq_lens):
+        """As of any dense layer, over the buffer that its K and V were streamed to, while the next layer's are on their way."""
         stream, (B, HKV, S, _, D) = self.streaming, self.host.shape
         if self.number == 0:
             stream.begin(0)
