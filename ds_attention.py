@@ -251,7 +251,7 @@ def label_ref(k, positions, labels, label_map):
 
 @triton.constexpr_function
 def _before(BITS, i):
-    """(dims, bits) of the first i widths of a label."""
+    """(dims, bits) in all of the first i of a label's widths, BITS = ((dims, bits), ...)."""
     return sum(dims for dims, _ in BITS[:i]), sum(dims * bits for dims, bits in BITS[:i])
 
 
@@ -263,6 +263,7 @@ def _total(BITS):
 
 @triton.constexpr_function
 def _narrowest(BITS):
+    """The fewest bits of a label's dims."""
     return min(bits for _, bits in BITS)
 
 
