@@ -544,15 +544,14 @@ def test_label_dims_follow_from_sparsity():
 
 def test_default_label_widths(monkeypatch):
     """A quarter of the head's dims or more, at 4 bits if they fit, else at 2 or 1; of half the bits in some words if wanted."""
-    assert [DSConfig(sparsity=s).widths(128) for s in (8, 16, 32, 64)] == [((64, 4),), ((32, 4),), ((32, 2),), ((32, 1),)]
-    assert [DSConfig(sparsity=s).widths(64) for s in (2, 16, 32)] == [((64, 4),), ((16, 4),), ((16, 2),)]
-    monkeypatch.setattr(ds, "NARROW_SHARE", 0.75)
-    assert [DSConfig(sparsity=s).widths(128) for s in (4, 8, 16, 32, 64)] == [
-        ((128, 4),), ((16, 4), (96, 2)), ((8, 4), (48, 2)), ((16, 2), (32, 1)), ((32, 1),)]
-    for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 96, 128)):
-        config = DSConfig(sparsity=sparsity)
-        assert config.channels(D) <= D and config.words(D) * 32 <= max(32, 16 * D / sparsity)
-        assert ds.parse_widths(ds.widths_name(config.widths(D))) == config.widths(D)
+    for share, want in ((0.0, ["128 x 4", "64 x 4", "32 x 4", "32 x 2", "32 x 1"]),
+                        (0.75, ["128 x 4", "16 x 4, 96 x 2", "8 x 4, 48 x 2", "16 x 2, 32 x 1", "32 x 1"])):
+        monkeypatch.setattr(ds, "NARROW_SHARE", share)
+        assert [ds.widths_name(DSConfig(sparsity=s).widths(128)) for s in (4, 8, 16, 32, 64)] == want
+        for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 96, 128)):
+            config = DSConfig(sparsity=sparsity)
+            assert config.channels(D) <= D and config.words(D) * 32 <= max(32, 16 * D / sparsity)
+            assert ds.parse_widths(ds.widths_name(config.widths(D))) == config.widths(D)
 
 
 @pytest.mark.parametrize("bits, message", [
