@@ -1232,47 +1232,75 @@ def replaced(held, last_used, tokens, now):
 @pytest.mark.parametrize("R", [24, 48], ids=["as-many-as-selected", "twice-as-many"])
 @pytest.mark.parametrize("impl", RESIDENTS)
 def test_residency_is_as_stated(impl, R):
-    """Slots, replacement, misses and contents, step by step, of ragged rows whose selections overlap."""
+    """Slots, replacement, misses, contents and counts, of ragged rows whose selections overlap, two steps of three with some
+    tokens fetched ahead, right ones and wrong ones."""
     resolve, fetch = RESIDENTS[impl]
     device = torch.device("cpu" if impl == "torch" else DEVICE)  # the reference reads host memory as torch does
-    B, HKV, S, D, steps = 2, 2, 110, 12, 50 if GPU or impl == "torch" else 32
+    B, HKV, S, D, steps, sink, recent = 2, 2, 110, 12, 50 if GPU or impl == "torch" else 16, 2, 3
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     host = offload.host_tensor((B, HKV, S, 2, D), torch.float32, device)
     host.copy_(torch.randn(host.shape, generator=generator))
     r = offload.Resident(B, HKV, S, R, D, torch.float32, device)
     truth = host.clone()
-    held = {row: [None] * R for row in range(B * HKV)}
-    last_used = {row: [-offload.AGES] * R for row in held}
-    selected = fetched = evicted = 0
-    for step in range(1, steps + 1):
-        lens = [60 + step, 30 + step // 2]  # the second row repeats every other step, its newest token held already
-        newest = torch.randn(B, HKV, 2, D, generator=generator).to(device)
-        n = [[rng.randint(5, 24) for _ in range(HKV)] for _ in range(B)]
+    rows = [(b, h) for b in range(B) for h in range(HKV)]
+    held = {row: [None] * R for row in rows}
+    last_used = {row: [-offload.AGES] * R for row in rows}
+    counts = dict.fromkeys(offload.COUNTS, 0)
+    evicted = clock = 0
+
+    def call(tokens, newest, **kind):
+        """Has these tokens, sorted lists by row, resident, and checks all that is stated of it."""
+        nonlocal evicted, clock
+        clock += 1
         indices = torch.full((B, HKV, 24), -7, dtype=torch.int32)
-        for b, h in [(b, h) for b in range(B) for h in range(HKV)]:
-            others = [t for t in held[b * HKV + h] if t is not None and t < lens[b] - 1]
-            old = rng.sample(others, min(len(others), n[b][h] // 2))
-            new = rng.sample([t for t in range(lens[b] - 1) if t not in old], n[b][h] - 1 - len(old))
-            indices[b, h, : n[b][h]] = torch.tensor(sorted([*old, *new, lens[b] - 1]))
+        for b, h in rows:
+            indices[b, h, : len(tokens[b, h])] = torch.tensor(tokens[b, h])
+        n = torch.tensor([[len(tokens[b, h]) for h in range(HKV)] for b in range(B)], dtype=torch.int32, device=device)
         on_device, seq_lens = indices.to(device), torch.tensor(lens, dtype=torch.int32, device=device)
-        resolve(r, on_device, torch.tensor(n, dtype=torch.int32, device=device), seq_lens)
+        resolve(r, on_device, n, seq_lens, sink=sink, recent=recent, **kind)
         fetch(r, host, newest, on_device, seq_lens)
         if GPU:
             torch.cuda.synchronize()
-        for b, h in [(b, h) for b in range(B) for h in range(HKV)]:
-            row, tokens = b * HKV + h, indices[b, h, : n[b][h]].tolist()
-            before = held[row].copy()
-            slots, misses = replaced(held[row], last_used[row], tokens, step)
-            truth[b, h, lens[b] - 1] = newest[b, h].cpu()
-            assert r.slots[b, h, : len(tokens)].tolist() == slots and len(set(slots)) == len(slots)
+        for b, h in rows:
+            row, wanted, before, last = (b, h), tokens[b, h], held[b, h].copy(), lens[b] - 1
+            slots, misses = replaced(held[row], last_used[row], wanted, clock)
+            if newest is not None:
+                truth[b, h, last] = newest[b, h].cpu()
+            assert r.slots[b, h, : len(wanted)].tolist() == slots and len(set(slots)) == len(slots)
             assert r.missing[b, h, : r.n_missing[b, h]].tolist() == misses
             assert r.slot_token[b, h].tolist() == [-1 if token is None else token for token in held[row]]
-            assert torch.equal(r.kv[b, h, slots].cpu(), truth[b, h, tokens]), "a slot holds another token's K and V"
-            selected += len(tokens) - 1
-            fetched += sum(tokens[i] != lens[b] - 1 for i in misses)
-            evicted += sum(x is not None and x != y for x, y in zip(before, held[row]))
+            filled = [(slot, token) for slot, token in zip(slots, wanted) if newest is not None or token != last]
+            assert all(torch.equal(r.kv[b, h, slot].cpu(), truth[b, h, token]) for slot, token in filled), "another token's"
+            fetched = sum(wanted[i] != last for i in misses)
+            if kind.get("ahead"):
+                counts["predicted"] += sum(sink <= token <= last - recent for token in wanted)
+                counts["prefetched"] += fetched
+            else:
+                counts["selected"] += len(wanted) - 1
+                counts["fetched"] += fetched
+                counts["steps"] += 1
+                evicted += sum(x is not None and x != y for x, y in zip(before, held[row]))
         assert torch.equal(host, truth), "the newest tokens did not reach the host, or something else did"
-    assert r.counts.sum((1, 2)).tolist() == [selected, fetched, steps * B * HKV] and evicted > 100
+
+    for step in range(1, steps + 1):
+        lens = [60 + step, 30 + step // 2]  # the second row repeats every other step, its newest token held already
+        true, predicted = {}, {}
+        for b, h in rows:
+            n = rng.randint(8, 24)
+            others = [t for t in held[b, h] if t is not None and t < lens[b] - 1]
+            old = rng.sample(others, min(len(others), n // 2))
+            new = rng.sample([t for t in range(lens[b] - 1) if t not in old], n - 1 - len(old))
+            true[b, h] = sorted([*old, *new, lens[b] - 1])
+            wrong = [t for t in range(lens[b] - 1) if t not in true[b, h]]
+            predicted[b, h] = sorted([*rng.sample(true[b, h][:-1], 4), *rng.sample(wrong, 3), lens[b] - 1])
+        foreseen = step % 3 > 0
+        if foreseen:
+            call(predicted, None, ahead=True)
+            counts["confirmed"] += sum(sink <= token <= lens[b] - 1 - recent
+                                       for b, h in rows for token in set(predicted[b, h]) & set(true[b, h]))
+        call(true, torch.randn(B, HKV, 2, D, generator=generator).to(device), foreseen=foreseen)
+    assert dict(zip(offload.COUNTS, r.counts.sum((1, 2)).tolist())) == counts and counts["steps"] == steps * B * HKV
+    assert evicted > 40 and min(counts.values()) > 50
     r.forget()
     assert (r.slot_token == -1).all() and r.counts.sum() == 0
 
@@ -1304,10 +1332,12 @@ def test_offloaded_generation_equals_that_of_the_gpu_s_cache(more, resident):
     assert found.token_ids == want.token_ids
     assert found.kv_bytes_per_step == want.kv_bytes_per_step
     layers, token = step.model.config.n_layers - 1, 2 * 16 * 4
-    fetched = sum(int(r.counts[1].sum()) for r in step.cache.residents())
+    counts = dict(zip(offload.COUNTS, sum(r.counts.sum((1, 2)) for r in step.cache.residents()).tolist()))
     told = step.cache.statistics()
-    assert told["pcie_bytes_per_step"] == pytest.approx(fetched * token / n) and len(told["hit_rate_by_layer"]) == layers
-    assert fetched > 1000 and 0.1 < told["hit_rate"] < 1
+    assert told["pcie_bytes_per_step"] == pytest.approx((counts["fetched"] + counts["prefetched"]) * token / n)
+    assert told["prefetched_bytes_per_step"] == pytest.approx(counts["prefetched"] * token / n)
+    assert counts["fetched"] > 1000 and 0.1 < told["hit_rate"] < 1 and len(told["hit_rate_by_layer"]) == layers
+    assert counts["prefetched"] > 100 and 0.1 < told["agreement"] < 1 and all(told["agreement_by_layer"])
     for r, layer in zip(step.cache.residents(), [layer for layer in step.cache.layers if hasattr(layer, "host")]):
         assert r.kv.shape[2] == step.cache.resident_tokens and layer.kv_bytes() < layer.host.nbytes
 
