@@ -689,8 +689,8 @@ def run_offload(args, device):
 
 def offload_table(rows):
     """Rows of results/offload.jsonl -> Markdown."""
-    lines = ["| model | B, S | mode | ms per step | tokens/s | over flexgen | PCIe: MB per step | of it ahead | GB/s | tokens on the "
-             "GPU | agreement | same tokens, logits as gpu | GPU GiB: K and V | labels, maps | host GiB |", "|---" * 15 + "|"]
+    lines = ["| model | B, S | mode | ms per step | tokens/s | over flexgen | PCIe: MB per step | of it ahead | GB/s | tokens on "
+             "the GPU | agreement | same tokens, logits as gpu | GPU GiB: K and V | labels, maps | host GiB |", "|---" * 15 + "|"]
     for r in rows:
         def cell(name, form, unit="", scale=1, r=r):
             return "-" if r.get(name) is None else f"{r[name] / scale:{form}}{unit}"
@@ -706,7 +706,8 @@ def offload_table(rows):
                      f"{cell('tokens_per_s', '.1f')} | {cell('speedup_vs_flexgen', '.1f', 'x')} | "
                      f"{cell('pcie_bytes_per_step', '.1f', scale=1e6)} | "
                      f"{cell('prefetched_bytes_per_step', '.1f', scale=1e6)} | {cell('pcie_gbps', '.1f')}{share} | "
-                     f"{cell('hit_rate', '.0%')} | {cell('agreement', '.0%')} | {same} | {cell('gpu_kv_bytes', '.2f', scale=2**30)} | {maps / 2**30:.2f} | "
+                     f"{cell('hit_rate', '.0%')} | {cell('agreement', '.0%')} | {same} | "
+                     f"{cell('gpu_kv_bytes', '.2f', scale=2**30)} | {maps / 2**30:.2f} | "
                      f"{cell('host_bytes', '.1f', scale=2**30)} |")
     return "\n".join(lines)
 
@@ -807,8 +808,8 @@ def main():
     steps.add_argument("--modes", nargs="+", choices=(*MODES, *OFFLOAD_MODES),
                        help="of generate: prefill; decode steps as gpt-fast's, dense, or Double Sparsity as generate.py has it "
                             "(gpt_fast compiles for about a minute per shape); of offload: all K and V streamed as FlexGen "
-                            "does, Double Sparsity with K and V on the GPU, with them in host memory, and attending to what was "
-                            "predicted of each layer (default: all)")
+                            "does, Double Sparsity with K and V on the GPU, with them in host memory, and then attending to "
+                            "what was predicted of each layer (default: all)")
     steps.add_argument("--steps", type=int, default=50, help="steps timed, the median counts (default %(default)s)")
     steps.add_argument("--dense_layers", type=int, nargs="+", default=[DSConfig.dense_layers, 0],
                        help="of ds, gpu and offload, a row for each (default %(default)s)")
@@ -820,7 +821,7 @@ def main():
     steps.add_argument("--prefetch_tokens", type=int, nargs="+", default=[None], metavar="TOKENS",
                        help="of offload: tokens fetched ahead, a row for each (default: an eighth of those attended)")
     steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
-    steps.add_argument("--data", help="with --checkpoint: text to cut the prompts from (default: generated key-value retrieval)")
+    steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
     steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")
     args = parser.parse_args()
     if args.what == "table":

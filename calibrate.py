@@ -151,7 +151,7 @@ def late_queries(T, queries, device):
 
 
 def label_scores(q, k, label_map, ds, seq_lens):
-    """Label scores of the queries at seq_lens - 1, each over its own past: q [1, HQ, T, D], k [1, HKV, T, D] -> [rows, HKV, T]."""
+    """Label scores of the queries at seq_lens - 1 over their own past: q [1, HQ, T, D], k [1, HKV, T, D] -> [rows, HKV, T]."""
     _, HKV, T, D = k.shape
     labels = torch.zeros(1, HKV, ds.words(D), T, dtype=torch.int32, device=k.device)
     label_ref(k, torch.arange(T, device=k.device)[None], labels, label_map)
@@ -259,7 +259,7 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
         checks = [layer.attn.project(layer.attn_norm(x), cos, sin)[:2] for x in hidden["check"]]
         kept = torch.tensor([kept_mass(q, k, label_map, ds) for q, k in checks]).mean(0)
         kept_sums += kept
-        predictions = [layer.queries(x, cos, sin) for x in before or ()]  # of layer 0 there are none
+        predictions = [layer.attn.queries(layer.attn_norm(x), cos, sin) for x in before or ()]  # of layer 0 there are none
         shares = [prediction_agreement(q, predicted, k, label_map, ds) for (q, k), predicted in zip(checks, predictions)]
         agreement = sum(shares) / len(checks)
         columns["agreement"].append(torch.tensor(agreement))

@@ -423,9 +423,10 @@ def print_statistics(found, device, name=""):
           f"{found['label_cache_bytes'] / 2**20:.1f} MiB | peak {'GPU' if device != 'cpu' else 'process'} memory "
           f"{found['peak_memory_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
     if "host_bytes" in found:
-        more = f", of it ahead {found['prefetched_bytes_per_step'] / 1e6:.2f} MB" if "prefetched_bytes_per_step" in found else ""
+        more = ""
         if found.get("hit_rate") is not None:
-            more += f" | {found['hit_rate']:.0%} of the selected tokens were on the GPU"
+            more = (f", of it ahead {found['prefetched_bytes_per_step'] / 1e6:.2f} MB | {found['hit_rate']:.0%} of the selected "
+                    "tokens were on the GPU")
         if found.get("agreement") is not None:
             more += f", {found['agreement']:.0%} of the predicted ones were selected"
         if found.get("predicted_layers"):
@@ -523,7 +524,7 @@ def parse_arguments():
             raise ValueError(f"{name}={value}: must be at least {low}")
     for name in ("resident_tokens", "prefetch_tokens", "offload_mode", "min_agreement"):
         if getattr(args, name) != parser.get_default(name) and not args.offload:
-            raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add it, or leave this out")
+            raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add that option")
     if args.interactive and (args.prompt or args.prompt_file or args.json or args.compare):
         raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, --prompt_file, --json and "
                          "--compare")

@@ -271,8 +271,8 @@ class KVCache:
         yield from self.row(b).layers
 
     def foresee(self, i, x, blocks, cos, sin):
-        """Before layer i of a decode step, whose input is x [B, 1, dim]: nothing to do, unless a cache foresees what the next of
-        the model's blocks will attend to. cos, sin [B, 1, 1, D / 2] of the new tokens."""
+        """Before layer i of a decode step, whose input is x [B, 1, dim]: nothing to do, unless a cache foresees what the next
+        of the model's blocks will attend to. cos, sin [B, 1, 1, D / 2] of the new tokens."""
 
     def begin(self):
         """Before the first step of a generation: nothing to do, unless a cache keeps count of its steps."""
@@ -643,10 +643,6 @@ class Block(nn.Module):
     def before(self, x, cos, sin):
         """x [B, T, dim] -> q [B, HQ, T, D], k, v [B, HKV, T, D] for attention."""
         return self.attn.project(self.attn_norm(x), cos, sin)
-
-    def queries(self, x, cos, sin):
-        """q as from `before`, alone."""
-        return self.attn.queries(self.attn_norm(x), cos, sin)
 
     def after(self, x, y):
         """x [B, T, dim] and attention's result y [B, T, HQ, D] -> [B, T, dim]."""

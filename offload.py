@@ -8,7 +8,8 @@ tokens.
 
 While a layer attends and runs its linear layers, PCIe would idle. So the next layer's query is predicted from this layer's
 input, and the `prefetch_tokens` best tokens by that query are fetched ahead: a wrong prediction costs time, and changes
-nothing else. Layers in `predicted` attend to what the predicted query selects, all of it fetched ahead: the paper's way, not exact.
+nothing else. Layers in `predicted` attend to what the predicted query selects, all of it fetched ahead: the paper's way, which
+is not exact.
 
 Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention (as FlexGen does): the
 baseline.
@@ -341,8 +342,9 @@ def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing
             tl.store(host + last.to(tl.int64) * ROW + offs, fresh, mask=offs < ROW)
 
 
-def fetch(r, host, newest, indices, seq_lens, programs=528, tokens=16, num_warps=4):
-    """As fetch_ref: one launch of about `programs` programs, which read `tokens` rows at a time."""
+def fetch(r, host, newest, indices, seq_lens, programs=64, tokens=16, num_warps=4):
+    """As fetch_ref: one launch of about `programs` programs, which read `tokens` rows at a time: enough to saturate PCIe, few
+    enough that half of the multiprocessors are free for what runs beside, of which `choose` takes a whole one for each row."""
     B, HKV, R = r.slots.shape
     S, ROW = host.shape[2], 2 * host.shape[4]
     assert host.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
@@ -361,8 +363,8 @@ def predictable_layers(channels, min_agreement):
     """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its file."""
     with open_tensors(channels) as file:
         if "agreement" not in file.keys():
-            raise ValueError(f"{channels}: does not say how well layers are predicted, as --offload_mode predicted needs; make it "
-                             "again with calibrate.py, or take --offload_mode exact")
+            raise ValueError(f"{channels}: does not say how well each layer is predicted, as --offload_mode predicted needs; run "
+                             "calibrate.py again, or take --offload_mode exact")
         return [i for i, share in enumerate(file.get_tensor("agreement").tolist()) if i and share >= min_agreement]
 
 
@@ -381,13 +383,12 @@ class HostLayer(LayerCache):
 
 @dataclass
 class Foresight:
-    """How the layers of a cache choose and fetch tokens ahead: on two streams, so that one layer's tokens are chosen while those
-    of the layer before it are still on their way."""
+    """What the layers of a cache choose and fetch tokens ahead with: two streams, so that one layer's tokens are chosen while
+    those of the layer before it are still on their way."""
 
     choosing: SideStream
     fetching: SideStream
     workspaces: list  # of even and odd layers: a prediction is read while the next one is made
-    programs: int = 32  # of a fetch: they saturate PCIe, and leave the multiprocessors to the layer that computes
 
 
 @dataclass(kw_only=True)
@@ -395,12 +396,13 @@ class OffloadedLayer(HostLayer):
     resident: Resident
     foresight: Foresight
     number: int  # of this layer
-    input: torch.Tensor  # [B, 1, dim], of the layer before, from which this one's query is predicted
     ahead: DSConfig | None  # of what is chosen ahead; None: nothing
     predicted: bool  # what was chosen ahead is attended to
     following: "OffloadedLayer | None" = None
-    chosen: tuple | None = None  # in a step, once there is a prediction: (indices, n_tokens)
-    done: torch.cuda.Event | None = None  # of the latest work ahead
+    # of the latest prediction
+    input: torch.Tensor | None = None  # [B, 1, dim], the normed input of the layer before; held while another stream reads it
+    chosen: tuple | None = None  # (indices, n_tokens), until `decode` has come
+    done: torch.cuda.Event | None = None  # of its latest work
 
     def kv_bytes(self):
         return self.resident.kv.nbytes + self.newest.nbytes
@@ -418,13 +420,17 @@ class OffloadedLayer(HostLayer):
         run = resolve if self.ds.use_triton(seq_lens) else resolve_ref
         run(self.resident, indices, n_tokens, seq_lens, sink=self.ds.sink, recent=self.ds.recent, **kind)
 
+    def fetch(self, newest, indices, seq_lens):
+        run = fetch if self.ds.use_triton(seq_lens) else fetch_ref
+        run(self.resident, self.host, newest, indices, seq_lens)
+
     def choose_ahead(self, x, block, cos, sin, seq_lens):
         """Predicts this layer's query from x [B, 1, dim], the input of the layer before, and gives slots to what it selects.
         block: this layer's of the model; cos, sin [B, 1, 1, D / 2] of the newest positions."""
-        self.input.copy_(x)  # the layer before changes x in place
+        self.input = block.attn_norm(x)  # here: the layer before changes x in place
 
         def choose():
-            q = block.queries(self.input, cos, sin).squeeze(2)  # [B, HQ, D]
+            q = block.attn.queries(self.input, cos, sin).squeeze(2)  # [B, HQ, D]
             workspace = self.foresight.workspaces[self.number % 2]
             self.chosen = select_tokens(q, self.labels, self.label_map, seq_lens, self.ahead, self.window, workspace)
             self.resolve(*self.chosen, seq_lens, ahead=True)
@@ -433,13 +439,8 @@ class OffloadedLayer(HostLayer):
 
     def fetch_ahead(self, seq_lens):
         """Fetches what was chosen, once the current stream has done what it was given: until then PCIe is another layer's."""
-        def fetch_chosen():
-            if self.ds.use_triton(seq_lens):
-                fetch(self.resident, self.host, None, self.chosen[0], seq_lens, self.foresight.programs)
-            else:
-                fetch_ref(self.resident, self.host, None, self.chosen[0], seq_lens)
-
-        self.done = self.foresight.fetching.run(fetch_chosen, after=self.done)
+        indices, _ = self.chosen
+        self.done = self.foresight.fetching.run(lambda: self.fetch(None, indices, seq_lens), after=self.done)
 
     def decode(self, q, seq_lens):
         r, k, v = self.resident, *self.resident.kv.unbind(3)
@@ -452,7 +453,7 @@ class OffloadedLayer(HostLayer):
         if chosen:
             self.foresight.fetching.wait(self.done)
         self.resolve(indices, n_tokens, seq_lens, foreseen=chosen is not None and not self.predicted)
-        (fetch if by_kernels else fetch_ref)(r, self.host, self.newest, indices, seq_lens)
+        self.fetch(self.newest, indices, seq_lens)
         if self.following and self.following.chosen:
             self.following.fetch_ahead(seq_lens)
         if not by_kernels:
@@ -534,7 +535,6 @@ class OffloadCache(KVCache):
             odd = copy(even)  # all but what comes out is scratch of one stream
             odd.indices, odd.n_tokens = torch.empty_like(even.indices), torch.empty_like(even.n_tokens)
             self.foresight.workspaces = [even, odd]
-        self.dim = config.dim
         shape = (batch, config.n_kv_heads, max_seq_length, 2, config.head_dim)
         host = host_layers(count, shape, dtype, device) if host is None else host
         self.host = host[len(host) - count :]
@@ -555,8 +555,7 @@ class OffloadCache(KVCache):
         predicted = number in self.predicted
         layer = OffloadedLayer(
             **settings, resident=Resident(B, HKV, S, self.resident_tokens, D, dtype, device), foresight=self.foresight,
-            input=torch.zeros(B, 1, self.dim, dtype=dtype, device=device), ahead=self.ds if predicted else self.ahead,
-            predicted=predicted)
+            ahead=self.ds if predicted else self.ahead, predicted=predicted)
         if number and isinstance(self.layers[-1], OffloadedLayer):
             self.layers[-1].following = layer
         return layer
@@ -607,9 +606,9 @@ class OffloadCache(KVCache):
         return super().gpu_bytes() | {"slot maps": sum(r.map_bytes() for r in self.residents()), "staging": staging}
 
     def statistics(self):
-        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead; the share
-        of selected tokens that was resident when the selection was known, and the share of predicted tokens that it confirmed,
-        in all and by layer; and where K and V lie."""
+        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead; the
+        share of selected tokens that was resident once the selection was known, and the share of predicted tokens that were
+        among them, in all and by layer; and where K and V lie."""
         host_bytes = sum(host.nbytes for host in self.host)
         found = {"host_bytes": host_bytes, "slot_map_bytes": self.gpu_bytes()["slot maps"]}
         if self.streaming:
