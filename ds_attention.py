@@ -555,9 +555,15 @@ def _sources(counts, before, s, groups, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.co
 
 
 @triton.jit
+def _both(key, threshold):
+    """1 << 16 for a key above the threshold, 1 for one tied with it: their sum counts both."""
+    return ((key > threshold).to(tl.int32) << 16) + (key == threshold).to(tl.int32)
+
+
+@triton.jit
 def _place(key, position, threshold, room, above, ties, indices):
     """Writes the chosen ones of candidates [4, any] behind `above` better and `ties` tied ones; returns both for the next."""
-    both = ((key > threshold).to(tl.int32) << 16) + (key == threshold).to(tl.int32)
+    both = _both(key, threshold)
     column = tl.sum(both, 0)
     upto = (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(both, 0)
     tied = ties + (upto & 0xFFFF)
@@ -623,27 +629,39 @@ def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, 
 
 
 @triton.jit
-def _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens, indices,
-                 BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TOP_P: tl.constexpr, TILE: tl.constexpr):
-    """The positions of the best candidates (see _cut), all of which reach the bracket, ascending."""
+def _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens, indices, part,
+                 BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr, TOP_P: tl.constexpr, TILE: tl.constexpr):
+    """The positions of the best candidates (see _cut), all of which reach the bracket, ascending. Each of PLACERS programs
+    finds the threshold and writes its part of them."""
     offset, listed, inside = _sources(counts, before, 0, groups, BLOCK_S, LOG_BLOCKS, TILE)
     key = tl.where(listed, (tl.load(entries + offset, mask=inside, other=0) >> 32).to(tl.int32), DEAD)
     low = tl.maximum(bracket, -FORCED)
     high = tl.maximum(tl.max(tl.where(key < FORCED, key, DEAD)), low)
     threshold, room = _cut(key, total, low, high, n, needed, peak, unit, TOP_P, 0)
+    above, ties = 0, 0
+    if PLACERS > 1:
+        first = part * tl.cdiv(groups, PLACERS) * 4
+        earlier = tl.sum(tl.where(_fours(0, TILE) < first, _both(key, threshold), 0))
+        above, ties = earlier >> 16, earlier & 0xFFFF
+        last = tl.minimum((part + 1) * tl.cdiv(groups, PLACERS), groups)
+        offset, listed, inside = _sources(counts, before, first, last, BLOCK_S, LOG_BLOCKS, TILE // PLACERS)
+        key = tl.where(listed, (tl.load(entries + offset, mask=inside, other=0) >> 32).to(tl.int32), DEAD)
     position = tl.load(entries + offset, mask=inside, other=0).to(tl.int32)  # again: registers are scarcer than loads
-    above, ties = _place(key, position, threshold, room, 0, 0, indices)
+    above, ties = _place(key, position, threshold, room, above, ties, indices)
     if TOP_P:
-        tl.store(n_tokens, above + tl.minimum(ties, room))
+        if part == PLACERS - 1:
+            tl.store(n_tokens, above + tl.minimum(ties, room))
 
 
 @triton.jit
 def _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len,
-            start, n, bracket, peak, unit, sink, recent, l_sw, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
-            P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
-            TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
-    """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, and for LAST
-    longer ones in memory; returns whether the row is left to another launch. labels, query, entries, counts: the row's."""
+            start, n, bracket, peak, unit, sink, recent, l_sw, part, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
+            P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PLACERS: tl.constexpr,
+            TILE: tl.constexpr, TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr,
+            PTX: tl.constexpr):
+    """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, by each of
+    PLACERS programs of a row, and for LAST longer ones in memory, by the first; returns whether the row is left to another
+    launch. labels, query, entries, counts: the row's."""
     before += row.to(tl.int64) * 2**LOG_BLOCKS
     long_entries += row.to(tl.int64) * longest
     indices += row.to(tl.int64) * max_tokens
@@ -663,9 +681,9 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
     missed = total < n
     for i in tl.static_range(TIERS):  # in registers, as many as it takes: the cost follows the live length
         if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)) & (not missed):
-            _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens, indices, BLOCK_S,
-                         LOG_BLOCKS, TOP_P, TILE << i)
-    left = missed | (groups * 4 > TILE << (TIERS - 1))
+            _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens, indices, part, BLOCK_S,
+                         LOG_BLOCKS, PLACERS, TOP_P, TILE << i)
+    left = (missed | (groups * 4 > TILE << (TIERS - 1))) & (part == 0)
     if LAST:
         if left & (groups * 4 <= longest) & (not missed):
             # in memory, the blocks' lists one behind the other
@@ -697,8 +715,8 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
                    SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr, TILE: tl.constexpr,
                    TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
                    PDL: tl.constexpr):
-    """One, or all, of the three stages of a selection; a program has a row and KV head, or in EMIT one of its SEGMENTS. Unless
-    it is the LAST launch, rows with long lists are left to _choose_left_kernel."""
+    """One, or all, of the three stages of a selection; SEGMENTS programs share a row and KV head: its tokens in EMIT, in CHOOSE
+    its list. Unless it is the LAST launch, rows with long lists are left to _choose_left_kernel."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
@@ -718,8 +736,8 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     seq_len = tl.load(seq_lens + pid_b)
     start = tl.maximum(seq_len - window, 0)
     first = start // BLOCK_S * BLOCK_S
+    n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
     if BRACKET:
-        n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
         bracket, peak, largest = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, labels, query, seq_len,
                                           start, n, row_words, q_sh, l_sw, G, P, D, BLOCK_D, W, BLOCK_W, BITS, M, RUN, MARGIN, TOP_P,
                                           PTX)
@@ -739,7 +757,6 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        n = tl.load(n_tokens + row)
         bracket = tl.load(lower + row)
         peak, unit = 0, 0.0
         if TOP_P:
@@ -753,8 +770,8 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         if EMIT:
             tl.debug_barrier()
         left = _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens,
-                       seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, W, BLOCK_W, BITS, P, BLOCK_S, LOG_BLOCKS, PARTS,
-                       TILE, TIERS, LAST, TILE_LONG, TOP_P, PTX)
+                       seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, segment, W, BLOCK_W, BITS, P, BLOCK_S, LOG_BLOCKS,
+                       PARTS, SEGMENTS, TILE, TIERS, LAST, TILE_LONG, TOP_P, PTX)
         if not LAST:
             tl.store(pending + row, left.to(tl.int32))
 
@@ -782,8 +799,8 @@ def _choose_left_kernel(labels, seq_lens, n_tokens, query, lower, peaks, units, 
             _choose(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * T + 1), needs,
                     entries + row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S, counts + row.to(tl.int64) * 2**LOG_BLOCKS, before,
                     long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len, tl.maximum(seq_len - window, 0), n,
-                    bracket, peak, unit, sink, recent, l_sw, W, BLOCK_W, BITS, P, BLOCK_S, LOG_BLOCKS, PARTS, TILE, TIERS, True,
-                    TILE_LONG, TOP_P, PTX)
+                    bracket, peak, unit, sink, recent, l_sw, 0, W, BLOCK_W, BITS, P, BLOCK_S, LOG_BLOCKS, PARTS, 1, TILE, TIERS,
+                    True, TILE_LONG, TOP_P, PTX)
 
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
@@ -794,6 +811,7 @@ BLOCK = 1024  # tokens that emit scores at a time
 TILE = 2048  # candidates that choose searches in registers; doubled for long contexts, up to MAX_TILE
 MAX_TILE = 16384
 MANY_ROWS = 256  # with more, lists of TILE candidates at most are searched by small programs, longer ones apart
+PROGRAMS = 1024  # that fill the GPU: fewer rows are shared by so many
 FUSED_ROWS = 512  # from here on one program a row fills the GPU: one launch selects
 
 
@@ -808,20 +826,22 @@ class Workspace:
     Nothing in it carries over from call to call: a new prompt, another length or batch row start clean.
     """
 
-    def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None, segments=None):
-        """config: DSConfig, or None for dense decode alone. splits, segments: programs that share a row's tokens in attend and
-        in emit, powers of two."""
+    def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None, segments=None, placers=None):
+        """config: DSConfig, or None for dense decode alone. splits, segments, placers: programs that share a row's tokens in
+        attend, in emit, and its list in choose, powers of two."""
         def scratch(*shape, dtype=torch.int32):
             return torch.empty(*shape, dtype=dtype, device=device)
 
         R = B * HKV
         self.shape = (B, HQ, HKV, D, S)
-        self.splits = splits or min(64, triton.next_power_of_2(triton.cdiv(1024, R)))
+        shared = min(64, triton.next_power_of_2(triton.cdiv(PROGRAMS, R)))
+        self.splits = splits or shared
         self.partial = scratch(B * HQ, self.splits, D, dtype=torch.float32)
         self.partial_lse = scratch(B * HQ, self.splits, dtype=torch.float32)
         self.arrived = torch.zeros(R, dtype=torch.int32, device=device)  # whoever arrives last resets it
         if config is not None:
-            self.segments = segments or (1 if R >= FUSED_ROWS else min(64, triton.next_power_of_2(triton.cdiv(1024, R))))
+            self.segments = segments or (1 if R >= FUSED_ROWS else shared)
+            self.placers = placers or max(1, min(4, PROGRAMS // 8 // triton.next_power_of_2(R)))
             self.n_tokens, self.lower, self.peak = scratch(B, HKV), scratch(R), scratch(R)
             self.unit = scratch(R, dtype=torch.float32)
             self.needed = scratch(R, self.segments, dtype=torch.float32)
@@ -879,13 +899,13 @@ class Selection:
 
     def emit(self, num_warps=8):
         """The candidates: tokens at or above the bracket, block by block."""
-        self.launch(emit=True, num_warps=num_warps)
+        self.launch(self.workspace.segments, emit=True, num_warps=num_warps)
 
     def choose(self, num_warps=None):
         """Exactly n of them, into workspace.indices."""
         per_warp = 256 if self.rows <= MANY_ROWS else 512  # few rows leave multiprocessors idle: more warps to each
-        longest = TILE if self.apart else self.workspace.tile
-        self.launch(choose=True, num_warps=num_warps or max(1, min(16, longest // per_warp)))
+        longest, placers = (TILE, 1) if self.apart else (self.workspace.tile, self.workspace.placers)
+        self.launch(placers, choose=True, num_warps=num_warps or max(1, min(16, longest // per_warp)))
         self.choose_left()
 
     def choose_left(self, num_warps=8):
@@ -917,10 +937,9 @@ class Selection:
         beyond = self.labels.untyped_storage().nbytes() // 4 - 1 - last
         return S + (-S % 16 if -S % 16 <= beyond else 0)
 
-    def launch(self, bracket=False, emit=False, choose=False, num_warps=4, registers=None):
-        """Some stages in one launch. registers: at most so many per thread."""
+    def launch(self, segments=1, bracket=False, emit=False, choose=False, num_warps=4, registers=None):
+        """Some stages in one launch, of `segments` programs a row. registers: at most so many per thread."""
         m, ws, c, D = self.label_map, self.workspace, self.config, self.q.shape[2]
-        segments = ws.segments if emit else 1
         share_num, share_den = c.share()
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](

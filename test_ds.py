@@ -4,14 +4,17 @@ Layers of truth: our model equals Hugging Face's; dense decode equals prefill; t
 kernels equal the reference. Oracles (pytest, transformers) are installed for tests only:
     pip install -r requirements.txt pytest transformers && python -m pytest -q test_ds.py
 """
+import contextlib
 import copy
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
 import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -50,6 +53,9 @@ from model import (
 )
 from offload import OffloadCache
 from tiny import tasks
+
+if not GPU:
+    ds.PROGRAMS = 16  # the interpreter runs them one after the other
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -242,16 +248,17 @@ def check_selection(p):
 
 
 def launched(how, monkeypatch):
-    """The ways to launch a selection: three stages, all in one program ("fused"), long and short lists chosen apart."""
-    if how == "fused":
-        monkeypatch.setattr(ds, "Workspace", partial(ds.Workspace, segments=1))
+    """The ways to launch a selection: three stages, the last by four programs a row ("shared"), all in one program ("fused"),
+    long and short lists chosen apart."""
+    if how in ("shared", "fused"):
+        monkeypatch.setattr(ds, "Workspace", partial(ds.Workspace, **{"shared": dict(placers=4), "fused": dict(segments=1)}[how]))
     if how == "by-length":
         for name, value in dict(TILE=256, MANY_ROWS=0).items():
             monkeypatch.setattr(ds, name, value)
 
 
 @cases
-@pytest.mark.parametrize("how", ["staged", "fused"])
+@pytest.mark.parametrize("how", ["shared", "fused"])
 def test_kernel_selection_equals_reference(case, how, monkeypatch):
     launched(how, monkeypatch)
     assert check_selection(Problem(case)) > 0.99
@@ -277,22 +284,22 @@ def sampled(live):
 
 def adversarial(crowd, **more):
     """A problem of two long rows whose label scores are those of the crowd."""
-    p = Problem(shapes(B=2, HQ=2, S=6000, C=8, **more), seq_lens=[6000, 4801])
+    p = Problem(shapes(B=2, HQ=1, HKV=1, S=6000, C=8, **more), seq_lens=[6000, 4801])
     codes = torch.zeros(6000, 8)
     codes[:, 0], codes[:, 1] = crowd(torch.arange(6000))
     p.labels[:] = ds.pack(codes, 4).T.to(DEVICE)
     looks = torch.zeros(64, 8, device=DEVICE)
     looks[0, 0], looks[1, 1] = 127.0, 8.0
-    p.map.basis_q, p.map.step = looks.expand(2, -1, -1).contiguous(), torch.ones_like(p.map.step)
+    p.map.basis_q, p.map.step = looks[None], torch.ones_like(p.map.step)
     p.q = torch.zeros_like(p.q)
     p.q[..., :2] = 1.0
     return p
 
 
 @pytest.mark.parametrize("crowd, window, portable, how", [
-    *((crowd, window, True, "staged") for crowd in CROWDS for window in (None, 4500)),
+    *((crowd, window, True, "staged") for crowd, window in zip(CROWDS, 4 * [None, 4500])),
     *((crowd, None, False, "staged") for crowd in (CROWDS if GPU else ("many-ties",))),  # the interpreter takes the portable branch
-    *((crowd, None, True, how) for how in ("fused", "by-length") for crowd in ("many-ties", "descending", "sample-sees-the-best"))])
+    *((crowd, None, True, how) for how in ("shared", "fused", "by-length") for crowd in ("many-ties", "descending", "sample-sees-the-best"))])
 def test_kernel_selection_of_adversarial_scores(crowd, window, portable, how, monkeypatch):
     """Rows long enough for the sampled bracket: exactly n tokens, and the same as the reference's, ties included."""
     launched(how, monkeypatch)
@@ -302,14 +309,14 @@ def test_kernel_selection_of_adversarial_scores(crowd, window, portable, how, mo
 
 
 @pytest.mark.parametrize("crowd, how, top_p", [
-    ("many-ties", "by-length", 0.5), ("descending", "fused", 0.01), ("descending", "fused", 0.5), ("best-in-one-place", "staged", 1.0),
-    ("best-in-one-place", "staged", 0.01), ("sample-sees-the-best", "staged", 0.5)])
+    ("many-ties", "by-length", 0.5), ("descending", "fused", 0.01), ("descending", "fused", 0.5), ("best-in-one-place", "shared", 1.0),
+    ("best-in-one-place", "shared", 0.01), ("sample-sees-the-best", "staged", 0.5)])
 def test_top_p_of_adversarial_scores(crowd, how, top_p, monkeypatch):
     """From hardly more than the forced tokens to all n, in registers, in memory and with a bracket that missed."""
     launched(how, monkeypatch)
     p = adversarial(CROWDS[crowd], top_p=top_p)
     p.map.step /= 60  # a softmax that is neither flat nor a spike
-    p.n_tokens = ds.top_p_ref(p.scores(), p.seq_lens, ds.per_head(p.config.budget(p.live), 2), top_p, 2, 4)
+    p.n_tokens = ds.top_p_ref(p.scores(), p.seq_lens, ds.per_head(p.config.budget(p.live), 1), top_p, 2, 4)
     assert check_selection(p) > 0.98
     assert (p.n_tokens < p.max_tokens // 4).all() if top_p == 0.01 else (p.n_tokens > 100).all()
 
@@ -327,15 +334,15 @@ def test_a_bracket_that_missed_is_mended(monkeypatch):
     """Too few candidates, or too many to list: all keys anew. The sample is deceived to get the first."""
     for crowd, few in (("sample-sees-the-best", True), ("many-ties", False)):
         p = adversarial(CROWDS[crowd])
-        workspace = ds.Workspace(2, 2, 2, 64, 6000, torch.device(DEVICE), p.config)
+        workspace = ds.Workspace(2, 1, 1, 64, 6000, torch.device(DEVICE), p.config)
         if not few:
             monkeypatch.setattr(ds, "TILE", 256)
             workspace.tile, workspace.longest = 256, 0
         selection = ds.Selection(p.q, p.labels, p.map, p.seq_lens, p.config, workspace)
         selection.bracket()
         selection.emit()
-        found = workspace.counts[:2, : -(-6000 // ds.BLOCK)].sum(-1)  # the candidates of row 0's heads
-        assert (found < p.n_tokens[0, 0]).all() if few else (found > workspace.tile).all(), "the case did not go wrong"
+        found = workspace.counts[0, : -(-6000 // ds.BLOCK)].sum()  # the candidates of row 0
+        assert found < p.n_tokens[0, 0] if few else found > workspace.tile, "the case did not go wrong"
         selection.choose()
         check_exact(p, workspace.indices)
 
@@ -390,8 +397,8 @@ def check_exact(p, indices):
 
 def test_a_workspace_serves_any_sequence_of_lengths():
     """State that survived a call would show: long, short, long again, another window of the same scratch memory."""
-    p = Problem(shapes(B=1, S=5000))
-    workspace = ds.Workspace(1, 4, 2, 64, 5000, torch.device(DEVICE), p.config)
+    p = Problem(shapes(B=1, HQ=2, HKV=1, S=5000))
+    workspace = ds.Workspace(1, 2, 1, 64, 5000, torch.device(DEVICE), p.config)
     config = DSConfig(**{**vars(p.config), "impl": "triton"})
     for length in (5000, 3, 4700, 1, 2100, 5000):
         lens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
@@ -445,25 +452,20 @@ def test_attend_kernel_equals_reference_given_the_same_indices(case, splits):
 
 @cases
 def test_decode_step_by_kernels_equals_reference(case):
+    """Its output, and in the label cache the newest key's label and nothing else."""
     p = Problem(case)
-    outs = [poisoned(lambda: ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window))
-            for config in (DSConfig(**{**vars(p.config), "impl": impl}) for impl in ("torch", "triton", "triton"))]
+    newest = (p.seq_lens - 1).long()[:, None, None, None].expand(-1, *p.labels.shape[1:3], 1)
+    outs = []
+    for impl in ("torch", "triton", "triton"):
+        config = DSConfig(**{**vars(p.config), "impl": impl})
+        labels = p.labels.scatter(3, newest, 0)
+        outs.append(poisoned(lambda: ds.ds_decode(p.q, p.k, p.v, labels, p.map, p.seq_lens, config, p.window)))
+        assert torch.equal(labels.scatter(3, newest, 0), p.labels.scatter(3, newest, 0))
+        got, want = (ds.unpack(x.gather(3, newest).transpose(2, 3), p.bits) for x in (labels, p.labels))
+        assert (got - want).abs().max() <= (1 if p.bits < 16 else 8)  # sums in another order
+        assert (got != want).float().mean() < (0.02 if p.bits < 16 else 0.5)
     assert relative_error(outs[1], outs[0]) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[p.dtype]
     assert torch.equal(outs[1], outs[2]), "the same inputs gave other bits"
-
-
-@cases
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_decode_step_writes_the_newest_label_and_no_other(case, impl):
-    p = Problem(case)
-    config = DSConfig(**{**vars(p.config), "impl": impl})
-    newest = (p.seq_lens - 1).long()[:, None, None, None].expand(-1, *p.labels.shape[1:3], 1)
-    labels = p.labels.scatter(3, newest, 0)
-    ds.ds_decode(p.q, p.k, p.v, labels, p.map, p.seq_lens, config, p.window)
-    assert torch.equal(labels.scatter(3, newest, 0), p.labels.scatter(3, newest, 0))
-    got, want = (ds.unpack(x.gather(3, newest).transpose(2, 3), p.bits) for x in (labels, p.labels))
-    assert (got - want).abs().max() <= (1 if p.bits < 16 else 8)  # sums in another order
-    assert (got != want).float().mean() < (0.02 if p.bits < 16 else 0.5)
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
@@ -2246,8 +2248,19 @@ def test_generate_converts_and_calibrates_a_hugging_face_directory(tmp_path, mon
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()][0].startswith("hf-")
 
 
-def command(*arguments, **more):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, **more)
+def command(script, *arguments, input=""):
+    """Runs a script as the shell does, but in this process: its imports take longer than most of what is asked of it."""
+    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin)
+    sys.argv, sys.stdin = [script, *map(str, arguments)], io.StringIO(input)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv, sys.stdin = before
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def test_generate_writes_its_json_and_streams_text(tmp_path):
@@ -2260,7 +2273,7 @@ def test_generate_writes_its_json_and_streams_text(tmp_path):
             "dense_kv_bytes_per_step", "kv_cache_bytes", "label_cache_bytes", "peak_memory_bytes", "config"} == set(out)
     weights = sum(p.nbytes for p in load_model(TINY, "cpu", torch.float32).parameters())
     assert 0.5 * weights < out["bytes_per_step"] - out["kv_bytes_per_step"] <= weights
-    assert 0 < out["ttft_ms"] < 1e3 * out["cold_start_s"] < 1e5 and out["median_ms_per_token"] <= out["p99_ms_per_token"]
+    assert 0 < out["ttft_ms"] < 1e3 * out["cold_start_s"] and out["median_ms_per_token"] <= out["p99_ms_per_token"]
     assert [len(ids) for ids in out["token_ids"]] == [8, 8] and all(text in run.stdout for text in out["text"])
     alone = command("generate.py", "--device", "cpu", "--prompt", "He said that", "--max_new_tokens", 8)
     assert alone.stdout.strip() == out["text"][1].strip() and "tokens/s" in alone.stderr
@@ -2317,7 +2330,8 @@ def test_offload_on_the_command_line_says_the_same(tmp_path):
 
 
 def test_demonstration_finds_its_fact(tmp_path):
-    run = command("generate.py", "--device", "cpu", "--sparsity", 16, "--json", tmp_path / "out.json")
+    arguments = ["generate.py", "--device", "cpu", "--sparsity", "16", "--json", tmp_path / "out.json"]
+    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "the answer is right" in run.stderr, run.stderr
     out = json.loads((tmp_path / "out.json").read_text())
     assert 3800 < len(out["prompt_token_ids"][0]) <= 4000 and out["text"][0].strip() == run.stdout.strip()
@@ -2337,9 +2351,11 @@ def test_interactive_continues_one_conversation():
     assert alone.stdout.rstrip("\n") == second.rstrip("\n")
 
 
-@pytest.fixture
-def damaged(tmp_path):
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
     """Directories with one thing wrong each."""
+    tmp_path = tmp_path_factory.mktemp("damaged")
+
     def copy(name):
         shutil.copytree(TINY, tmp_path / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
         return tmp_path / name
