@@ -566,10 +566,7 @@ class RandomText:
     name: str  # of the model
     weights = "random"
     data = None
-
-    def predicted(self):
-        """Layers that attend to predicted tokens: random weights are not calibrated, so all that have a layer before them."""
-        return range(1, self.model.config.n_layers)
+    predictable = None  # layers: random weights are not calibrated, so all
 
     def decode(self, size, steps, config, cache_type):
         """(cache, seconds per step, tokens, logits of one more step)"""
@@ -585,6 +582,7 @@ class Prompts(RandomText):
     checkpoint: Path
     prompts: list
     data: str
+    predictable: list
     weights = "trained"
 
     @staticmethod
@@ -598,10 +596,8 @@ class Prompts(RandomText):
         else:
             data, items = "key-value retrieval", generated_items(tokenizer, kv_document, [S], B)
             prompts = [item["context"] + item["question"] for item in items]
-        return Prompts(model, len(prompts), S, device, checkpoint.name, checkpoint, prompts, data)
-
-    def predicted(self):
-        return predictable_layers(self.checkpoint / "channels.safetensors", MIN_AGREEMENT)
+        predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT, "predicted")
+        return Prompts(model, len(prompts), S, device, checkpoint.name, checkpoint, prompts, data, predictable)
 
     def decode(self, size, steps, config, cache_type):
         model = self.model
@@ -622,17 +618,16 @@ def offload_rows(source, modes, configs, budgets, ahead, steps):
     for config, budget in itertools.product(configs, budgets):
         resident = {"resident_tokens": math.ceil(budget * config.budget(size))}
         runs += [("offload", config, resident | {"prefetch_tokens": tokens}) for tokens in ahead]
-        runs += [("offload_predicted", config, resident | {"prefetch_tokens": 0})]
+        runs += [("offload_predicted", config, resident | {"mode": "predicted"})]
     rows, outs, host, copy_speed = [], {}, None, None
     for mode, config, options in [run for run in runs if run[0] in modes]:
         row = {"bench": "offload", "model": source.name, "weights": source.weights, "data": source.data, "B": B, "S": S,
-               "mode": mode, "config": config and asdict(config), **options, "ms_per_step": None,
+               "mode": mode, "config": config and asdict(config), "resident_tokens": options.get("resident_tokens"),
+               "prefetch_tokens": None, "ms_per_step": None,
                "dtype": str(model.dtype).removeprefix("torch."), "steps": min(steps, 10) if mode == "flexgen" else steps}
         gc.collect()
         try:
-            if mode == "offload_predicted":
-                options = options | {"predicted": source.predicted()}
-            cache_type = KVCache if mode == "gpu" else partial(OffloadCache, **options)
+            cache_type = KVCache if mode == "gpu" else partial(OffloadCache, **options, predictable=source.predictable)
             if device != "cpu":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -650,7 +645,7 @@ def offload_rows(source, modes, configs, budgets, ahead, steps):
                     "gpu_label_bytes": cache.label_bytes()} | cache.statistics()
             if mode == "gpu":
                 outs[config.dense_layers] = out
-            if config and mode != "gpu":
+            if mode == "offload":
                 row["prefetch_tokens"] = cache.prefetch_tokens
             if config and mode != "gpu" and config.dense_layers in outs:  # of the predicted mode, too: how far it is from exact
                 tokens, logits = outs[config.dense_layers]

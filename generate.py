@@ -496,7 +496,7 @@ def parse_arguments():
                              "attended to; with --sparsity 1 all of K and V is streamed in each step")
     parser.add_argument("--resident_tokens", type=int, metavar="TOKENS",
                         help="with --offload: tokens per sequence and KV head kept on the GPU (default: the most that a step "
-                             "attends to, dense steps below --dense_below included)")
+                             "attends to and two layers' share of it more, or for dense steps --dense_below)")
     parser.add_argument("--prefetch_tokens", type=int, metavar="TOKENS",
                         help="with --offload: tokens per sequence and KV head fetched ahead of each layer, as the layer before "
                              "predicts them; 0: none (default: an eighth of those attended to)")
@@ -504,8 +504,8 @@ def parse_arguments():
                         help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
                              "predicted tokens, so that fetches hide behind compute (default %(default)s)")
     parser.add_argument("--min_agreement", type=float, default=MIN_AGREEMENT, metavar="SHARE",
-                        help="with --offload_mode predicted: layers of which calibration foresaw a smaller share of the "
-                             "selection stay exact (default %(default)g)")
+                        help="with --offload: where calibration foresaw a smaller share of a layer's selection, nothing is "
+                             "predicted (default %(default)g)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--no_compile", action="store_true", help="on a GPU, leave blocks out of torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
@@ -634,15 +634,17 @@ def main():
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype, ds)
     if args.offload:
-        cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens, prefetch_tokens=args.prefetch_tokens)
+        cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens,
+                                       prefetch_tokens=args.prefetch_tokens, mode=args.offload_mode)
         check_host_memory(free_host_bytes(), *needs)
     if args.device != "cpu":
         check_memory(torch.cuda.mem_get_info()[0], *needs, cache_type)
     model = load_model(checkpoint, args.device, dtype)
     label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
-    if ds and args.offload_mode == "predicted":
+    if ds and args.offload:
         channels = args.channels or checkpoint / "channels.safetensors"
-        cache_type = functools.partial(cache_type, predicted=predictable_layers(channels, args.min_agreement))
+        cache_type = functools.partial(
+            cache_type, predictable=predictable_layers(channels, args.min_agreement, args.offload_mode))
     if args.device != "cpu" and not args.no_compile:
         model.compile_blocks()
     if answer:

@@ -8,8 +8,8 @@ tokens.
 
 While a layer attends and runs its linear layers, PCIe would idle. So the next layer's query is predicted from this layer's
 input, and the `prefetch_tokens` best tokens by that query are fetched ahead: a wrong prediction costs time, and changes
-nothing else. Layers in `predicted` attend to what the predicted query selects, all of it fetched ahead: the paper's way, which
-is not exact.
+nothing else. In the mode "predicted" layers attend to what the predicted query selects, all of it fetched ahead: the paper's
+way, which is not exact.
 
 Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention (as FlexGen does): the
 baseline.
@@ -359,10 +359,13 @@ MODES = ("exact", "predicted")
 MIN_AGREEMENT = 0.7  # of tiny's layers all reach it (0.77 to 0.84) but the one predicted from embeddings (0.13)
 
 
-def predictable_layers(channels, min_agreement):
-    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its file."""
+def predictable_layers(channels, min_agreement, mode):
+    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its file. None, or in the mode
+    "predicted" ValueError, if that does not say."""
     with open_tensors(channels) as file:
         if "agreement" not in file.keys():
+            if mode == "exact":
+                return None
             raise ValueError(f"{channels}: does not say how well each layer is predicted, as --offload_mode predicted needs; run "
                              "calibrate.py again, or take --offload_mode exact")
         return [i for i, share in enumerate(file.get_tensor("agreement").tolist()) if i and share >= min_agreement]
@@ -510,26 +513,29 @@ class OffloadCache(KVCache):
     """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds of all."""
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None, resident_tokens=None,
-                 prefetch_tokens=None, predicted=(), host=None):
-        """resident_tokens: GPU rows per sequence and KV head, by default what a step may attend to: the budget at
-        max_seq_length, and ds.dense_below for the dense steps before. prefetch_tokens: how many are fetched ahead, beside
-        those attended in any case, by default an eighth of the budget; 0: none. predicted: layers (numbers) that attend to the
-        predicted tokens. host: tensors to use, of the last layers, [B, HKV, S, 2, D] each.
+                 prefetch_tokens=None, mode="exact", predictable=None, host=None):
+        """resident_tokens: GPU rows per sequence and KV head, at least what a step may attend to: the budget at max_seq_length,
+        and ds.dense_below for the dense steps before; by default two layers' budgets are added to that of all, so that what is
+        fetched ahead need not displace what the last step selected. prefetch_tokens: how many tokens are fetched ahead, beside
+        those attended in any case, by default an eighth of the budget; 0: none. mode: of MODES; "predicted" fetches and attends
+        to all that is predicted. predictable: numbers of the layers of which anything is predicted, by default all that have a
+        layer before them. host: tensors to use, of the last layers, [B, HKV, S, 2, D] each.
         """
         device, count = torch.device(device), offloaded_layers(config, ds)
         longest = min(max_seq_length, config.sliding_window or max_seq_length)
-        budget = ds.budget(longest) if ds else 0
-        least = max(budget, min(longest, ds.dense_below)) if ds else 0
-        self.resident_tokens = min(longest, resident_tokens or least)
+        budget, dense = (ds.budget(longest), min(longest, ds.dense_below)) if ds else (0, 0)
+        least = max(budget, dense)
+        self.resident_tokens = min(longest, resident_tokens or max(budget + 2 * budget // config.n_layers, dense))
         if self.resident_tokens < least:
             raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step may attend "
                              f"to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower --dense_below")
-        self.predicted, self.ahead = predicted, None
         self.prefetch_tokens = budget // 8 if prefetch_tokens is None else prefetch_tokens
-        if ds and self.prefetch_tokens:
+        self.ahead = ds if mode == "predicted" else None
+        if ds and mode == "exact" and self.prefetch_tokens:
             self.ahead = replace(ds, n_tokens=min(budget, ds.sink + ds.recent + self.prefetch_tokens), top_p=None)
+        self.mode, self.predictable = mode, range(1, config.n_layers) if predictable is None else predictable
         self.foresight = Foresight(SideStream(device), SideStream(device), [None, None])
-        if device.type != "cpu" and (self.ahead or predicted):
+        if device.type != "cpu" and self.ahead:
             even = Workspace(batch, config.n_heads, config.n_kv_heads, config.head_dim, max_seq_length, device, ds,
                              config.sliding_window)
             odd = copy(even)  # all but what comes out is scratch of one stream
@@ -552,10 +558,10 @@ class OffloadCache(KVCache):
         settings |= dict(kv=newest[:, :, None].expand(shape), host=next(self.unused), newest=newest, number=number)
         if self.ds is None:
             return StreamedLayer(**settings, streaming=self.streaming)
-        predicted = number in self.predicted
+        ahead = self.ahead if number in self.predictable else None
         layer = OffloadedLayer(
             **settings, resident=Resident(B, HKV, S, self.resident_tokens, D, dtype, device), foresight=self.foresight,
-            ahead=self.ds if predicted else self.ahead, predicted=predicted)
+            ahead=ahead, predicted=ahead is not None and self.mode == "predicted")
         if number and isinstance(self.layers[-1], OffloadedLayer):
             self.layers[-1].following = layer
         return layer

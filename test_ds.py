@@ -1321,7 +1321,7 @@ def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", se
 RAGGED = [[1] + list(range(3, 3 + n)) for n in (50, 5, 33)]
 
 
-OFFLOADS = {"mha": (dict(n_kv_heads=4), None), "gqa": ({}, None), "window": (dict(sliding_window=40), None),
+OFFLOADS = {"mha": (dict(n_kv_heads=4), None), "gqa": ({}, 33), "window": (dict(sliding_window=40), None),
             "roomy": ({}, 95), "dense-at-first": (dict(below=80), None)}
 
 
@@ -1378,11 +1378,13 @@ def test_each_step_equals_that_of_the_gpu_s_cache(ahead, useless, monkeypatch):
     if useless:
         monkeypatch.setattr(Attention, "queries", turned)
     size = 2060 if GPU else 120
-    plain, ours = offload_step(size=size), offload_step(partial(OffloadCache, prefetch_tokens=ahead), size)
+    plain = offload_step(size=size)
+    least = plain.cache.ds.budget(size)
+    ours = offload_step(partial(OffloadCache, prefetch_tokens=ahead, resident_tokens=least), size)
     for want, found in compared((plain, ours), size - 52):
         torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
     told = ours.cache.statistics()
-    assert ours.cache.resident_tokens == ours.cache.ds.budget(size) and 0 < told["hit_rate"] < 0.95
+    assert 0 < told["hit_rate"] < 0.95
     assert (told["prefetched_bytes_per_step"] > 0) == (ahead > 0)
     if ahead:
         assert told["agreement"] < 0.2 if useless else told["agreement"] > 0.35
@@ -1399,7 +1401,7 @@ def test_predicted_layers_attend_to_what_is_predicted(monkeypatch):
     errors = []
     for queries in (Attention.queries, turned):
         monkeypatch.setattr(Attention, "queries", queries)
-        sides = [step(kind) for kind in (KVCache, OffloadCache, partial(OffloadCache, predicted=(1,)))]
+        sides = [step(kind) for kind in (KVCache, OffloadCache, partial(OffloadCache, mode="predicted", predictable=[1]))]
         pairs = [(found, want) for want, _, found in compared(sides, 30)]
         errors.append(max(relative_error(*pair) for pair in pairs))
         exact, told = (side.cache.statistics() for side in sides[1:])
@@ -1490,11 +1492,13 @@ def test_streaming_equals_dense_decoding():
 
 def test_layers_are_predicted_where_calibration_says_so(tmp_path):
     """The embedded model's are: all but the first ones, of which one has no layer before it, and the other a mere embedding."""
-    assert offload.predictable_layers(TINY / "channels.safetensors", offload.MIN_AGREEMENT) == [2, 3, 4, 5, 6]
-    assert offload.predictable_layers(TINY / "channels.safetensors", 0) == [1, 2, 3, 4, 5, 6]
+    for mode in offload.MODES:
+        assert offload.predictable_layers(TINY / "channels.safetensors", offload.MIN_AGREEMENT, mode) == [2, 3, 4, 5, 6]
+        assert offload.predictable_layers(TINY / "channels.safetensors", 0, mode) == [1, 2, 3, 4, 5, 6]
     save_file({"basis_k": torch.zeros(1)}, tmp_path / "older.safetensors")
+    assert offload.predictable_layers(tmp_path / "older.safetensors", 0.5, "exact") is None
     with pytest.raises(ValueError, match="older.safetensors: does not say how well each layer is predicted"):
-        offload.predictable_layers(tmp_path / "older.safetensors", 0.5)
+        offload.predictable_layers(tmp_path / "older.safetensors", 0.5, "predicted")
 
 
 def test_offload_holds_a_sixteenth_on_the_gpu():
@@ -1502,10 +1506,10 @@ def test_offload_holds_a_sixteenth_on_the_gpu():
     config, S = PRESETS["Llama-2-7B"], 131072
     full = memory_need(config, 1, S, torch.bfloat16)["KV cache"]
     need = memory_need(config, 1, S, torch.bfloat16, DSConfig(dense_layers=0, dense_below=0), OffloadCache)
-    assert need["KV cache"] == pytest.approx(full / 16, rel=1e-3) and need["staging"] == 2 * full / 32
+    assert need["KV cache"] == pytest.approx(full / 16 * (1 + 2 / 32), rel=1e-3) and need["staging"] == 2 * full / 32
     assert need["labels"] == full / 32 and need["slot maps"] < full / 90
     default = memory_need(config, 1, S, torch.bfloat16, DSConfig(), OffloadCache)
-    assert default["KV cache"] == pytest.approx(full * (2 + 30 / 16) / 32, rel=1e-3)
+    assert default["KV cache"] == pytest.approx(full * (2 + 30 / 16 * (1 + 2 / 32)) / 32, rel=1e-3)
     check_memory(40 * 2**30, config, 1, S, torch.bfloat16, DSConfig(), OffloadCache)
     with pytest.raises(ValueError, match="or keep K and V in host memory: --offload"):
         check_memory(40 * 2**30, config, 1, S, torch.bfloat16, DSConfig())
