@@ -283,14 +283,15 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
         _count(counts, 4, rows, confirmed)
 
 
-def resolve(r, indices, n_tokens, seq_lens, ahead=False, foreseen=False, sink=0, recent=1, tile=2048, num_warps=8):
-    """As resolve_ref, in one launch. All tensors contiguous."""
+def resolve(r, indices, n_tokens, seq_lens, ahead=False, foreseen=False, sink=0, recent=1, tile=None):
+    """As resolve_ref, in one launch; all tensors contiguous. tile: tokens or slots that a row's program looks at at once."""
     B, HKV, R = r.slots.shape
+    tile = tile or min(4096, triton.next_power_of_2(R))
     assert indices.is_contiguous() and n_tokens.is_contiguous()
     _resolve_kernel[(B * HKV,)](
         indices, n_tokens, seq_lens, r.slot_token, r.token_slot, r.last_used, r.clock, r.counts, r.slots, r.missing,
         r.n_missing, indices.shape[2], r.token_slot.shape[2], R, B * HKV, sink, recent, HKV, AGES, ahead, foreseen, tile,
-        num_warps=num_warps)
+        num_warps=max(1, tile // 256))  # PCIe waits for the last of the programs: each is as wide as fits a multiprocessor
 
 
 def fetch_ref(r, host, newest, indices, seq_lens):
@@ -342,9 +343,10 @@ def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing
             tl.store(host + last.to(tl.int64) * ROW + offs, fresh, mask=offs < ROW)
 
 
-def fetch(r, host, newest, indices, seq_lens, programs=64, tokens=16, num_warps=4):
-    """As fetch_ref: one launch of about `programs` programs, which read `tokens` rows at a time: enough to saturate PCIe, few
-    enough that half of the multiprocessors are free for what runs beside, of which `choose` takes a whole one for each row."""
+def fetch(r, host, newest, indices, seq_lens, programs=None, tokens=64, num_warps=8):
+    """As fetch_ref: one launch of about `programs` programs, which read `tokens` rows at a time: many rows, so that one head
+    with most of the misses has enough on their way; few programs, since others run beside that take whole multiprocessors."""
+    programs = programs or (32 if newest is None else 64)
     B, HKV, R = r.slots.shape
     S, ROW = host.shape[2], 2 * host.shape[4]
     assert host.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
@@ -360,14 +362,14 @@ MIN_AGREEMENT = 0.7  # of tiny's layers all reach it (0.77 to 0.84) but the one 
 
 
 def predictable_layers(channels, min_agreement, mode):
-    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its file. None, or in the mode
-    "predicted" ValueError, if that does not say."""
+    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its file. If that does not
+    say: None, or for the mode "predicted" ValueError."""
     with open_tensors(channels) as file:
         if "agreement" not in file.keys():
             if mode == "exact":
                 return None
-            raise ValueError(f"{channels}: does not say how well each layer is predicted, as --offload_mode predicted needs; run "
-                             "calibrate.py again, or take --offload_mode exact")
+            raise ValueError(f"{channels}: does not say how well each layer is predicted, as --offload_mode predicted needs; "
+                             "run calibrate.py again, or take --offload_mode exact")
         return [i for i, share in enumerate(file.get_tensor("agreement").tolist()) if i and share >= min_agreement]
 
 
