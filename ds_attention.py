@@ -807,9 +807,10 @@ NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cach
 SAMPLE = 2048  # tokens that bracket the n-th score; rows of less than that are searched whole
 RUN = 16  # of them side by side: the 64 bytes that memory gives at a time
 MARGIN = 6.0  # standard deviations of a sampled rank between the bracket and the n-th score: neighbours are alike
-BLOCK = 1024  # tokens that emit scores at a time
+BLOCK = 1024  # tokens that emit scores at a time; twice as many of one word each, where all stages are one launch
 TILE = 2048  # candidates that choose searches in registers; doubled for long contexts, up to MAX_TILE
 MAX_TILE = 16384
+FEW_ROWS = 128  # up to so many leave multiprocessors idle
 MANY_ROWS = 256  # with more, lists of TILE candidates at most are searched by small programs, longer ones apart
 PROGRAMS = 1024  # that fill the GPU: fewer rows are shared by so many
 FUSED_ROWS = 512  # from here on one program a row fills the GPU: one launch selects
@@ -828,7 +829,7 @@ class Workspace:
 
     def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None, segments=None, placers=None):
         """config: DSConfig, or None for dense decode alone. splits, segments, placers: programs that share a row's tokens in
-        attend, in emit, and its list in choose, powers of two."""
+        attend (at most) and in emit, and its list in choose; powers of two."""
         def scratch(*shape, dtype=torch.int32):
             return torch.empty(*shape, dtype=dtype, device=device)
 
@@ -841,17 +842,18 @@ class Workspace:
         self.arrived = torch.zeros(R, dtype=torch.int32, device=device)  # whoever arrives last resets it
         if config is not None:
             self.segments = segments or (1 if R >= FUSED_ROWS else shared)
-            self.placers = placers or max(1, min(4, PROGRAMS // 8 // triton.next_power_of_2(R)))
             self.n_tokens, self.lower, self.peak = scratch(B, HKV), scratch(R), scratch(R)
             self.unit = scratch(R, dtype=torch.float32)
             self.needed = scratch(R, self.segments, dtype=torch.float32)
             self.query = scratch(R, HQ // HKV * (D + 1))  # at most a word per label dim, and a bias
-            self.blocks = triton.next_power_of_2(triton.cdiv(S, BLOCK))
-            self.entries = scratch(R, triton.cdiv(S, BLOCK) * BLOCK, dtype=torch.int64)
+            self.block = 2 * BLOCK if self.segments == 1 and config.words(D) == 1 else BLOCK
+            self.blocks = triton.next_power_of_2(triton.cdiv(S, self.block))
+            self.entries = scratch(R, triton.cdiv(S, self.block) * self.block, dtype=torch.int64)
             self.counts, self.before = scratch(R, self.blocks), scratch(R, self.blocks)
             self.pending = scratch(R)
             max_tokens = config.budget(S if window is None else min(S, window))
             self.tile = min(max(TILE, triton.next_power_of_2(max_tokens * 7 // 4)), MAX_TILE)
+            self.placers = placers or (2 if R <= FEW_ROWS // 2 and self.tile > 2 * TILE else 1)
             self.longest = 4 * max_tokens  # candidates searched in memory
             self.long_entries = scratch(R, self.longest, dtype=torch.int64)
             self.indices = scratch(B, HKV, max_tokens)
@@ -887,8 +889,7 @@ class Selection:
         """What runs, in order: the three stages, or where one program a row fills the GPU, all in one launch."""
         return [self.at_once] if self.workspace.segments == 1 else [self.bracket, self.emit, self.choose]
 
-    def at_once(self, num_warps=None):
-        num_warps = num_warps or (4 if self.labels.shape[2] == 1 else 8)
+    def at_once(self, num_warps=8):
         # so many registers that a multiprocessor holds four rows
         self.launch(bracket=True, emit=True, choose=True, num_warps=num_warps, registers=512 // num_warps)
         self.choose_left()
@@ -927,7 +928,7 @@ class Selection:
             indices=ws.indices, pending=ws.pending, S=S, longest=ws.longest, max_tokens=ws.indices.shape[2],
             window=NO_WINDOW if self.window is None else self.window, sink=c.sink, recent=c.recent, HKV=HKV,
             P=1 if c.pool == "mean" else self.q.shape[1] // HKV, W=W, BLOCK_W=triton.next_power_of_2(W), BITS=self.label_map.bits,
-            BLOCK_S=BLOCK, LOG_BLOCKS=ws.blocks.bit_length() - 1, PARTS=ws.segments, TOP_P=c.top_p is not None, PTX=self.nvidia,
+            BLOCK_S=ws.block, LOG_BLOCKS=ws.blocks.bit_length() - 1, PARTS=ws.segments, TOP_P=c.top_p is not None, PTX=self.nvidia,
             PDL=self.overlapped, **(dict(launch_pdl=True) if self.overlapped else {}))
 
     def row_words(self):
@@ -1107,7 +1108,7 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
 
 
 def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, labels=None, label_map=None,
-           newest=None, overlap=False, block_n=32, num_warps=None, stages=2):
+           newest=None, overlap=False, block_n=None, num_warps=None, stages=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts.
 
     labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too; the key is read at
@@ -1126,15 +1127,18 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     if n_tokens is not None:
         n_tokens = per_head(n_tokens, HKV).contiguous()
     overlapped = pdl(q)
-    _attend_kernel[(B * HKV, ws.splits)](
+    wide = indices is not None and G > 1 and B * HKV <= FEW_ROWS  # many parts to combine: fewer of more warps each
+    splits = max(1, ws.splits // 2) if wide else ws.splits
+    num_warps = num_warps or ((2 if wide else 1) if q.element_size() == 2 else 4)
+    _attend_kernel[(B * HKV, splits)](
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,
         *((m.basis_k, m.step, m.lo, labels, newest) if W else (None,) * 5), S if indices is None else indices.shape[-1],
         NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],
         *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3], indices is not None, HKV, G,
-        max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), ws.splits, block_n, stages, W,
+        max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), splits, block_n or (64 if wide else 32), stages, W,
         triton.next_power_of_2(W), m.bits if W else 0,
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
-        PDL=overlapped, OVERLAP=overlap, num_warps=num_warps or (1 if q.element_size() == 2 else 4),
+        PDL=overlapped, OVERLAP=overlap, num_warps=num_warps,
         **(dict(launch_pdl=True) if overlapped else {}))
     return out
 
