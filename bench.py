@@ -555,18 +555,18 @@ def host_bandwidth(host, device):
     return host.nbytes / step_seconds(lambda: to.copy_(host, non_blocking=True), 5, device)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RandomText:
     """Random K and V, the same ones for all modes, and what random weights make of them."""
 
+    name: str  # of the model
     model: Transformer
     B: int
     S: int
     device: str
-    name: str  # of the model
-    weights = "random"
-    data = None
-    predictable = None  # layers: random weights are not calibrated, so all
+    weights: str = "random"
+    data: str | None = None  # where the prompts are from
+    predictable: list | None = None  # layers: random weights are not calibrated, so all
 
     def decode(self, size, steps, config, cache_type):
         """(cache, seconds per step, tokens, logits of one more step)"""
@@ -575,15 +575,12 @@ class RandomText:
         return cache, *time_steps(self.model, cache, self.S, steps, self.device, temperature=1.0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Prompts(RandomText):
-    """Prompts of about S tokens, continued greedily by a trained model."""
+    """Prompts of S tokens at most, continued greedily by a trained model."""
 
     checkpoint: Path
     prompts: list
-    data: str
-    predictable: list
-    weights = "trained"
 
     @staticmethod
     def of(args, device):
@@ -597,7 +594,8 @@ class Prompts(RandomText):
             data, items = "key-value retrieval", generated_items(tokenizer, kv_document, [S], B)
             prompts = [item["context"] + item["question"] for item in items]
         predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT, "predicted")
-        return Prompts(model, len(prompts), S, device, checkpoint.name, checkpoint, prompts, data, predictable)
+        return Prompts(name=checkpoint.name, model=model, B=len(prompts), S=S, device=device, weights="trained", data=data,
+                       predictable=predictable, checkpoint=checkpoint, prompts=prompts)
 
     def decode(self, size, steps, config, cache_type):
         model = self.model
@@ -679,7 +677,7 @@ def run_offload(args, device):
         configs = [replace(config, min_tokens=64) for config in configs]
     settings = [(*row, modes) for row in OFFLOADS]
     for model, (name, B, S, of_shape) in model_shapes(args, device, settings, modes, "1x131072"):
-        yield offload_rows(RandomText(model, B, S, device, name), of_shape, configs, *options)
+        yield offload_rows(RandomText(name=name, model=model, B=B, S=S, device=device), of_shape, configs, *options)
 
 
 def offload_table(rows):
@@ -828,6 +826,12 @@ def main():
             raise ValueError("bench.py needs a CUDA GPU for its times; --device cpu runs a small correctness pass")
         if args.steps < 1:
             raise ValueError(f"steps={args.steps}: must be at least 1")
+        if args.steps < 2 and args.checkpoint:
+            raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the first includes the prefill")
+        if args.data and not args.checkpoint:
+            raise ValueError(f"data={args.data}: random weights have no use for text; give a --checkpoint")
+        if min(tokens or 0 for tokens in args.prefetch_tokens) < 0:
+            raise ValueError(f"prefetch_tokens={min(args.prefetch_tokens)}: must be at least 0")
         if min(args.budgets) < 1:
             raise ValueError(f"budgets={min(args.budgets):g}: must be at least 1, what a step attends to")
         known = {"generate": MODES, "offload": OFFLOAD_MODES}.get(args.what, ())

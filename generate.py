@@ -617,6 +617,8 @@ def main():
     ds = sparsity_from(args)
     if args.compare and ds is None:
         raise ValueError("--compare sets sparse against dense: give a --sparsity above 1")
+    if args.offload_mode == "predicted" and ds is None:
+        raise ValueError("offload_mode=predicted: nothing is selected with --sparsity 1; take a larger one, or leave the mode out")
     args.device = pick_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     texts = list(args.prompt or [])

@@ -2447,7 +2447,8 @@ def test_offload_on_the_command_line_says_the_same(tmp_path):
     streamed = command(*arguments, "--offload", "--compare")
     assert streamed.returncode == 0 and streamed.stderr.count("over PCIe per step") == 2, streamed.stderr
     for more, message in ((["--prefetch_tokens", 9], "prefetch_tokens=9: without --offload"),
-                          (["--offload", "--min_agreement", -1], "min_agreement=-1.0: must be at least 0")):
+                          (["--offload", "--min_agreement", -1], "min_agreement=-1.0: must be at least 0"),
+                          (["--offload", "--sparsity", 1, "--offload_mode", "predicted"], "nothing is selected with --sparsity 1")):
         refused = command("generate.py", "--device", "cpu", "--prompt", "x", *more)
         assert refused.returncode == 2 and message in refused.stderr
 
