@@ -474,6 +474,9 @@ def sparsity_from(args):
     return DSConfig(**chosen)
 
 
+OFFLOAD_OPTIONS = ("resident_tokens", "prefetch_tokens", "offload_mode", "min_agreement")
+
+
 def parse_arguments():
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(HERE / "tiny"),
@@ -522,7 +525,7 @@ def parse_arguments():
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value}: must be at least {low}")
-    for name in ("resident_tokens", "prefetch_tokens", "offload_mode", "min_agreement"):
+    for name in OFFLOAD_OPTIONS:
         if getattr(args, name) != parser.get_default(name) and not args.offload:
             raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add that option")
     if args.interactive and (args.prompt or args.prompt_file or args.json or args.compare):
@@ -678,7 +681,8 @@ def main():
         found |= {"prompt_token_ids": prompts, "config": {
             "checkpoint": args.checkpoint, "device": args.device, "dtype": str(dtype).removeprefix("torch."),
             "max_new_tokens": args.max_new_tokens, "max_seq_length": size, "temperature": args.temperature, "top_k": args.top_k,
-            "seed": args.seed, "compile": not args.no_compile, "double_sparsity": asdict(ds) if ds else None}}
+            "seed": args.seed, "compile": not args.no_compile, "double_sparsity": asdict(ds) if ds else None,
+            "offload": {name: getattr(args, name) for name in OFFLOAD_OPTIONS} if args.offload else None}}
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -343,10 +343,9 @@ def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing
             tl.store(host + last.to(tl.int64) * ROW + offs, fresh, mask=offs < ROW)
 
 
-def fetch(r, host, newest, indices, seq_lens, programs=None, tokens=64, num_warps=8):
+def fetch(r, host, newest, indices, seq_lens, programs=64, tokens=64, num_warps=8):
     """As fetch_ref: one launch of about `programs` programs, which read `tokens` rows at a time: many rows, so that one head
     with most of the misses has enough on their way; few programs, since others run beside that take whole multiprocessors."""
-    programs = programs or (32 if newest is None else 64)
     B, HKV, R = r.slots.shape
     S, ROW = host.shape[2], 2 * host.shape[4]
     assert host.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())

@@ -1412,6 +1412,36 @@ def test_predicted_layers_attend_to_what_is_predicted(monkeypatch):
     assert errors[0] < 1e-3 < 0.1 < errors[1]
 
 
+class Late:
+    """A SideStream that does nothing before it is waited for: the latest that a GPU may."""
+
+    def __init__(self):
+        self.given, self.overdue = [], 0
+
+    def run(self, work, after=None):
+        self.given.append(work)
+        return len(self.given)
+
+    def copy(self, pairs):
+        return self.run(lambda: [to.copy_(source) for to, source in pairs])
+
+    def wait(self, done):
+        while self.overdue < (done or 0):
+            self.given[self.overdue]()
+            self.overdue += 1
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has streams")
+@pytest.mark.parametrize("mode", offload.MODES)
+def test_what_is_fetched_aside_is_waited_for(mode):
+    early, late = (offload_step(partial(OffloadCache, mode=mode), size=90) for _ in range(2))
+    late.cache.side, late.cache.foresight.fetching = Late(), Late()
+    for want, found in compared((early, late), 30):
+        assert torch.equal(want, found)
+    assert late.cache.side.overdue == 3 * 2 and late.cache.foresight.fetching.overdue == 30 * 2
+    assert early.cache.statistics() == late.cache.statistics()
+
+
 @pytest.mark.skipif(GPU, reason="the reference runs on a CPU; compiled kernels are set against those of the GPU's cache")
 def test_offload_by_kernels_equals_the_reference(monkeypatch):
     """The whole step, kernels for selection, residency and attention, in as many steps as the interpreter bears."""
