@@ -536,7 +536,7 @@ class OffloadCache(KVCache):
             self.ahead = replace(ds, n_tokens=min(budget, ds.sink + ds.recent + self.prefetch_tokens), top_p=None)
         self.mode, self.predictable = mode, range(1, config.n_layers) if predictable is None else predictable
         self.foresight = Foresight(SideStream(device), SideStream(device), [None, None])
-        if device.type != "cpu" and self.ahead:
+        if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
             even = Workspace(batch, config.n_heads, config.n_kv_heads, config.head_dim, max_seq_length, device, ds,
                              config.sliding_window)
             odd = copy(even)  # all but what comes out is scratch of one stream
