@@ -29,9 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import ds_attention as ds
-from ds_attention import DSConfig, LabelMap, Selection, Workspace, write_labels
+from ds_attention import DSConfig, LabelMap, Selection, Workspace, bits_of, write_labels
 from eval import generated_items, kv_document, provenance, text_windows, texts_of
-from generate import HERE, DecodeStep, copy_bandwidth, default_dtype, generate, load, load_maps, now, pick_device
+from generate import (
+    HERE, DecodeStep, copy_bandwidth, default_dtype, generate, label_bits, load, load_maps, now, pick_device
+)
 from model import PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes, run_command
 from offload import MIN_AGREEMENT, OffloadCache, check_host_memory, free_host_bytes, host_layers, predictable_layers
 
@@ -42,7 +44,7 @@ RESULTS = HERE / "results"
 # B, S, HQ, HKV
 SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536, 32, 32), (16, 16384, 32, 32),
           (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8)]
-SMALLER_LABELS = [(32, 2), (8, 4)]  # label dims and bits that the README's table also shows, at (16, 16384)
+MORE_LABELS = ["8x4,48x2", "32x2", "16x2,32x1", "8x4", "32x1"]  # that the README's table also shows, at (16, 16384)
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
 
 
@@ -82,7 +84,7 @@ def channel_map(HKV, D, config, device):
     C = config.channels(D)
     basis = torch.eye(D, device=device)[:, :C].expand(HKV, -1, -1)
     zeros = torch.zeros(HKV, C, device=device)
-    return LabelMap.from_statistics(basis, basis, zeros, zeros + 1, config.label_bits)
+    return LabelMap.from_statistics(basis, basis, zeros, zeros + 1, config.widths(D))
 
 
 def label_all(k, labels, label_map, config):
@@ -167,7 +169,7 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     xs = [Inputs(B, S, HQ, HKV, D, dtype, config, device, seed) for seed in range(copies)]
     workspace = Workspace(B, HQ, HKV, D, S, torch.device(device), config)
     row = {"bench": "attention", "B": B, "S": S, "HQ": HQ, "HKV": HKV, "D": D, "dtype": str(dtype).removeprefix("torch."),
-           "label_channels": config.channels(D), "label_bits": config.label_bits, "n_tokens": n, "bytes": step_bytes,
+           "label_channels": config.channels(D), "label_bits": bits_of(config.widths(D)), "n_tokens": n, "bytes": step_bytes,
            "dense_bytes": dense_bytes}
     if not config.use_triton(xs[0].q):
         x = xs[0]
@@ -221,6 +223,12 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     return row | provenance(device)
 
 
+def labels_name(r):
+    """A row's label dims and their bits, for people."""
+    bits = r["label_bits"]
+    return f"{bits} bit" if isinstance(bits, str) else f"{r['label_channels']} x {bits} bit"
+
+
 def attention_table(rows):
     """Rows of results/attention.jsonl -> Markdown. Times in microseconds."""
     lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | = score + select + attend | speedup | "
@@ -234,7 +242,7 @@ def attention_table(rows):
         speedup = f"{r['speedup']:.1f}x" if r.get("speedup") else "wrong" if "speedup" in r else "CPU reference"
         limit = f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})" if "limit_us" in r else "-"
         dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))
-        lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {r['label_channels']} x {r['label_bits']} bit | {dense} | "
+        lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {labels_name(r)} | {dense} | "
                      f"{us(r['ds_us'])} | {stages} | {speedup} | {r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | "
                      f"{us(r.get('naive_us'))} |")
     return "\n".join(lines)
@@ -245,7 +253,7 @@ def draw_attention(rows, axes):
     lines = {}
     for r in rows:
         if r.get("speedup"):
-            lines.setdefault((r["B"], f"{r['HQ']}/{r['HKV']}", f"{r['label_channels']} x {r['label_bits']} bit"), []).append(r)
+            lines.setdefault((r["B"], f"{r['HQ']}/{r['HKV']}", labels_name(r)), []).append(r)
     for (B, heads, labels), found in sorted(lines.items()):
         found.sort(key=lambda r: r["S"])
         axes.plot([r["S"] for r in found], [r["speedup"] for r in found], "o-", label=f"B = {B}, {heads} heads, {labels}")
@@ -257,7 +265,7 @@ def run_attention(args, device):
     """Yields the rows of the settings asked for, a list of one at a time."""
     config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels, label_bits=args.label_bits)
     settings = [(shape, config) for shape in SHAPES]
-    settings += [((16, 16384, 32, 32), replace(config, label_channels=C, label_bits=bits)) for C, bits in SMALLER_LABELS]
+    settings += [((16, 16384, 32, 32), replace(config, label_channels=None, label_bits=labels)) for labels in MORE_LABELS]
     if device == "cpu":
         settings = [((2, 2000, 4, 2), config)]
     if args.shapes:
@@ -792,8 +800,7 @@ def main():
     attention.add_argument("--sparsity", type=float, default=DSConfig.sparsity,
                            help="1/R of tokens and label bytes (default %(default)g)")
     attention.add_argument("--label_channels", type=int, help="label dims per KV head (default: from --sparsity)")
-    attention.add_argument("--label_bits", type=int, default=DSConfig.label_bits,
-                           help="bits per dim: 2, 4, 8 or 16 (default %(default)s)")
+    attention.add_argument("--label_bits", type=label_bits, help="bits per dim, or dims x bits as 8x4,48x2")
     attention.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16",
                            help="of q, K and V (default %(default)s)")
     steps = parser.add_argument_group("generate and offload")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ds_attention import DSConfig, LabelMap, label_ref, score_ref, select_ref
+from ds_attention import DSConfig, LabelMap, label_ref, score_ref, select_ref, widths_name
 from generate import Tokenizer, default_dtype, pick_device, read_text
 from model import ArgumentParser, ModelConfig, fingerprint, load_model, run_command
 
@@ -238,9 +238,9 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     generator = torch.Generator().manual_seed(seed)
     if dims < ds.channels(config.head_dim):
         ds = dataclasses.replace(ds, label_channels=dims)
-    C = ds.channels(config.head_dim)
+    widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
     columns = {name: [] for name in ("basis_k", "basis_q", "mean", "std", "ranking", "agreement")}
-    print(f"layer  mass kept by labels  by exact scores  agreement  overlap of two halves   ({C} dims of {ds.label_bits} bits, "
+    print(f"layer  mass kept by labels  by exact scores  agreement  overlap of two halves   ({widths_name(widths)} bit, "
           f"1/{ds.sparsity:g} of the tokens)")
     kept_sums = torch.zeros(2)
     before = None  # the layer before's inputs
@@ -255,7 +255,7 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
             columns[name].append(tensor.cpu())
         a, b = (label_bases(half, method, C, generator, given)[0] for half in halves)
         basis_k, basis_q, mean, std = (t[..., :C].float() for t in found[:4])
-        label_map = LabelMap.from_statistics(basis_k, basis_q, mean, std, ds.label_bits)
+        label_map = LabelMap.from_statistics(basis_k, basis_q, mean, std, widths)
         checks = [layer.attn.project(layer.attn_norm(x), cos, sin)[:2] for x in hidden["check"]]
         kept = torch.tensor([kept_mass(q, k, label_map, ds) for q, k in checks]).mean(0)
         kept_sums += kept

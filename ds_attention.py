@@ -33,8 +33,8 @@ class DSConfig:
     n_tokens: int | None = None  # a fixed number of attended tokens instead of a share
     top_p: float | None = None  # of them only as many as hold this share of the attention, estimated from the labels
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
-    label_channels: int | None = None  # label dims per KV head; None: 1/sparsity of K's bytes in 16-bit channels
-    label_bits: int = 4  # bits per label dim: 2, 4, 8 or 16
+    label_channels: int | None = None  # label dims per KV head; None: as many as 1/sparsity of a 16-bit K's bytes hold
+    label_bits: int | str | None = None  # bits per label dim, or dims x bits of each width: "8x4,48x2"; None: default_widths
     dense_layers: int = 2  # the first layers attend to everything: their attention is diffuse
     dense_below: int = 3072  # a step whose longest row has fewer live tokens attends to everything: it could not win
     sink: int = 4  # first tokens always attended, counted inside N
@@ -53,8 +53,13 @@ class DSConfig:
                 raise ValueError(f"{name}={value}: must be at least {low}{hint}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p:g}: must be above 0 and at most 1")
-        for name, choices in [("label_bits", (2, 4, 8, 16)), ("pool", ("mean", "max")),
-                              ("impl", ("auto", "torch", "triton"))]:
+        if isinstance(self.label_bits, str):
+            parse_widths(self.label_bits)
+            if self.label_channels is not None:
+                raise ValueError(f"label_channels={self.label_channels}: label_bits={self.label_bits} says how many; give one")
+        elif self.label_bits not in (None, 1, 2, 4, 8, 16):
+            raise ValueError(f"label_bits={self.label_bits}: must be 1, 2, 4, 8, 16, or dims x bits of each width as 8x4,48x2")
+        for name, choices in [("pool", ("mean", "max")), ("impl", ("auto", "torch", "triton"))]:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(map(str, choices))}")
 
@@ -77,34 +82,85 @@ class DSConfig:
         fraction = Fraction(self.sparsity).limit_denominator(1000)
         return fraction.numerator, fraction.denominator
 
+    def widths(self, D):
+        """The label of head dim D: ((dims, bits), ...), its first and most important dims first, in whole 32-bit words."""
+        if isinstance(self.label_bits, str):
+            widths = parse_widths(self.label_bits)
+            if sum(dims for dims, _ in widths) > D:
+                raise ValueError(f"label_bits={self.label_bits}: more label dims than the head's {D}")
+            return widths
+        words = max(1, int(D * 16 / self.sparsity) // 32)  # label bytes are 1/sparsity of a 16-bit K
+        if self.label_bits is None and self.label_channels is None:
+            return default_widths(words, D)
+        bits = self.label_bits or 4
+        C = min(self.label_channels or words * 32 // bits, D)
+        if C * bits % 32:
+            raise ValueError(f"label_channels={C}: must be a multiple of {32 // bits} with {bits}-bit labels")
+        return ((C, bits),)
+
     def channels(self, D):
-        """Label dims C for head dim D, a whole number of 32-bit words: label bytes are 1/sparsity of a 16-bit K."""
-        per_word = 32 // self.label_bits
-        wanted = self.label_channels or max(1, round(D * 16 / (self.sparsity * self.label_bits)))
-        if self.label_channels is None:
-            wanted = max(per_word, wanted // per_word * per_word)
-        C = min(wanted, D)
-        if C % per_word:
-            raise ValueError(f"label_channels={C}: must be a multiple of {per_word} with {self.label_bits}-bit labels")
-        return C
+        """Label dims C for head dim D."""
+        return sum(dims for dims, _ in self.widths(D))
 
     def words(self, D):
         """32-bit words W of one token's label."""
-        return self.channels(D) * self.label_bits // 32
+        return sum(dims * bits for dims, bits in self.widths(D)) // 32
 
     def use_triton(self, tensor):
         return self.impl == "triton" or (self.impl == "auto" and tensor.is_cuda)
 
 
+def parse_widths(text):
+    """"8x4,48x2" -> ((8, 4), (48, 2)): label dims and bits of each, widest first."""
+    example = f"label_bits={text}: must be dims x bits, the most bits first, as 8x4,48x2"
+    try:
+        widths = tuple(tuple(map(int, part.split("x"))) for part in text.split(","))
+    except ValueError:
+        raise ValueError(example) from None
+    if any(len(part) != 2 or part[0] < 1 for part in widths) or any(a[1] <= b[1] for a, b in zip(widths, widths[1:])):
+        raise ValueError(example)
+    for dims, bits in widths:
+        if bits not in (1, 2, 4, 8) and not (bits == 16 and len(widths) == 1):
+            raise ValueError(f"label_bits={text}: dims have 1, 2, 4 or 8 bits, or all of them 16")
+        if dims * bits % 8:
+            raise ValueError(f"label_bits={text}: {dims} dims of {bits} bits are no whole number of bytes")
+    total = sum(dims * bits for dims, bits in widths)
+    if total % 32:
+        raise ValueError(f"label_bits={text}: {total} bits in all are no whole number of 32-bit words")
+    return widths
+
+
+def widths_name(widths):
+    """((8, 4), (48, 2)) -> "8 x 4, 48 x 2", which parse_widths reads, too."""
+    return ", ".join(f"{dims} x {bits}" for dims, bits in widths)
+
+
+def bits_of(widths):
+    """A label_bits for these widths."""
+    return widths[0][1] if len(widths) == 1 else widths_name(widths)
+
+
+NARROW_SHARE = 0.0  # of a default label's words, for dims of half the bits: 0.75 makes 8x4,48x2 of 32x4
+
+
+def default_widths(words, D):
+    """The label of this many 32-bit words: as many bits per dim, of 4, 2 and 1, as let a quarter of the head's D dims fit."""
+    bits = next((bits for bits in (4, 2) if words * (32 // bits) >= D / 4), 1)
+    per_word = 32 // bits
+    narrow = max(0, min(int(words * NARROW_SHARE), D // per_word - words)) if bits > 1 else 0
+    wide = (min((words - narrow) * per_word, D), bits)
+    return (wide, (narrow * 2 * per_word, bits // 2)) if narrow else (wide,)
+
+
 # Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a Gaussian.
-CLIP = {2: 1.494, 4: 2.513, 8: 3.92, 16: 6.0}
+CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92, 16: 6.0}
 
 
 @dataclass
 class LabelMap:
     """One layer's calibrated map from keys and queries to labels, with static ranges.
 
-    k_label = k @ basis_k[h]; the stored code is round((k_label - lo) / step) in `bits` bits;
+    k_label = k @ basis_k[h]; the stored code is round((k_label - lo) / step) in its dim's bits;
     q_label = q @ basis_q[h]; a token's score is sum_c q_label_c * step_c * code_c, the products q_label_c * step_c rounded
     to 8 bits (see query_codes).
     """
@@ -113,16 +169,18 @@ class LabelMap:
     basis_q: torch.Tensor  # [HKV, D, C] fp32
     lo: torch.Tensor  # [HKV, C] fp32
     step: torch.Tensor  # [HKV, C] fp32
-    bits: int
+    widths: tuple  # ((dims, bits), ...), C dims in all: see DSConfig.widths
 
     @staticmethod
-    def from_statistics(basis_k, basis_q, mean, std, bits):
+    def from_statistics(basis_k, basis_q, mean, std, widths):
         """basis_k, basis_q: [HKV, D, C]; mean, std: [HKV, C] of the key labels on the calibration text."""
-        step = (2 * CLIP[bits] / (2**bits - 1) * std).clamp(min=1e-12)
-        return LabelMap(basis_k.float().contiguous(), basis_q.float().contiguous(), mean - CLIP[bits] * std, step, bits)
+        clip, step = (per_dim(widths, value, std.device)
+                      for value in (CLIP.get, lambda bits: 2 * CLIP[bits] / (2**bits - 1)))
+        return LabelMap(basis_k.float().contiguous(), basis_q.float().contiguous(), mean - clip * std,
+                        (step * std).clamp(min=1e-12), widths)
 
     def to(self, device):
-        return LabelMap(*(t.to(device) for t in (self.basis_k, self.basis_q, self.lo, self.step)), self.bits)
+        return LabelMap(*(t.to(device) for t in (self.basis_k, self.basis_q, self.lo, self.step)), self.widths)
 
     def query_codes(self, q, pool):
         """q [B, HQ, D] -> (codes [B, HKV, P, C], bias [B, HKV, P], unit [B, HKV]), so that a token's score is
@@ -151,18 +209,30 @@ class LabelMap:
 # ---------------------------------------------------------------- label
 
 
-def pack(codes, bits):
-    """codes [..., C] integers of `bits` bits -> [..., W] int32; dim c sits in word c // per_word, lowest bits first."""
-    per_word = 32 // bits
-    shifts = torch.arange(per_word, device=codes.device) * bits
-    words = (codes.long().unflatten(-1, (-1, per_word)) << shifts).sum(-1)  # [..., W] in [0, 2**32)
+def per_dim(widths, value, device):
+    """value(bits) of each label dim: [C]."""
+    return torch.cat([torch.full((dims,), value(bits), device=device) for dims, bits in widths])
+
+
+def places(widths, device):
+    """(word, shift) of each label dim: [C] int64 each. Dims lie one behind the other, in each word lowest bits first."""
+    bits = per_dim(widths, int, device)
+    first = bits.cumsum(0) - bits
+    return first // 32, first % 32
+
+
+def pack(codes, widths):
+    """codes [..., C] integers of their dims' bits -> [..., W] int32."""
+    word, shift = places(widths, codes.device)
+    W = sum(dims * bits for dims, bits in widths) // 32
+    words = codes.new_zeros(*codes.shape[:-1], W, dtype=torch.int64).index_add_(-1, word, codes.long() << shift)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def unpack(words, bits):
+def unpack(words, widths):
     """words [..., W] int32 -> codes [..., C] int32: the inverse of `pack`."""
-    shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
-    return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    word, shift = places(widths, words.device)
+    return (words[..., word] >> shift.int()) & per_dim(widths, lambda bits: 2**bits - 1, words.device).int()
 
 
 def label_ref(k, positions, labels, label_map):
@@ -173,14 +243,58 @@ def label_ref(k, positions, labels, label_map):
     B, HKV, T, D = k.shape
     m = label_map
     dots = torch.einsum("bhtd,hdc->bhtc", k.float(), m.basis_k)
-    codes = torch.round((dots - m.lo[:, None]) / m.step[:, None]).clamp(0, 2**m.bits - 1)  # [B, HKV, T, C]
+    codes = torch.round((dots - m.lo[:, None]) / m.step[:, None])  # [B, HKV, T, C]
+    codes = codes.clamp(min=0).minimum(per_dim(m.widths, lambda bits: 2.0**bits - 1, k.device))
     rows = torch.arange(B, device=k.device)[:, None]
-    labels.permute(0, 3, 1, 2)[rows, positions] = pack(codes, m.bits).transpose(1, 2)  # [B, T, HKV, W]
+    labels.permute(0, 3, 1, 2)[rows, positions] = pack(codes, m.widths).transpose(1, 2)  # [B, T, HKV, W]
+
+
+@triton.constexpr_function
+def _before(BITS, i):
+    """(dims, bits) in all of the first i of a label's widths, BITS = ((dims, bits), ...)."""
+    return sum(dims for dims, _ in BITS[:i]), sum(dims * bits for dims, bits in BITS[:i])
+
+
+@triton.constexpr_function
+def _total(BITS):
+    """Label dims C."""
+    return sum(dims for dims, _ in BITS)
+
+
+@triton.constexpr_function
+def _narrowest(BITS):
+    """The fewest bits of a label's dims."""
+    return min(bits for _, bits in BITS)
 
 
 @triton.jit
-def _label_codes(dots, lo, step, BITS: tl.constexpr):
-    return tl.floor(tl.minimum(tl.maximum((dots - lo) / step, 0.0), 2.0**BITS - 1) + 0.5).to(tl.int32)
+def _dim_bits(dim, BITS: tl.constexpr):
+    """(first bit in the label, largest code) of label dims; those past the last begin past its words."""
+    bit = dim * BITS[0][1]
+    top = 2.0 ** BITS[0][1] - 1
+    for i in tl.static_range(1, len(BITS)):
+        nth = dim - _before(BITS, i)[0]
+        bit = tl.where(nth >= 0, _before(BITS, i)[1] + nth * BITS[i][1], bit)
+        top = tl.where(nth >= 0, 2.0 ** BITS[i][1] - 1, top)
+    return bit, top
+
+
+@triton.jit
+def _dim_at(bit, BITS: tl.constexpr):
+    """(dim, largest code) of the label dim that begins at this bit; dim is C where none does."""
+    dim = bit
+    top = 0.0
+    for i in tl.static_range(len(BITS)):
+        nth = bit - _before(BITS, i)[1]
+        begins = tl.where(nth % BITS[i][1] == 0, _before(BITS, i)[0] + nth // BITS[i][1], _total(BITS))
+        dim = tl.where(nth >= 0, begins, dim)
+        top = tl.where(nth >= 0, 2.0 ** BITS[i][1] - 1, top)
+    return dim, top
+
+
+@triton.jit
+def _label_codes(dots, lo, step, top):
+    return tl.floor(tl.minimum(tl.maximum((dots - lo) / step, 0.0), top) + 0.5).to(tl.int32)
 
 
 @triton.jit
@@ -194,15 +308,16 @@ def _label_kernel(k, positions, labels, basis, lo, step, T, k_sb, k_sh, k_st, p_
     keys = tl.load(k + pid_b * k_sb + pid_h * k_sh + offs_t.to(tl.int64)[:, None] * k_st + offs_d[None, :],
                    mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
     pos = tl.load(positions + pid_b * p_sb + offs_t, mask=mask_t, other=0).to(tl.int64)
-    PER_WORD: tl.constexpr = 32 // BITS
-    C: tl.constexpr = W * PER_WORD
+    C: tl.constexpr = _total(BITS)
     for w in range(W):
         word = tl.zeros([BLOCK_T], tl.int32)
-        for j in tl.static_range(PER_WORD):
-            c = w * PER_WORD + j
+        for j in tl.static_range(32 // _narrowest(BITS)):
+            dim, top = _dim_at(w * 32 + j * _narrowest(BITS), BITS)
+            c = tl.minimum(dim, C - 1)
             column = tl.load(basis + (pid_h * D + offs_d) * C + c, mask=mask_d, other=0.0)
             c += pid_h * C
-            word |= _label_codes(tl.sum(keys * column[None, :], 1), tl.load(lo + c), tl.load(step + c), BITS) << (BITS * j)
+            codes = _label_codes(tl.sum(keys * column[None, :], 1), tl.load(lo + c), tl.load(step + c), top)
+            word |= tl.where(dim < C, codes, 0) << (j * _narrowest(BITS))
         tl.store(labels + pid_b * l_sb + pid_h * l_sh + w * l_sw + pos, word, mask=mask_t)
 
 
@@ -211,12 +326,12 @@ def label(k, positions, labels, label_map):
     B, HKV, T, D = k.shape
     W = labels.shape[2]
     m = label_map
-    assert W * 32 // m.bits == m.basis_k.shape[2], f"{W} words cannot hold {m.basis_k.shape[2]} dims of {m.bits} bits"
+    assert W * 32 == sum(dims * bits for dims, bits in m.widths), f"{W} words are not those of {widths_name(m.widths)}"
     assert k.stride(3) == positions.stride(1) == labels.stride(3) == 1
     BLOCK_T = 1 if T == 1 else 64
     _label_kernel[(triton.cdiv(T, BLOCK_T), HKV, B)](
         k, positions, labels, m.basis_k, m.lo, m.step, T, *k.stride()[:3], positions.stride(0), *labels.stride()[:3],
-        HKV, W, m.bits, D, triton.next_power_of_2(D), BLOCK_T)
+        HKV, W, m.widths, D, triton.next_power_of_2(D), BLOCK_T)
 
 
 # ---------------------------------------------------------------- score
@@ -235,9 +350,9 @@ def score_ref(q, labels, label_map, seq_lens, window=None, pool="mean"):
     """
     S = labels.shape[-1]
     shared = labels[:1] if labels.stride(0) == 0 else labels  # rows of one shared cache: unpack it once
-    codes = unpack(shared.transpose(2, 3), label_map.bits).float()  # [B or 1, HKV, S, C]
+    codes = unpack(shared.transpose(2, 3), label_map.widths).float()  # [B or 1, HKV, S, C]
     q_codes, bias, unit = label_map.query_codes(q, pool)  # [B, HKV, P, C], [B, HKV, P], [B, HKV]
-    if label_map.bits == 16:
+    if label_map.widths[0][1] == 16:
         q_codes, codes = q_codes.double(), codes.double()  # their sums do not fit fp32
     operand = codes[0] if len(codes) < len(q) else codes
     scores = torch.einsum(f"bhpc,{'hsc' if operand.ndim == 3 else 'bhsc'}->bhps", q_codes, operand)
@@ -338,29 +453,49 @@ def _readable(end, row_words):
 
 
 @triton.jit
-def _load_words(labels, offs_s, mask, l_sw, W: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Label words of the tokens offs_s of one row and KV head: [BLOCK_W, tokens]."""
-    offs_w = tl.arange(0, BLOCK_W)
-    return tl.load(labels + offs_w[:, None] * l_sw + offs_s[None, :], mask=(offs_w < W)[:, None] & mask[None, :], other=0)
+def _load_words(labels, offs_s, mask, l_sw, W: tl.constexpr):
+    """Label words of the tokens offs_s of one row and KV head: W tensors of [tokens]."""
+    words = ()
+    for w in tl.static_range(W):
+        words += (tl.load(labels + w * l_sw + offs_s, mask=mask, other=0),)
+    return words
+
+
+@triton.constexpr_function
+def _slices(BITS):
+    """T: byte-wise slices of a label word, in each of which a byte has one dim at most."""
+    return 2 if BITS[0][1] == 16 else 8 // _narrowest(BITS)
+
+
+@triton.constexpr_function
+def _slice(BITS, w, t):
+    """The bits of a label word, as an int32, that are its t-th slice: of each byte the dim that begins there. 0: none does."""
+    if BITS[0][1] == 16:
+        return 0x00FF00FF  # of the word shifted: low bytes, then high bytes
+    of_bytes = [bits for dims, bits in BITS for _ in range(dims * bits // 8)][4 * w : 4 * w + 4]
+    begin = t * _narrowest(BITS)
+    mask = sum((2**bits - 1 << begin) << 8 * i for i, bits in enumerate(of_bytes) if begin % bits == 0)
+    return (mask + 2**31) % 2**32 - 2**31
 
 
 @triton.jit
-def _token_scores(words, query, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr):
-    """Integer scores of tokens with label words [BLOCK_W, tokens]: max over P of (codes . 8-bit query codes + bias).
+def _token_scores(words, query, W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr):
+    """Integer scores of tokens with W label words: max over P of (codes . 8-bit query codes + bias).
 
     query: one row's [P, W * T + 1] int32 words, T a label word, then the bias.
     """
-    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS  # byte-wise slices of a label word
-    offs_w = tl.arange(0, BLOCK_W)
+    T: tl.constexpr = _slices(BITS)
     for p in tl.static_range(P):
-        score = tl.zeros([words.shape[1]], tl.int32) + tl.load(query + p * (W * T + 1) + W * T)
+        score = tl.zeros_like(words[0]) + tl.load(query + p * (W * T + 1) + W * T)
         for t in tl.static_range(T):
-            q = tl.load(query + p * (W * T + 1) + offs_w * T + t, mask=offs_w < W, other=0)[:, None] + tl.zeros_like(words)
-            if BITS == 16:  # low bytes, then high bytes
-                score += tl.sum(_dot4((words >> (8 * t)) & 0x00FF00FF, q, tl.zeros_like(words), PTX), 0) << (8 * t)
-            else:  # the slice stays where it is in the byte, and its sum is shifted instead
-                slices = words & (((0x01010101 * (2**BITS - 1) << (BITS * t)) + 2**31) % 2**32 - 2**31)  # as a signed int32
-                score += tl.sum(_dot4(slices, q, tl.zeros_like(words), PTX), 0) >> (BITS * t)
+            part = tl.zeros_like(score)
+            for w in tl.static_range(W):
+                if _slice(BITS, w, t) != 0:
+                    q = tl.load(query + p * (W * T + 1) + w * T + t) + tl.zeros_like(score)
+                    word = words[w] >> (8 * t) if BITS[0][1] == 16 else words[w]
+                    part = _dot4(word & _slice(BITS, w, t), q, part, PTX)
+            # a slice stays where it is in its bytes, and its sum is shifted instead
+            score += part << (8 * t) if BITS[0][1] == 16 else part >> (_narrowest(BITS) * t)
         best = score if p == 0 else tl.maximum(best, score)
     return best
 
@@ -456,20 +591,22 @@ def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, B
 
 
 @triton.jit
-def _bracket(q, columns, steps, lows, labels, query, seq_len, start, n, row_words, q_sh, l_sw, G: tl.constexpr, P: tl.constexpr,
-             D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr,
+def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_words, q_sh, l_sw, G: tl.constexpr,
+             P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr,
              RUN: tl.constexpr, MARGIN: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
     """Writes the label codes of a row's query. From a sample of M tokens, returns a lower bracket of its n-th best score, for
     TOP_P the best score seen, and the largest of the query's labels, which is 127 in the codes."""
-    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
+    T: tl.constexpr = _slices(BITS)
+    C: tl.constexpr = _total(BITS)
     live = seq_len - start
     # the sample: aligned runs of RUN tokens, spread over the live ones
     RUNS: tl.constexpr = M // RUN
     run = tl.arange(0, M) // RUN
     sampled = (start + run * (live // RUNS) + run * (live % RUNS) // RUNS) // RUN * RUN + tl.arange(0, M) % RUN
     inside = (sampled < seq_len) & (sampled >= start)
-    words = _load_words(labels, sampled, sampled < _readable(seq_len, row_words), l_sw, W, BLOCK_W)
-    # the query's label codes, packed as the label words are sliced: byte b of word (w, t) is dim (4 * w + b) * T + t
+    words = _load_words(labels, sampled, sampled < _readable(seq_len, row_words), l_sw, W)
+    # the query's label codes, laid out as the label words are sliced: byte b of word (w, t) is of the dim that begins there in
+    # slice t of label word w; where none does the byte is not written, and meets a zero of the slice
     largest = 0.0
     top_bias = float("-inf")
     for p in tl.static_range(P):
@@ -477,18 +614,16 @@ def _bracket(q, columns, steps, lows, labels, query, seq_len, start, n, row_word
         largest = tl.maximum(largest, tl.max(tl.abs(dots * steps), 0))
         top_bias = tl.maximum(top_bias, tl.sum(dots * lows))
     scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
-    offs_w, offs_t = tl.arange(0, BLOCK_W), tl.arange(0, T)
+    bit, _ = _dim_bits(offs_c, BITS)
+    place = (bit // 32 * T + bit % 8 // _narrowest(BITS)) * 4 + bit // 8 % 4
     for p in tl.static_range(P):
         if P > 1:
             dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
-        codes = tl.floor(dots * steps * scale + 0.5).to(tl.int32)  # [BLOCK_C] in [-127, 127]
-        if BITS == 16:  # the two dims of a word meet its low bytes, and again its high bytes
-            halves = tl.sum(tl.reshape(codes & 255, [BLOCK_W, 2]) << (16 * tl.arange(0, 2))[None, :], 1)
-            packed = tl.join(halves, halves)  # [BLOCK_W, T]
-        else:
-            slots = tl.reshape(codes & 255, [BLOCK_W, 4, T])
-            packed = tl.sum(slots << (8 * tl.arange(0, 4))[None, :, None], 1)  # [BLOCK_W, T]
-        tl.store(query + p * (W * T + 1) + offs_w[:, None] * T + offs_t[None, :], packed, mask=(offs_w < W)[:, None])
+        codes = tl.floor(dots * steps * scale + 0.5).to(tl.int8)  # [BLOCK_C] in [-127, 127]
+        of_head = (query + p * (W * T + 1)).to(tl.pointer_type(tl.int8), bitcast=True) + place
+        tl.store(of_head, codes, mask=offs_c < C)
+        if BITS[0][1] == 16:  # the dims meet the low bytes of their codes, and again the high bytes
+            tl.store(of_head + 4, codes, mask=offs_c < C)
         bias = scale * 0.0  # the same for all tokens: it matters only between the heads of a group
         if P > 1:
             bias = tl.maximum(tl.floor((tl.sum(dots * lows) - top_bias) * scale + 0.5), -(2.0**30))
@@ -499,10 +634,10 @@ def _bracket(q, columns, steps, lows, labels, query, seq_len, start, n, row_word
     share = M * (n.to(tl.float32) / live)
     wanted = (share + MARGIN * tl.sqrt(share)).to(tl.int32) + 1
     if TOP_P:
-        keys = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
+        keys = _token_scores(words, query, W, BITS, P, PTX)
         peak = tl.max(tl.where(inside & (sampled < seq_len - 1), keys, -FORCED))
     if (wanted < M // 2) & (live >= M):
-        keys = tl.where(inside, _token_scores(words, query, W, BLOCK_W, BITS, P, PTX), DEAD)
+        keys = tl.where(inside, _token_scores(words, query, W, BITS, P, PTX), DEAD)
         low, high = tl.min(tl.where(inside, keys, FORCED)), tl.max(keys)
         bracket = _search(keys, M, low, high, wanted, wanted // 32, 0, 0.0, False, 0)
     return bracket, peak, largest
@@ -594,8 +729,7 @@ def _take_best(entries, total, n, needed, peak, unit, n_tokens, indices, TOP_P: 
 
 @triton.jit
 def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_words, sink, recent, l_sw,
-          W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, TOP_P: tl.constexpr,
-          PTX: tl.constexpr):
+          W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
     """Scores a row's tokens from begin to end, the first block of which is in `words`, and lists, block by block, the
     candidates: those at or above the bracket. TOP_P: returns top_p of the tokens' weight less that of the forced ones."""
     needed = 0.0
@@ -603,8 +737,8 @@ def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, 
     offs_s = tl.arange(0, BLOCK_S)
     group = tl.arange(0, BLOCK_S // 4)
     for s in range(begin, end, BLOCK_S):
-        following = _load_words(labels, s + BLOCK_S + offs_s, s + BLOCK_S + offs_s < readable, l_sw, W, BLOCK_W)
-        scores = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
+        following = _load_words(labels, s + BLOCK_S + offs_s, s + BLOCK_S + offs_s < readable, l_sw, W)
+        scores = _token_scores(words, query, W, BITS, P, PTX)
         block = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
         if TOP_P:  # without the newest token, whose label may not be there yet
             counts_for = (s + offs_s >= start) & (s + offs_s < seq_len - 1)
@@ -655,7 +789,7 @@ def _take_listed(entries, counts, before, total, groups, n, bracket, needed, pea
 
 @triton.jit
 def _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len,
-            start, n, bracket, peak, unit, sink, recent, l_sw, part, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
+            start, n, bracket, peak, unit, sink, recent, l_sw, part, W: tl.constexpr, BITS: tl.constexpr,
             P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PLACERS: tl.constexpr,
             TILE: tl.constexpr, TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr,
             PTX: tl.constexpr):
@@ -696,8 +830,8 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
         elif left:  # rare: all tokens are candidates
             for s in range(first, seq_len, BLOCK_S):
                 offs_s = s + tl.arange(0, BLOCK_S)
-                words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W, BLOCK_W)
-                scores = _token_scores(words, query, W, BLOCK_W, BITS, P, PTX)
+                words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W)
+                scores = _token_scores(words, query, W, BITS, P, PTX)
                 key = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
                 tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
             tl.debug_barrier()
@@ -709,8 +843,8 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
 def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts,
                    before, long_entries, indices, pending, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_words, longest, max_tokens, window, n_fixed,
                    min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr, G: tl.constexpr,
-                   P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-                   BLOCK_W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr,
+                   P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+                   M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr,
                    BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, BRACKET: tl.constexpr, EMIT: tl.constexpr,
                    SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr, TILE: tl.constexpr,
                    TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
@@ -719,10 +853,11 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     its list. Unless it is the LAST launch, rows with long lists are left to _choose_left_kernel."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
-    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
+    T: tl.constexpr = _slices(BITS)
     BLOCKS: tl.constexpr = 2**LOG_BLOCKS
     if BRACKET:
-        offs_c = tl.arange(0, BLOCK_W * (32 // BITS))
+        C: tl.constexpr = _total(BITS)
+        offs_c = tl.arange(0, triton.next_power_of_2(C))
         steps = tl.load(step + pid_h * C + offs_c, mask=offs_c < C, other=1.0)
         lows = tl.load(lo + pid_h * C + offs_c, mask=offs_c < C, other=0.0)
         columns = _columns(basis_q + pid_h * D * C, C, offs_c, D, BLOCK_D)
@@ -738,9 +873,9 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     first = start // BLOCK_S * BLOCK_S
     n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
     if BRACKET:
-        bracket, peak, largest = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, labels, query, seq_len,
-                                          start, n, row_words, q_sh, l_sw, G, P, D, BLOCK_D, W, BLOCK_W, BITS, M, RUN, MARGIN, TOP_P,
-                                          PTX)
+        bracket, peak, largest = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, offs_c, labels, query,
+                                          seq_len, start, n, row_words, q_sh, l_sw, G, P, D, BLOCK_D, W, BITS, M, RUN, MARGIN,
+                                          TOP_P, PTX)
         unit = largest * unit_per_label
         tl.store(n_tokens + row, n)
         tl.store(lower + row, bracket)
@@ -752,7 +887,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         begin = first + segment * span
         end = tl.minimum(begin + span, seq_len)
         offs_s = begin + tl.arange(0, BLOCK_S)
-        words = _load_words(labels, offs_s, offs_s < _readable(end, row_words), l_sw, W, BLOCK_W)
+        words = _load_words(labels, offs_s, offs_s < _readable(end, row_words), l_sw, W)
     if not BRACKET:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -763,14 +898,14 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
             peak, unit = tl.load(peaks + row), tl.load(units + row)
     if EMIT:
         needed = _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_words,
-                       sink, recent, l_sw, W, BLOCK_W, BITS, P, BLOCK_S, TOP_P, PTX)
+                       sink, recent, l_sw, W, BITS, P, BLOCK_S, TOP_P, PTX)
         if TOP_P:
             tl.store(needs + row * PARTS + segment, needed)
     if CHOOSE:
         if EMIT:
             tl.debug_barrier()
         left = _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens,
-                       seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, segment, W, BLOCK_W, BITS, P, BLOCK_S, LOG_BLOCKS,
+                       seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, segment, W, BITS, P, BLOCK_S, LOG_BLOCKS,
                        PARTS, SEGMENTS, TILE, TIERS, LAST, TILE_LONG, TOP_P, PTX)
         if not LAST:
             tl.store(pending + row, left.to(tl.int32))
@@ -779,7 +914,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
 @triton.jit
 def _choose_left_kernel(labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts, before, long_entries,
                         indices, pending, l_sb, l_sh, l_sw, S, longest, max_tokens, window, sink, recent, rows,
-                        HKV: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr,
+                        HKV: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
                         BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
                         TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
                         PDL: tl.constexpr):
@@ -787,7 +922,7 @@ def _choose_left_kernel(labels, seq_lens, n_tokens, query, lower, peaks, units, 
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    T: tl.constexpr = 2 if BITS == 16 else 8 // BITS
+    T: tl.constexpr = _slices(BITS)
     for i in range(ROWS):
         row = tl.program_id(0) * ROWS + i
         if tl.load(pending + row, mask=row < rows, other=0) != 0:
@@ -799,7 +934,7 @@ def _choose_left_kernel(labels, seq_lens, n_tokens, query, lower, peaks, units, 
             _choose(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * T + 1), needs,
                     entries + row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S, counts + row.to(tl.int64) * 2**LOG_BLOCKS, before,
                     long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len, tl.maximum(seq_len - window, 0), n,
-                    bracket, peak, unit, sink, recent, l_sw, 0, W, BLOCK_W, BITS, P, BLOCK_S, LOG_BLOCKS, PARTS, 1, TILE, TIERS,
+                    bracket, peak, unit, sink, recent, l_sw, 0, W, BITS, P, BLOCK_S, LOG_BLOCKS, PARTS, 1, TILE, TIERS,
                     True, TILE_LONG, TOP_P, PTX)
 
 
@@ -845,7 +980,7 @@ class Workspace:
             self.n_tokens, self.lower, self.peak = scratch(B, HKV), scratch(R), scratch(R)
             self.unit = scratch(R, dtype=torch.float32)
             self.needed = scratch(R, self.segments, dtype=torch.float32)
-            self.query = scratch(R, HQ // HKV * (D + 1))  # at most a word per label dim, and a bias
+            self.query = scratch(R, HQ // HKV * (config.words(D) * _slices(config.widths(D)) + 1))
             self.block = 2 * BLOCK if self.segments == 1 and config.words(D) == 1 else BLOCK
             self.blocks = triton.next_power_of_2(triton.cdiv(S, self.block))
             self.entries = scratch(R, triton.cdiv(S, self.block) * self.block, dtype=torch.int64)
@@ -873,9 +1008,10 @@ class Selection:
     portable: bool = False  # without PTX instructions: for the interpreter and other vendors' GPUs
 
     def __post_init__(self):
-        C, bits = self.label_map.basis_q.shape[2], self.label_map.bits
+        widths = self.label_map.widths
+        assert widths == self.config.widths(self.q.shape[2]), "a label map of other widths"
         assert self.q.stride(2) == self.labels.stride(3) == 1
-        assert C * 127 * (2**bits - 1) < 2**30, f"{C} dims of {bits} bits overflow 32-bit scores"
+        assert sum(dims * (2**bits - 1) for dims, bits in widths) * 127 < 2**30, f"{widths_name(widths)}: overflow the scores"
         B, HKV, W, S = self.labels.shape
         assert (B, self.q.shape[1], HKV, self.q.shape[2], S) == self.workspace.shape, "a workspace of another shape"
         assert self.config.budget(S if self.window is None else min(S, self.window)) <= self.workspace.indices.shape[2], (
@@ -894,8 +1030,9 @@ class Selection:
         self.launch(bracket=True, emit=True, choose=True, num_warps=num_warps, registers=512 // num_warps)
         self.choose_left()
 
-    def bracket(self, num_warps=4):
+    def bracket(self, num_warps=None):
         """The query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
+        num_warps = num_warps or (4 if self.label_map.basis_q.shape[2] <= 32 else 8)  # more would not fit 4 warps' registers
         self.launch(bracket=True, num_warps=num_warps, registers=128)
 
     def emit(self, num_warps=8):
@@ -927,7 +1064,7 @@ class Selection:
             units=ws.unit, needs=ws.needed, entries=ws.entries, counts=ws.counts, before=ws.before, long_entries=ws.long_entries,
             indices=ws.indices, pending=ws.pending, S=S, longest=ws.longest, max_tokens=ws.indices.shape[2],
             window=NO_WINDOW if self.window is None else self.window, sink=c.sink, recent=c.recent, HKV=HKV,
-            P=1 if c.pool == "mean" else self.q.shape[1] // HKV, W=W, BLOCK_W=triton.next_power_of_2(W), BITS=self.label_map.bits,
+            P=1 if c.pool == "mean" else self.q.shape[1] // HKV, W=W, BITS=self.label_map.widths,
             BLOCK_S=ws.block, LOG_BLOCKS=ws.blocks.bit_length() - 1, PARTS=ws.segments, TOP_P=c.top_p is not None, PTX=self.nvidia,
             PDL=self.overlapped, **(dict(launch_pdl=True) if self.overlapped else {}))
 
@@ -947,8 +1084,8 @@ class Selection:
             **self.arguments(), q=self.q, basis_q=m.basis_q, step=m.step, lo=m.lo, q_sb=self.q.stride(0), q_sh=self.q.stride(1),
             row_words=self.row_words(), n_fixed=c.n_tokens or 0, min_tokens=c.min_tokens, share_num=share_num,
             share_den=share_den, top_p=c.top_p or 0.0, unit_per_label=math.log2(math.e) / 127 / math.sqrt(D),
-            G=self.q.shape[1] // self.labels.shape[1], D=D, BLOCK_D=triton.next_power_of_2(D), C=m.basis_q.shape[2], M=SAMPLE,
-            RUN=RUN, MARGIN=MARGIN, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, CHOOSE=choose, TILE=TILE,
+            G=self.q.shape[1] // self.labels.shape[1], D=D, BLOCK_D=triton.next_power_of_2(D), M=SAMPLE, RUN=RUN,
+            MARGIN=MARGIN, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, CHOOSE=choose, TILE=TILE,
             TIERS=1 if self.apart else max(1, (ws.tile // TILE).bit_length()), LAST=not self.apart, TILE_LONG=256 * num_warps,
             num_warps=num_warps, enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
             **limits)
@@ -1014,14 +1151,14 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
 def _label_newest(key, basis, step, lo, labels, l_sw, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr,
                   BLOCK_W: tl.constexpr, BITS: tl.constexpr):
     """Writes the label of one key [D]: W words, l_sw apart."""
-    PER_WORD: tl.constexpr = 32 // BITS
-    C: tl.constexpr = W * PER_WORD
-    offs_d, offs_c, offs_w = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_W * PER_WORD), tl.arange(0, BLOCK_W)
+    C: tl.constexpr = _total(BITS)
+    offs_d, offs_c, offs_w = tl.arange(0, BLOCK_D), tl.arange(0, triton.next_power_of_2(C)), tl.arange(0, BLOCK_W)
     newest = tl.load(key + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
     dots = tl.sum(_columns(basis, C, offs_c, D, BLOCK_D) * newest[:, None], 0)
     lows = tl.load(lo + offs_c, mask=offs_c < C, other=0.0)
-    codes = _label_codes(dots, lows, tl.load(step + offs_c, mask=offs_c < C, other=1.0), BITS)
-    words = tl.sum(tl.reshape(codes, [BLOCK_W, PER_WORD]) << (BITS * tl.arange(0, PER_WORD))[None, :], 1)
+    bit, top = _dim_bits(offs_c, BITS)
+    codes = _label_codes(dots, lows, tl.load(step + offs_c, mask=offs_c < C, other=1.0), top) << (bit % 32)
+    words = tl.sum(tl.where((bit // 32)[None, :] == offs_w[:, None], codes[None, :], 0), 1)
     tl.store(labels + offs_w * l_sw, words, mask=offs_w < W)
 
 
@@ -1046,7 +1183,7 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     v += pid_b * v_sb + pid_h * v_sh
     if W > 0:  # while the selection runs: whoever reads the newest label in this step overrides its key with FORCED
         if pid_split == 0:
-            C: tl.constexpr = W * 32 // BITS
+            C: tl.constexpr = _total(BITS)
             _label_newest(newest + pid_b * n_sb + pid_h * n_sh + (seq_len - 1).to(tl.int64) * n_ss, basis_k + pid_h * D * C,
                           step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D,
                           W, BLOCK_W, BITS)
@@ -1136,7 +1273,7 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
         NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],
         *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3], indices is not None, HKV, G,
         max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), splits, block_n or (64 if wide else 32), stages, W,
-        triton.next_power_of_2(W), m.bits if W else 0,
+        triton.next_power_of_2(W), m.widths if W else (),
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
         PDL=overlapped, OVERLAP=overlap, num_warps=num_warps,
         **(dict(launch_pdl=True) if overlapped else {}))

@@ -4,7 +4,7 @@ Every scored token is decoded: it attends to its own past with its own selection
 Rows go to runs/quality.jsonl as they come; a run that was interrupted continues from there (--force: from the start).
 Usage: python eval.py                          the default run: text and retrieval, all methods at 1/16, some at more budgets
        python eval.py --limit 4                                    a small one, for a CPU
-       python eval.py perplexity [--data FILE] [--context 4096] [--budgets 1/16 n=256] [--methods ds ds:qk/2 exact_topk]
+       python eval.py perplexity [--data FILE] [--context 4096] [--budgets 1/16 n=256] [--methods ds ds/8x4,48x2 ds:qk/2 quest]
        python eval.py agreement [--data FILE]                      KL to dense and how often the likeliest token is the same
        python eval.py kv_retrieval [--data FILE] [--lengths 2048 4096] [--limit 100]               or lines, passkey
        python eval.py longbench --data multifieldqa_en.jsonl [--prompts dataset2prompt.json]       or gov_report, triviaqa
@@ -41,8 +41,12 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineMo
 from tqdm import tqdm
 
 import calibrate
-from ds_attention import DSConfig, Workspace, attend, attend_ref, live_range, select_ref, select_tokens, top_p_ref
-from generate import HERE, add_sparsity_arguments, default_dtype, load, load_maps, pick_device, read_text, sparsity_from
+from ds_attention import (
+    DSConfig, Workspace, attend, attend_ref, bits_of, live_range, select_ref, select_tokens, top_p_ref, widths_name
+)
+from generate import (
+    HERE, add_sparsity_arguments, default_dtype, label_bits, load, load_maps, pick_device, read_text, sparsity_from
+)
 from model import ArgumentParser, KVCache, LayerCache, fingerprint, open_tensors, run_command
 from tiny.tasks import (
     kv_answer, kv_context, kv_question, lines_answer, lines_context, lines_question, needle_answer, needle_pieces,
@@ -241,17 +245,20 @@ METHODS = {"ds": DoubleSparsity, "exact_topk": ExactTopK, "quest": Quest, "h2o":
 
 
 def parse_method(text):
-    """"quest"; "ds", or with other labels "ds:qk", "ds/2", "ds:qk/2" -> (key of METHODS, calibration method or None for the
-    checkpoint's own labels, bits per label dim or None for the configuration's)."""
+    """"quest"; "ds", or with other labels "ds:qk", "ds/2", "ds:qk/8x4,48x2" -> (key of METHODS, calibration method or None for
+    the checkpoint's own labels, DSConfig.label_bits or None for the configuration's)."""
     name, _, calibration = text.partition("/")[0].partition(":")
     bits = text.partition("/")[2]
     if name not in METHODS or (name != "ds" and name != text):
         raise ValueError(f"methods={text}: must be one of {', '.join(METHODS)}; ds:CALIBRATION/BITS is ds with other labels")
     if calibration and calibration not in calibrate.METHODS:
         raise ValueError(f"methods={text}: the calibration must be one of {', '.join(calibrate.METHODS)}")
-    if bits and not bits.isdigit():
-        raise ValueError(f"methods={text}: bits per label dim must be a number")
-    return name, calibration or None, int(bits) if bits else None
+    if bits:
+        try:
+            DSConfig(label_bits=label_bits(bits))
+        except ValueError as error:
+            raise ValueError(f"methods={text}: {error}") from None
+    return name, calibration or None, label_bits(bits) if bits else None
 
 
 BUDGET_FIELDS = {"n": "n_tokens", "top_p": "top_p"}
@@ -807,9 +814,11 @@ class Evaluation:
         if calibration:
             channels = labels_file(self.checkpoint, calibration, self.args.calibration_data, self.device)
         label_maps = load_maps(self.checkpoint, self.model.config, ds, self.device, channels)
-        more = {"budget": budget_name(ds), "config": asdict(ds), "calibration": None}
+        widths = ds.widths(self.model.config.head_dim)
+        config = asdict(ds) | ({} if ds.label_bits else {"label_bits": bits_of(widths)})  # the default may change
+        more = {"budget": budget_name(ds), "config": config, "calibration": None}
         if METHODS[name].labelled:
-            more |= {"labels": f"{ds.channels(self.model.config.head_dim)} x {ds.label_bits} bit",
+            more |= {"labels": f"{widths_name(widths)} bit",
                      "calibration": calibration_of(channels or self.checkpoint / "channels.safetensors"),
                      "channels": None if calibration or not channels else Path(channels).name}
         return ds, label_maps, more
@@ -957,8 +966,8 @@ def main():
     parser.add_argument("--limit", type=int, help="windows or items at most (default: all; 100 generated items; fewer in the "
                                                   "default run)")
     parser.add_argument("--methods", nargs="+", help=f"ways to choose the tokens: {', '.join(METHODS)}; ds:CALIBRATION, "
-                                                     "ds/BITS and ds:CALIBRATION/BITS are ds with other labels, calibrated "
-                                                     "first by that --method of calibrate.py (default: ds)")
+                                                     "ds/BITS and ds:CALIBRATION/BITS are ds with other labels, of these "
+                                                     "--label_bits, calibrated by that --method of calibrate.py (default: ds)")
     parser.add_argument("--budgets", nargs="+", help="1/R as by --sparsity, n=N as by --n_tokens, top_p=P; several with commas "
                                                      "between (default: as those options say)")
     parser.add_argument("--calibration_data", metavar="FILE", help="text for ds:CALIBRATION (default: the Python language "

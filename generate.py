@@ -447,6 +447,11 @@ def demonstration(tokenizer, max_tokens=4000):
     return kv_prompt(records[:count], key), kv_answer(value)
 
 
+def label_bits(text):
+    """DSConfig.label_bits of a command line's text."""
+    return int(text) if text.isdigit() else text
+
+
 def add_sparsity_arguments(parser):
     """The DSConfig fields that a command line offers; defaults are read from the dataclass."""
     default = DSConfig()
@@ -456,8 +461,9 @@ def add_sparsity_arguments(parser):
     parser.add_argument("--top_p", type=float, metavar="P", help="of these only as many, the best first, as hold this share of the "
                                                                 "attention that the labels foresee (default: all)")
     parser.add_argument("--label_channels", type=int, metavar="C", help="label dims per KV head (default: from --sparsity)")
-    parser.add_argument("--label_bits", type=int, default=default.label_bits, help="bits per label dim: 2, 4, 8 or 16 "
-                                                                                   "(default %(default)s)")
+    parser.add_argument("--label_bits", type=label_bits, metavar="BITS",
+                        help="bits per label dim: 1, 2, 4, 8 or 16; or dims x bits of each width, the most important first, as "
+                             "8x4,48x2 (default: the smaller the labels, the fewer)")
     parser.add_argument("--channels", metavar="FILE", help="label maps of calibrate.py --out (default: the checkpoint's own)")
     parser.add_argument("--dense_layers", type=int, default=default.dense_layers,
                         help="first layers that attend to everything (default %(default)s)")

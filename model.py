@@ -819,7 +819,7 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     maps = None
     if ds is not None:
         basis, range_ = meta(HKV, D, ds.channels(D)), meta(HKV, ds.channels(D))
-        maps = [LabelMap.from_statistics(basis, basis, range_, range_, ds.label_bits)] * config.n_layers
+        maps = [LabelMap.from_statistics(basis, basis, range_, range_, ds.widths(D))] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K
@@ -934,11 +934,11 @@ def load_label_maps(checkpoint, config, ds, path=None):
                              f"{config.n_kv_heads}, {config.head_dim}; run calibrate.py --checkpoint {checkpoint}")
         C = ds.channels(D)
         if C > available:
-            raise ValueError(f"{path}: holds {available} label dims, {C} wanted; lower --label_channels or run "
+            raise ValueError(f"{path}: holds {available} label dims, {C} wanted; take fewer (--label_channels) or run "
                              f"calibrate.py --checkpoint {checkpoint} --dims {C}")
         basis_k, basis_q = (file.get_tensor(name)[..., :C] for name in ("basis_k", "basis_q"))
         mean, std = (file.get_tensor(name)[..., :C] for name in ("mean", "std"))
-    return [LabelMap.from_statistics(*tensors, ds.label_bits) for tensors in zip(basis_k, basis_q, mean, std)]
+    return [LabelMap.from_statistics(*tensors, ds.widths(D)) for tensors in zip(basis_k, basis_q, mean, std)]
 
 
 # ---------------------------------------------------------------- command lines

@@ -9,6 +9,7 @@ import copy
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -71,15 +72,15 @@ def shapes(B=2, HQ=4, HKV=2, D=64, S=200, bits=4, window=None, pool="mean", C=32
 
 CASES = {
     "one-token": shapes(S=1),
-    "odd-63": shapes(S=63, D=128),
+    "odd-63-1bit": shapes(S=63, D=128, bits=1),
     "mha-1000": shapes(HQ=2, S=1000),
-    "gqa8-4097": shapes(B=1, HQ=8, HKV=1, S=4097),
+    "gqa8-4097-mixed": shapes(B=1, HQ=8, HKV=1, S=4097, bits="8x4,48x2"),
     "gqa4-window": shapes(HQ=8, S=333, window=100),
     "2bit-max": shapes(bits=2, pool="max"),
-    "8bit": shapes(bits=8, C=12),
+    "8bit-3words": shapes(bits=8, C=12),
     "16bit": shapes(bits=16, C=6),
     "top-p": shapes(S=1500, top_p=0.4),
-    "top-p-window": shapes(HQ=8, S=333, window=100, pool="max", top_p=0.3),
+    "top-p-window-mixed": shapes(HQ=8, S=333, window=100, pool="max", top_p=0.3, bits="4x8,6x4,12x2,16x1"),
     "bf16": shapes(HQ=8, HKV=2, D=128, dtype=torch.bfloat16),
     "fp16-mha": shapes(HQ=2, D=128, dtype=torch.float16),
 }
@@ -96,8 +97,9 @@ class Problem:
         def normal(*shape):
             return torch.randn(*shape, generator=generator).to(DEVICE)
 
-        self.config = DSConfig(sparsity=8, min_tokens=4, sink=2, recent=4, label_bits=self.bits, label_channels=self.C,
-                               pool=self.pool, top_p=self.top_p)
+        self.config = DSConfig(sparsity=8, min_tokens=4, sink=2, recent=4, label_bits=self.bits,
+                               label_channels=None if isinstance(self.bits, str) else self.C, pool=self.pool, top_p=self.top_p)
+        self.widths, self.C = self.config.widths(self.D), self.config.channels(self.D)
         self.q = normal(self.B, self.HQ, self.D).to(self.dtype)
         self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
         self.k, self.v = self.kv.unbind(3)
@@ -105,7 +107,7 @@ class Problem:
         # the query's basis resembles the key's, so that label scores say something about q . k
         self.map = LabelMap.from_statistics(self.basis, self.basis + 0.1 * normal(self.HKV, self.D, self.C),
                                             torch.zeros(self.HKV, self.C, device=DEVICE),
-                                            torch.ones(self.HKV, self.C, device=DEVICE), self.bits)
+                                            torch.ones(self.HKV, self.C, device=DEVICE), self.widths)
         self.labels = torch.full((self.B, self.HKV, self.config.words(self.D), self.S), -1, dtype=torch.int32, device=DEVICE)
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).expand(self.B, -1).contiguous()
         ds.label_ref(self.k, self.positions, self.labels, self.map)
@@ -129,12 +131,21 @@ def relative_error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8, 16])
-def test_pack_and_unpack_are_inverse(bits):
-    codes = torch.randint(2**bits, (3, 5, 2 * 32 // bits))
-    words = ds.pack(codes, bits)
-    assert words.dtype == torch.int32 and words.shape == (3, 5, 2)
-    assert torch.equal(ds.unpack(words, bits), codes.int())
+@pytest.mark.parametrize("widths", [((64, 1),), ((48, 2),), ((8, 8),), ((4, 16),), ((2, 8), (4, 4), (8, 2), (16, 1))], ids=str)
+def test_pack_and_unpack_are_inverse(widths):
+    largest = ds.per_dim(widths, lambda bits: 2**bits - 1, "cpu")
+    codes = (torch.rand(3, 5, len(largest)) * (largest + 1)).long()
+    words = ds.pack(codes, widths)
+    assert words.dtype == torch.int32 and words.shape[:2] == (3, 5)
+    assert words.shape[2] * 32 == sum(dims * bits for dims, bits in widths)
+    assert torch.equal(ds.unpack(words, widths), codes.int())
+
+
+def test_label_words_by_hand():
+    """Dims one behind the other, lowest bits first: 8 + 4 + 4, then 2 bits eight times."""
+    codes = torch.tensor([0x12, 0x3, 0x4, 1, 2, 3, 0, 0, 0, 0, 3])
+    words = ds.pack(codes, ((1, 8), (2, 4), (8, 2)))
+    assert words.tolist() == [0x12 + 0x300 + 0x4000 + ((1 + 2 * 4 + 3 * 16) << 16) + (3 << 30) - 2**32]
 
 
 @cases
@@ -144,17 +155,17 @@ def test_label_kernel_equals_reference(case):
     labels = torch.full_like(p.labels, -1)
     ds.label(p.k[:, :, p.S - T :], p.positions[:, p.S - T :], labels, p.map)
     assert (labels[..., : p.S - T] == -1).all(), "wrote outside of the given positions"
-    got, want = (ds.unpack(x[..., p.S - T :].transpose(2, 3), p.bits) for x in (labels, p.labels))
+    got, want = (ds.unpack(x[..., p.S - T :].transpose(2, 3), p.widths) for x in (labels, p.labels))
     off = (got - want).abs()  # sums in another order: a value at the edge between two codes may fall on either side
-    assert off.max() <= (1 if p.bits < 16 else 8)  # 16-bit codes are finer than fp32 sums of 128 products
-    assert (off > 0).float().mean() < (0.01 if p.bits < 16 else 0.5)
+    assert off.max() <= (8 if p.bits == 16 else 1)  # 16-bit codes are finer than fp32 sums of 128 products
+    assert (off > 0).float().mean() < (0.5 if p.bits == 16 else 0.01)
 
 
 def test_labels_really_have_their_bits():
     """The cache of 32 dims x 4 bits holds 16 bytes per token and KV head: 1/16 of a bf16 K of 128 channels."""
     config = ModelConfig(64, 3, 4, 2, 128, 64, 50, 64)
     maps = [LabelMap.from_statistics(torch.zeros(2, 128, 32), torch.zeros(2, 128, 32), torch.zeros(2, 32), torch.ones(2, 32),
-                                     4)] * 3
+                                     ((32, 4),))] * 3
     cache = KVCache(config, 1, 40, "cpu", torch.bfloat16, DSConfig(dense_layers=1), maps)
     assert cache.label_bytes() == 2 * (40 * 2 * 16)  # two sparse layers
     assert cache.label_bytes() * 16 == sum(layer.kv[..., 0, :].numel() * 2 for layer in cache.layers[1:])
@@ -164,7 +175,7 @@ def test_label_scores_approximate_q_dot_k():
     """With all channels at 16 bits the label score is q . k / sqrt(D) itself, but for a constant and the query's 8 bits."""
     p = Problem(shapes(HQ=4, bits=16, C=64))  # pooled: the mean of a group's queries
     eye = torch.eye(64, device=DEVICE).expand(2, -1, -1)
-    p.map = LabelMap.from_statistics(eye, eye, p.map.lo * 0, torch.ones_like(p.map.lo), 16)
+    p.map = LabelMap.from_statistics(eye, eye, p.map.lo * 0, torch.ones_like(p.map.lo), ((64, 16),))
     ds.label_ref(p.k, p.positions, p.labels, p.map)
     exact = (torch.einsum("bhd,bhsd->bhs", p.q[:, ::2], p.k) + torch.einsum("bhd,bhsd->bhs", p.q[:, 1::2], p.k)) / 16
     for b, length in enumerate(p.seq_lens.tolist()):
@@ -173,17 +184,19 @@ def test_label_scores_approximate_q_dot_k():
         assert error.std() < 0.02 * want.std()
 
 
-def test_query_codes_round_as_the_reference_s():
+@pytest.mark.parametrize("bits", [4, "8x4,48x2"])
+def test_query_codes_round_as_the_reference_s(bits):
     """bf16 queries and one-hot labels put many codes on the edge between two: kernel and reference must fall on the same side."""
-    p = Problem(shapes(B=60, HQ=2, S=1, dtype=torch.bfloat16))
-    one_hot = torch.eye(64, device=DEVICE)[:, :32].expand(2, -1, -1)
-    p.map = LabelMap.from_statistics(one_hot, one_hot, p.map.lo * 0, torch.ones_like(p.map.lo), 4)
+    p = Problem(shapes(B=60, HQ=2, S=1, bits=bits, dtype=torch.bfloat16))
+    one_hot = torch.eye(64, device=DEVICE)[:, : p.C].expand(2, -1, -1)
+    p.map = LabelMap.from_statistics(one_hot, one_hot, p.map.lo * 0, torch.ones_like(p.map.lo), p.widths)
     workspace = ds.Workspace(60, 2, 2, 64, 1, torch.device(DEVICE), p.config)
     ds.Selection(p.q, p.labels, p.map, p.seq_lens, p.config, workspace).bracket()
-    words = workspace.query.view(-1)[: 120 * 9].view(60, 2, 9)[..., :8].view(60, 2, 4, 2)  # of every label word, two slices
-    got = (ds.unpack(words, 8).view(60, 2, 4, 2, 4).transpose(3, 4).reshape(60, 2, 32) + 128) % 256 - 128
+    W, T = p.config.words(64), 2 if bits == 4 else 4  # byte-wise slices of a label word
+    sliced = workspace.query.view(60, 2, W * T + 1)[..., :-1].contiguous().view(torch.int8).view(60, 2, W, T, 4)
+    word, shift = ds.places(p.widths, DEVICE)
     want, _, _ = p.map.query_codes(p.q, "mean")
-    assert torch.equal(got, want[:, :, 0].int())
+    assert torch.equal(sliced[:, :, word, shift % 8 // (8 // T), shift // 8].int(), want[:, :, 0].int())
 
 
 ADVERSARIAL = {
@@ -287,7 +300,7 @@ def adversarial(crowd, **more):
     p = Problem(shapes(B=2, HQ=1, HKV=1, S=6000, C=8, **more), seq_lens=[6000, 4801])
     codes = torch.zeros(6000, 8)
     codes[:, 0], codes[:, 1] = crowd(torch.arange(6000))
-    p.labels[:] = ds.pack(codes, 4).T.to(DEVICE)
+    p.labels[:] = ds.pack(codes, p.widths).T.to(DEVICE)
     looks = torch.zeros(64, 8, device=DEVICE)
     looks[0, 0], looks[1, 1] = 127.0, 8.0
     p.map.basis_q, p.map.step = looks[None], torch.ones_like(p.map.step)
@@ -461,9 +474,9 @@ def test_decode_step_by_kernels_equals_reference(case):
         labels = p.labels.scatter(3, newest, 0)
         outs.append(poisoned(lambda: ds.ds_decode(p.q, p.k, p.v, labels, p.map, p.seq_lens, config, p.window)))
         assert torch.equal(labels.scatter(3, newest, 0), p.labels.scatter(3, newest, 0))
-        got, want = (ds.unpack(x.gather(3, newest).transpose(2, 3), p.bits) for x in (labels, p.labels))
-        assert (got - want).abs().max() <= (1 if p.bits < 16 else 8)  # sums in another order
-        assert (got != want).float().mean() < (0.02 if p.bits < 16 else 0.5)
+        got, want = (ds.unpack(x.gather(3, newest).transpose(2, 3), p.widths) for x in (labels, p.labels))
+        assert (got - want).abs().max() <= (8 if p.bits == 16 else 1)  # sums in another order
+        assert (got != want).float().mean() < (0.5 if p.bits == 16 else 0.02)
     assert relative_error(outs[1], outs[0]) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[p.dtype]
     assert torch.equal(outs[1], outs[2]), "the same inputs gave other bits"
 
@@ -527,6 +540,31 @@ def test_label_dims_follow_from_sparsity():
             ] == [32, 64, 64, 16, 16, 8]
     with pytest.raises(ValueError, match="label_channels=12: must be a multiple of 8"):
         DSConfig(label_channels=12).channels(128)
+
+
+def test_default_label_widths(monkeypatch):
+    """A quarter of the head's dims or more, at 4 bits if they fit, else at 2 or 1; of half the bits in some words if wanted."""
+    assert [DSConfig(sparsity=s).widths(128) for s in (8, 16, 32, 64)] == [((64, 4),), ((32, 4),), ((32, 2),), ((32, 1),)]
+    assert [DSConfig(sparsity=s).widths(64) for s in (2, 16, 32)] == [((64, 4),), ((16, 4),), ((16, 2),)]
+    monkeypatch.setattr(ds, "NARROW_SHARE", 0.75)
+    assert [DSConfig(sparsity=s).widths(128) for s in (4, 8, 16, 32, 64)] == [
+        ((128, 4),), ((16, 4), (96, 2)), ((8, 4), (48, 2)), ((16, 2), (32, 1)), ((32, 1),)]
+    for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 96, 128)):
+        config = DSConfig(sparsity=sparsity)
+        assert config.channels(D) <= D and config.words(D) * 32 <= max(32, 16 * D / sparsity)
+        assert ds.parse_widths(ds.widths_name(config.widths(D))) == config.widths(D)
+
+
+@pytest.mark.parametrize("bits, message", [
+    ("8x4,48", "must be dims x bits, the most bits first"), ("48x2,8x4", "must be dims x bits, the most bits first"),
+    ("0x4", "must be dims x bits"), ("8x3", "dims have 1, 2, 4 or 8 bits"), ("2x16,8x4", "dims have 1, 2, 4 or 8 bits"),
+    ("3x4,10x2", "3 dims of 4 bits are no whole number of bytes"), ("8x4,4x2", "40 bits in all are no whole number of 32-bit"),
+    (3, "must be 1, 2, 4, 8, 16, or dims x bits"), ("8x4,96x2", "more label dims than the head's 64")])
+def test_label_formats_that_cannot_be_are_refused(bits, message):
+    with pytest.raises(ValueError, match=f"label_bits={bits}: .*{message}"):
+        DSConfig(label_bits=bits).widths(64)
+    with pytest.raises(ValueError, match="label_channels=32: label_bits=8x4,48x2 says how many"):
+        DSConfig(label_bits="8x4,48x2", label_channels=32)
 
 
 # ---------------------------------------------------------------- convert_hf and model, against Hugging Face
@@ -874,7 +912,7 @@ def random_model(seed=0, **more):
             parameter.normal_(0, 0.3)
     config = DSConfig(sparsity=4, min_tokens=4, label_channels=8, dense_layers=1, dense_below=0, sink=1, recent=2)
     basis = torch.eye(16)[:, torch.randperm(16)[:8]].expand(2, -1, -1)
-    label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 8), torch.ones(2, 8), 4)
+    label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 8), torch.ones(2, 8), ((8, 4),))
     return model, [label_map] * 3, config
 
 
@@ -990,7 +1028,7 @@ def test_decode_steps_of_a_cuda_graph_equal_those_launched_alone():
     """Kernels that overlap, in one graph over all layers, sparse and dense, while lengths grow."""
     model, maps, config = random_model(dim=512, head_dim=64, ffn_dim=1024)
     basis = torch.eye(64)[:, :8].expand(2, -1, -1)
-    maps = [LabelMap.from_statistics(basis, basis, torch.zeros(2, 8), torch.ones(2, 8), 4)] * 3
+    maps = [LabelMap.from_statistics(basis, basis, torch.zeros(2, 8), torch.ones(2, 8), ((8, 4),))] * 3
     model = model.to(DEVICE, torch.bfloat16)
     for parameter in model.parameters():
         parameter.mul_(0.2) if parameter.ndim > 1 else None
@@ -1114,7 +1152,8 @@ def test_short_sequences_are_decoded_dense_and_leave_labels():
     ds.label_ref(layer.kv[..., 0, :], positions, written, layer.label_map)
     live = int(step.cache.seq_lens)
     assert live == 20 + 59
-    differs = (ds.unpack(layer.labels, 4) != ds.unpack(written, 4))[:, :, :, :live]
+    labels, wanted = (ds.unpack(x.transpose(2, 3), layer.label_map.widths)[:, :, :live] for x in (layer.labels, written))
+    differs = labels != wanted
     assert differs.float().mean() < 0.01, "labels of steps that attended densely are missing"
 
 
@@ -1311,8 +1350,8 @@ def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", se
     """A DecodeStep of random_model with this type of cache, whose texts do not end."""
     model, maps, config = random_model(seed, **(dict(eos_ids=(), n_kv_heads=2, max_positions=4096) | more))
     HKV = model.config.n_kv_heads
-    maps = [LabelMap(*(t[:1].expand(HKV, *t.shape[1:]) for t in (m.basis_k, m.basis_q, m.lo, m.step)), 4) for m in maps]
-    maps = [LabelMap(*(t.contiguous() for t in (m.basis_k, m.basis_q, m.lo, m.step)), 4) for m in maps]
+    maps = [LabelMap(*(t[:1].expand(HKV, *t.shape[1:]) for t in (m.basis_k, m.basis_q, m.lo, m.step)), m.widths) for m in maps]
+    maps = [LabelMap(*(t.contiguous() for t in (m.basis_k, m.basis_q, m.lo, m.step)), m.widths) for m in maps]
     config = replace(config, dense_below=below, impl=impl)
     cache = cache_type(model.config, batch, size, DEVICE, torch.float32, config, maps)
     return generate.DecodeStep(model.to(DEVICE), cache)
@@ -2021,7 +2060,8 @@ def test_budgets_that_are_none_are_refused(text):
 
 def test_methods_are_read():
     assert evaluation.parse_method("quest") == ("quest", None, None)
-    assert evaluation.parse_method("ds:qk/2") == ("ds", "qk", 2) and evaluation.parse_method("ds/4") == ("ds", None, 4)
+    assert evaluation.parse_method("ds:qk/2") == ("ds", "qk", 2)
+    assert evaluation.parse_method("ds/8x4,48x2") == ("ds", None, "8x4,48x2")
     for text in ("quest:qk", "quest/2", "dense", "ds:best", "ds/x", "ds/4,2"):
         with pytest.raises(ValueError, match=f"methods={text}"):
             evaluation.parse_method(text)
