@@ -1701,7 +1701,7 @@ def test_agreement_of_a_prediction():
     generator = torch.Generator().manual_seed(0)
     q, k, other = (torch.randn(1, heads, 200, 16, generator=generator) for heads in (4, 2, 4))
     basis = torch.eye(16).expand(2, -1, -1)
-    label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 16), torch.ones(2, 16), 4)
+    label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 16), torch.ones(2, 16), ((16, 4),))
     config = DSConfig(n_tokens=40, sink=2, recent=5, label_channels=16)
     shares = [calibrate.prediction_agreement(q, p, k, label_map, config) for p in (q, q + other, other, -q)]
     assert shares[0] == 1 > shares[1] > shares[2] > shares[3] and shares[1] > 0.4
