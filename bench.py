@@ -4,11 +4,13 @@ with K and V in host memory against streaming all of them.
 Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]     on the same inputs, checked first
        python bench.py generate [--model Llama-2-7B --shapes 1x16384] [--modes gpt_fast dense ds]     random weights
        python bench.py offload [--model Llama-2-7B --shapes 1x131072] [--modes flexgen gpu offload]   random weights
+       python bench.py offload --checkpoint tiny --shapes 32x4000 --steps 64 [--data FILE]            trained ones
        python bench.py attention --device cpu          a small correctness pass, its times marked as CPU reference
        python bench.py table attention                 the README's table, from results/attention.jsonl; or generate, offload
 """
 import argparse
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -16,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -27,10 +30,12 @@ from tqdm import tqdm
 
 import ds_attention as ds
 from ds_attention import DSConfig, LabelMap, Selection, Workspace, bits_of, write_labels
-from eval import provenance
-from generate import HERE, DecodeStep, copy_bandwidth, default_dtype, generate, label_bits, now, pick_device
+from eval import generated_items, kv_document, provenance, text_windows, texts_of
+from generate import (
+    HERE, DecodeStep, copy_bandwidth, default_dtype, generate, label_bits, load, load_maps, now, pick_device
+)
 from model import PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes, run_command
-from offload import OffloadCache, check_host_memory, free_host_bytes, host_layers
+from offload import MIN_AGREEMENT, OffloadCache, check_host_memory, free_host_bytes, host_layers, predictable_layers
 
 RESULTS = HERE / "results"
 
@@ -39,7 +44,7 @@ RESULTS = HERE / "results"
 # B, S, HQ, HKV
 SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536, 32, 32), (16, 16384, 32, 32),
           (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8)]
-MORE_LABELS = ["8x4,48x2", "32x2", "16x2,32x1", "32x1"]  # that the README's table also shows, at (16, 16384)
+MORE_LABELS = ["8x4,48x2", "32x2", "16x2,32x1", "8x4", "32x1"]  # that the README's table also shows, at (16, 16384)
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
 
 
@@ -488,7 +493,8 @@ def mode_name(r):
     """A row's mode, and what else tells it from others of its shape."""
     layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
     resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
-    return r["mode"] + layers + resident
+    ahead = f", {r['prefetch_tokens']} ahead" if r.get("prefetch_tokens") else ""
+    return r["mode"] + layers + resident + ahead
 
 
 def generate_table(rows):
@@ -548,7 +554,7 @@ def draw_generate(rows, axes):
 # ---------------------------------------------------------------- offload
 
 OFFLOADS = [("Llama-2-7B", 1, 131072), ("Llama-2-7B", 4, 32768), ("Llama-3.1-8B", 1, 262144), ("Llama-3.1-8B", 1, 524288)]
-OFFLOAD_MODES = ("flexgen", "gpu", "offload")
+OFFLOAD_MODES = ("flexgen", "gpu", "offload", "offload_predicted")
 
 
 def host_bandwidth(host, device):
@@ -557,20 +563,77 @@ def host_bandwidth(host, device):
     return host.nbytes / step_seconds(lambda: to.copy_(host, non_blocking=True), 5, device)
 
 
-def offload_rows(name, model, B, S, modes, configs, budgets, steps, device):
-    """One shape's rows of results/offload.jsonl. configs: a row of gpu and of offload for each; budgets: resident tokens of
-    offload, a row for each, in multiples of the tokens attended. All modes decode the same random K and V."""
+@dataclass(kw_only=True)
+class RandomText:
+    """Random K and V, the same ones for all modes, and what random weights make of them."""
+
+    name: str  # of the model
+    model: Transformer
+    B: int
+    S: int
+    device: str
+    weights: str = "random"
+    data: str | None = None  # where the prompts are from
+    predictable: list | None = None  # layers: random weights are not calibrated, so all
+
+    def decode(self, size, steps, config, cache_type):
+        """(cache, seconds per step, tokens, logits of one more step)"""
+        cache = random_cache(self.model, self.B, size, config, self.device, cache_type)
+        # sampled: a greedy text of random weights repeats itself, and its selections with it
+        return cache, *time_steps(self.model, cache, self.S, steps, self.device, temperature=1.0)
+
+
+@dataclass(kw_only=True)
+class Prompts(RandomText):
+    """Prompts of S tokens at most, continued greedily by a trained model."""
+
+    checkpoint: Path
+    prompts: list
+
+    @staticmethod
+    def of(args, device):
+        model, tokenizer, checkpoint = load(args.checkpoint, device, default_dtype(device))
+        model.config = replace(model.config, eos_ids=())  # all rows of a batch go on to the end
+        (B, S), = parse_sizes("shapes", args.shapes or "32x4000", "32x4000")
+        if args.data:
+            data, texts = texts_of(args.data)
+            prompts = text_windows(tokenizer, texts, S - 1, B)
+        else:
+            data, items = "key-value retrieval", generated_items(tokenizer, kv_document, [S], B)
+            prompts = [item["context"] + item["question"] for item in items]
+        predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT, "predicted")
+        return Prompts(name=checkpoint.name, model=model, B=len(prompts), S=S, device=device, weights="trained", data=data,
+                       predictable=predictable, checkpoint=checkpoint, prompts=prompts)
+
+    def decode(self, size, steps, config, cache_type):
+        model = self.model
+        maps = config and load_maps(self.checkpoint, model.config, config, self.device)
+        cache = cache_type(model.config, self.B, size, self.device, model.dtype, config, maps)
+        step = DecodeStep(model, cache)
+        result = generate(step, self.prompts, steps)
+        logits = model.decode(step.tokens, step.views[cache.sparse_at(self.S + steps)])
+        return cache, statistics.median(result.step_s), torch.tensor(result.token_ids), logits
+
+
+def offload_rows(source, modes, configs, budgets, ahead, steps):
+    """The rows of results/offload.jsonl of one source of K and V. configs: a row of gpu and of each way to offload for each;
+    budgets: resident tokens, a row for each, in multiples of the tokens attended; ahead: tokens prefetched, likewise."""
+    model, B, S, device = source.model, source.B, source.S, source.device
     c, size = model.config, S + steps + WARM_UP
-    runs = [("flexgen", None, None)] + [("gpu", config, None) for config in configs]
-    runs += [("offload", config, math.ceil(budget * config.budget(size))) for config in configs for budget in budgets]
+    runs = [("flexgen", None, {})] + [("gpu", config, {}) for config in configs]
+    for config, budget in itertools.product(configs, budgets):
+        resident = {"resident_tokens": math.ceil(budget * config.budget(size))}
+        runs += [("offload", config, resident | {"prefetch_tokens": tokens}) for tokens in ahead]
+        runs += [("offload_predicted", config, resident | {"mode": "predicted"})]
     rows, outs, host, copy_speed = [], {}, None, None
-    for mode, config, resident in [run for run in runs if run[0] in modes]:
-        row = {"bench": "offload", "model": name, "weights": "random", "B": B, "S": S, "mode": mode,
-               "config": config and asdict(config), "resident_tokens": resident, "ms_per_step": None,
+    for mode, config, options in [run for run in runs if run[0] in modes]:
+        row = {"bench": "offload", "model": source.name, "weights": source.weights, "data": source.data, "B": B, "S": S,
+               "mode": mode, "config": config and asdict(config), "resident_tokens": options.get("resident_tokens"),
+               "prefetch_tokens": None, "ms_per_step": None,
                "dtype": str(model.dtype).removeprefix("torch."), "steps": min(steps, 10) if mode == "flexgen" else steps}
         gc.collect()
         try:
-            cache_type = KVCache if mode == "gpu" else partial(OffloadCache, resident_tokens=resident)
+            cache_type = KVCache if mode == "gpu" else partial(OffloadCache, **options, predictable=source.predictable)
             if device != "cpu":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -583,14 +646,14 @@ def offload_rows(name, model, B, S, modes, configs, budgets, steps, device):
                     host = host_layers(c.n_layers, shape, model.dtype, torch.device(device))
                     copy_speed = host_bandwidth(host[0], device) if device != "cpu" else None
                 cache_type = partial(cache_type, host=host)
-            cache = random_cache(model, B, size, config, device, cache_type)
-            # sampled: a greedy text of random weights repeats itself, and its selections with it
-            seconds, *out = time_steps(model, cache, S, row["steps"], device, temperature=1.0)
+            cache, seconds, *out = source.decode(size, row["steps"], config, cache_type)
             row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds, "gpu_kv_bytes": cache.kv_bytes(),
                     "gpu_label_bytes": cache.label_bytes()} | cache.statistics()
             if mode == "gpu":
                 outs[config.dense_layers] = out
-            if mode == "offload" and config.dense_layers in outs:
+            if mode == "offload":
+                row["prefetch_tokens"] = cache.prefetch_tokens
+            if config and mode != "gpu" and config.dense_layers in outs:  # of the predicted mode, too: how far it is from exact
                 tokens, logits = outs[config.dense_layers]
                 row["same_tokens"] = torch.equal(out[0], tokens)
                 row["logit_error"] = ((out[1] - logits).float().norm() / logits.float().norm()).item()
@@ -605,7 +668,7 @@ def offload_rows(name, model, B, S, modes, configs, budgets, steps, device):
         rows.append(row | provenance(device))
     flexgen = next((r["ms_per_step"] for r in rows if r["mode"] == "flexgen"), None)
     for row in rows:
-        wrong = row.get("same_tokens") is False or row.get("logit_error", 0) > 1e-3
+        wrong = row["mode"] == "offload" and (row.get("same_tokens") is False or row.get("logit_error", 0) > 1e-3)
         row["speedup_vs_flexgen"] = flexgen / row["ms_per_step"] if flexgen and row["ms_per_step"] and not wrong else None
     return rows
 
@@ -614,30 +677,38 @@ def run_offload(args, device):
     """Yields the rows of the shapes asked for, one shape's at a time."""
     modes = args.modes or OFFLOAD_MODES
     configs = [DSConfig(dense_layers=n, dense_below=0) for n in args.dense_layers]
+    options = args.budgets, args.prefetch_tokens, args.steps
+    if args.checkpoint:
+        yield offload_rows(Prompts.of(args, device), modes, configs, *options)
+        return
     if device == "cpu":
         configs = [replace(config, min_tokens=64) for config in configs]
     settings = [(*row, modes) for row in OFFLOADS]
     for model, (name, B, S, of_shape) in model_shapes(args, device, settings, modes, "1x131072"):
-        yield offload_rows(name, model, B, S, of_shape, configs, args.budgets, args.steps, device)
+        yield offload_rows(RandomText(name=name, model=model, B=B, S=S, device=device), of_shape, configs, *options)
 
 
 def offload_table(rows):
     """Rows of results/offload.jsonl -> Markdown."""
-    lines = ["| model | B, S | mode | ms per step | tokens/s | over flexgen | PCIe: MB per step | GB/s | tokens on the GPU | "
-             "same tokens, logits as gpu | GPU GiB: K and V | labels, maps | host GiB |", "|---" * 13 + "|"]
+    lines = ["| model | B, S | mode | ms per step | tokens/s | over flexgen | PCIe: MB per step | of it ahead | GB/s | tokens on "
+             "the GPU | agreement | same tokens, logits as gpu | GPU GiB: K and V | labels, maps | host GiB |", "|---" * 15 + "|"]
     for r in rows:
         def cell(name, form, unit="", scale=1, r=r):
             return "-" if r.get(name) is None else f"{r[name] / scale:{form}}{unit}"
 
         time = "out of memory" if "error" in r else cell("ms_per_step", ".2f")
         share = f" ({r['pcie_gbps'] / r['pcie_copy_gbps']:.0%} of a copy)" if r.get("pcie_copy_gbps") else ""
-        same = {None: "-", True: f"yes, {r.get('logit_error', 0):.0e}", False: "no"}[r.get("same_tokens")]
+        error = f", {r['logit_error']:.0e}" if "logit_error" in r else ""
+        same = {None: "-", True: "yes", False: "no"}[r.get("same_tokens")] + error
         maps = r.get("gpu_label_bytes", 0) + r.get("slot_map_bytes", 0)
         reference = " (CPU reference)" if "CPU" in r["gpu"] else ""
-        lines.append(f"| {r['model']}{reference} | {r['B']}, {r['S']} | {mode_name(r)} | {time} | "
+        data = f", {r['data']}" if r.get("data") else ""
+        lines.append(f"| {r['model']}{data}{reference} | {r['B']}, {r['S']} | {mode_name(r)} | {time} | "
                      f"{cell('tokens_per_s', '.1f')} | {cell('speedup_vs_flexgen', '.1f', 'x')} | "
-                     f"{cell('pcie_bytes_per_step', '.1f', scale=1e6)} | {cell('pcie_gbps', '.1f')}{share} | "
-                     f"{cell('hit_rate', '.0%')} | {same} | {cell('gpu_kv_bytes', '.2f', scale=2**30)} | {maps / 2**30:.2f} | "
+                     f"{cell('pcie_bytes_per_step', '.1f', scale=1e6)} | "
+                     f"{cell('prefetched_bytes_per_step', '.1f', scale=1e6)} | {cell('pcie_gbps', '.1f')}{share} | "
+                     f"{cell('hit_rate', '.0%')} | {cell('agreement', '.0%')} | {same} | "
+                     f"{cell('gpu_kv_bytes', '.2f', scale=2**30)} | {maps / 2**30:.2f} | "
                      f"{cell('host_bytes', '.1f', scale=2**30)} |")
     return "\n".join(lines)
 
@@ -665,7 +736,7 @@ def generate_setting(r):
 
 
 def offload_setting(r):
-    return [*(r[key] for key in ("model", "B", "S", "dtype")), mode_name(r)]
+    return [*(r[key] for key in ("model", "data", "B", "S", "dtype")), mode_name(r)]
 
 
 BENCHES = {"attention": Bench(run_attention, attention_setting, attention_table, draw_attention),
@@ -737,7 +808,8 @@ def main():
     steps.add_argument("--modes", nargs="+", choices=(*MODES, *OFFLOAD_MODES),
                        help="of generate: prefill; decode steps as gpt-fast's, dense, or Double Sparsity as generate.py has it "
                             "(gpt_fast compiles for about a minute per shape); of offload: all K and V streamed as FlexGen "
-                            "does, Double Sparsity with K and V on the GPU, and with them in host memory (default: all)")
+                            "does, Double Sparsity with K and V on the GPU, with them in host memory, and then attending to "
+                            "what was predicted of each layer (default: all)")
     steps.add_argument("--steps", type=int, default=50, help="steps timed, the median counts (default %(default)s)")
     steps.add_argument("--dense_layers", type=int, nargs="+", default=[DSConfig.dense_layers, 0],
                        help="of ds, gpu and offload, a row for each (default %(default)s)")
@@ -746,6 +818,10 @@ def main():
     steps.add_argument("--budgets", type=float, nargs="+", default=[1, 2], metavar="X",
                        help="of offload: tokens resident on the GPU, in multiples of those attended, a row for each (default "
                             "%(default)s)")
+    steps.add_argument("--prefetch_tokens", type=int, nargs="+", default=[None], metavar="TOKENS",
+                       help="of offload: tokens fetched ahead, a row for each (default: an eighth of those attended)")
+    steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
+    steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
     steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")
     args = parser.parse_args()
     if args.what == "table":
@@ -757,6 +833,12 @@ def main():
             raise ValueError("bench.py needs a CUDA GPU for its times; --device cpu runs a small correctness pass")
         if args.steps < 1:
             raise ValueError(f"steps={args.steps}: must be at least 1")
+        if args.steps < 2 and args.checkpoint:
+            raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the first includes the prefill")
+        if args.data and not args.checkpoint:
+            raise ValueError(f"data={args.data}: random weights have no use for text; give a --checkpoint")
+        if min(tokens or 0 for tokens in args.prefetch_tokens) < 0:
+            raise ValueError(f"prefetch_tokens={min(args.prefetch_tokens)}: must be at least 0")
         if min(args.budgets) < 1:
             raise ValueError(f"budgets={min(args.budgets):g}: must be at least 1, what a step attends to")
         known = {"generate": MODES, "offload": OFFLOAD_MODES}.get(args.what, ())

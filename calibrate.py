@@ -1,7 +1,8 @@
 """Offline calibration: checkpoint + text -> channels.safetensors (Double Sparsity, arXiv 2408.07092, section 3.1).
 
 For each layer and KV head, finds the map from keys and queries (after RoPE) to a few label dims whose products
-stand for q . k, most important dims first, and the statistics that set each dim's static quantisation range.
+stand for q . k, most important dims first, and the statistics that set each dim's static quantisation range. For each
+layer also how much of its selection could be foreseen, one layer ahead (see offload.py).
 Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method joint]
 """
 import argparse
@@ -144,29 +145,56 @@ def subspace_overlap(a, b):
     return ((a.transpose(1, 2) @ b) ** 2).sum((1, 2)).mean().item() / a.shape[-1]
 
 
+def late_queries(T, queries, device):
+    """seq_lens [rows] of queries spread over the second half of T tokens, each of which selects from its own past."""
+    return torch.linspace(T // 2, T - 1, min(queries, T // 2), device=device).int() + 1
+
+
+def label_scores(q, k, label_map, ds, seq_lens):
+    """Label scores of the queries at seq_lens - 1 over their own past: q [1, HQ, T, D], k [1, HKV, T, D] -> [rows, HKV, T]."""
+    _, HKV, T, D = k.shape
+    labels = torch.zeros(1, HKV, ds.words(D), T, dtype=torch.int32, device=k.device)
+    label_ref(k, torch.arange(T, device=k.device)[None], labels, label_map)
+    rows = q[0].transpose(0, 1)[seq_lens - 1].float()  # [rows, HQ, D]
+    return score_ref(rows, labels.expand(len(rows), -1, -1, -1), label_map, seq_lens, pool=ds.pool)
+
+
 def kept_mass(q, k, label_map, ds, queries=256):
     """Attention mass that a selection keeps, mean over late queries and heads: (by labels, by exact scores).
 
-    q [1, HQ, T, D], k [1, HKV, T, D]. Queries are spread over the second half, each selecting from its own past.
+    q [1, HQ, T, D], k [1, HKV, T, D].
     """
     _, HKV, T, D = k.shape
-    rows = torch.linspace(T // 2, T - 1, min(queries, T // 2), device=k.device).long()
-    seq_lens = (rows + 1).to(torch.int32)
+    seq_lens = late_queries(T, queries, k.device)
     n_tokens = ds.budget(seq_lens)
-    labels = torch.zeros(1, HKV, ds.words(D), T, dtype=torch.int32, device=k.device)
-    label_ref(k, torch.arange(T, device=k.device)[None], labels, label_map)
-    q = q[0].transpose(0, 1)[rows].float()  # [rows, HQ, D]
-    exact = torch.einsum("rhgd,hsd->rhgs", q.unflatten(1, (HKV, -1)), k[0].float()) / D**0.5  # [rows, HKV, G, T]
+    grouped = q[0].transpose(0, 1)[seq_lens - 1].float().unflatten(1, (HKV, -1))  # [rows, HKV, G, D]
+    exact = torch.einsum("rhgd,hsd->rhgs", grouped, k[0].float()) / D**0.5  # [rows, HKV, G, T]
     exact = exact.masked_fill(torch.arange(T, device=k.device) >= seq_lens[:, None, None, None], float("-inf"))
-    by_label = score_ref(q, labels.expand(len(rows), -1, -1, -1), label_map, seq_lens, pool=ds.pool)
     pooled = exact.mean(2) if ds.pool == "mean" else exact.amax(2)
     mass = exact.softmax(-1)
     kept = []
-    for scores in (by_label, pooled):
+    for scores in (label_scores(q, k, label_map, ds, seq_lens), pooled):
         chosen = select_ref(scores, seq_lens, n_tokens, ds.budget(T), ds.sink, ds.recent).long()  # [rows, HKV, N]
         picked = mass.gather(-1, chosen.clamp(min=0)[:, :, None].expand(-1, -1, mass.shape[2], -1))
         kept.append(picked.masked_fill(chosen[:, :, None] < 0, 0.0).sum(-1).mean().item())
     return kept
+
+
+def prediction_agreement(q, predicted_q, k, label_map, ds, queries=256):
+    """Share of the tokens that late queries q select which predicted_q selects as well, without those attended in any case.
+
+    q, predicted_q [1, HQ, T, D], k [1, HKV, T, D].
+    """
+    T = k.shape[2]
+    seq_lens = late_queries(T, queries, k.device)
+    chosen = torch.zeros(2, len(seq_lens), k.shape[1], T + 1, dtype=torch.bool, device=k.device)
+    for of, query in zip(chosen, (q, predicted_q)):
+        scores = label_scores(query, k, label_map, ds, seq_lens)
+        indices = select_ref(scores, seq_lens, ds.budget(seq_lens), ds.budget(T), ds.sink, ds.recent).long()
+        of.scatter_(2, indices.where(indices >= 0, T), True)
+    position = torch.arange(T + 1, device=k.device)
+    chosen &= ((position >= ds.sink) & (position < seq_lens[:, None] - ds.recent))[:, None]
+    return (chosen.all(0).sum() / chosen[0].sum().clamp(min=1)).item()
 
 
 def builtin_text():
@@ -211,10 +239,11 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     if dims < ds.channels(config.head_dim):
         ds = dataclasses.replace(ds, label_channels=dims)
     widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
-    columns = {name: [] for name in ("basis_k", "basis_q", "mean", "std", "ranking")}
-    print(f"layer  mass kept by labels  by exact scores  overlap of two halves   ({widths_name(widths)} bit, "
+    columns = {name: [] for name in ("basis_k", "basis_q", "mean", "std", "ranking", "agreement")}
+    print(f"layer  mass kept by labels  by exact scores  agreement  overlap of two halves   ({widths_name(widths)} bit, "
           f"1/{ds.sparsity:g} of the tokens)")
     kept_sums = torch.zeros(2)
+    before = None  # the layer before's inputs
     for i, layer in enumerate(tqdm(model.layers, desc="calibrating", unit="layer", leave=False)):
         halves = (Moments(), Moments())
         for j, x in enumerate(hidden["fit"]):
@@ -222,7 +251,7 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
             halves[j % 2].add(q, k)
         given = None if ranking is None else ranking[i].to(device)
         found = label_bases(halves[0] + halves[1], method, dims, generator, given)
-        for name, tensor in zip(columns, found):
+        for name, tensor in zip(columns, found):  # of all but the last
             columns[name].append(tensor.cpu())
         a, b = (label_bases(half, method, C, generator, given)[0] for half in halves)
         basis_k, basis_q, mean, std = (t[..., :C].float() for t in found[:4])
@@ -230,7 +259,12 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
         checks = [layer.attn.project(layer.attn_norm(x), cos, sin)[:2] for x in hidden["check"]]
         kept = torch.tensor([kept_mass(q, k, label_map, ds) for q, k in checks]).mean(0)
         kept_sums += kept
-        tqdm.write(f"{i:5d}  {kept[0]:19.3f}  {kept[1]:15.3f}  {subspace_overlap(a, b):21.3f}")
+        predictions = [layer.attn.queries(layer.attn_norm(x), cos, sin) for x in before or ()]  # of layer 0 there are none
+        shares = [prediction_agreement(q, predicted, k, label_map, ds) for (q, k), predicted in zip(checks, predictions)]
+        agreement = sum(shares) / len(checks)
+        columns["agreement"].append(torch.tensor(agreement))
+        tqdm.write(f"{i:5d}  {kept[0]:19.3f}  {kept[1]:15.3f}  {agreement:9.3f}  {subspace_overlap(a, b):21.3f}")
+        before = list(hidden["check"])
         for xs in hidden.values():
             for j, x in enumerate(xs):
                 xs[j] = layer(x, cos, sin)

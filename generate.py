@@ -28,7 +28,7 @@ from tqdm import tqdm
 from convert_hf import convert
 from ds_attention import DSConfig
 from model import ArgumentParser, KVCache, ModelConfig, check_memory, load_label_maps, load_model, open_tensors, run_command
-from offload import OffloadCache, check_host_memory, free_host_bytes
+from offload import MIN_AGREEMENT, MODES, OffloadCache, check_host_memory, free_host_bytes, predictable_layers
 from tiny.tasks import kv_answer, kv_prompt, random_kv
 
 HERE = Path(__file__).resolve().parent
@@ -423,8 +423,15 @@ def print_statistics(found, device, name=""):
           f"{found['label_cache_bytes'] / 2**20:.1f} MiB | peak {'GPU' if device != 'cpu' else 'process'} memory "
           f"{found['peak_memory_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
     if "host_bytes" in found:
-        hits = f", {found['hit_rate']:.0%} of the selected tokens were on the GPU" if "hit_rate" in found else ""
-        print(f"{name}over PCIe per step {found['pcie_bytes_per_step'] / 1e6:.2f} MB{hits} | host memory "
+        more = ""
+        if found.get("hit_rate") is not None:
+            more = (f", of it ahead {found['prefetched_bytes_per_step'] / 1e6:.2f} MB | {found['hit_rate']:.0%} of the selected "
+                    "tokens were on the GPU")
+        if found.get("agreement") is not None:
+            more += f", {found['agreement']:.0%} of the predicted ones were selected"
+        if found.get("predicted_layers"):
+            more += f", {found['predicted_layers']} layers attended to predicted tokens"
+        print(f"{name}over PCIe per step {found['pcie_bytes_per_step'] / 1e6:.2f} MB{more} | host memory "
               f"{found['host_bytes'] / 2**20:.1f} MiB, GPU maps of it {found['slot_map_bytes'] / 2**20:.1f} MiB",
               file=sys.stderr)
 
@@ -473,6 +480,9 @@ def sparsity_from(args):
     return DSConfig(**chosen)
 
 
+OFFLOAD_OPTIONS = ("resident_tokens", "prefetch_tokens", "offload_mode", "min_agreement")
+
+
 def parse_arguments():
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(HERE / "tiny"),
@@ -495,7 +505,16 @@ def parse_arguments():
                              "attended to; with --sparsity 1 all of K and V is streamed in each step")
     parser.add_argument("--resident_tokens", type=int, metavar="TOKENS",
                         help="with --offload: tokens per sequence and KV head kept on the GPU (default: the most that a step "
-                             "attends to, dense steps below --dense_below included)")
+                             "attends to and two layers' share of it more, or for dense steps --dense_below)")
+    parser.add_argument("--prefetch_tokens", type=int, metavar="TOKENS",
+                        help="with --offload: tokens per sequence and KV head fetched ahead of each layer, as the layer before "
+                             "predicts them; 0: none (default: an eighth of those attended to)")
+    parser.add_argument("--offload_mode", choices=MODES, default=MODES[0],
+                        help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
+                             "predicted tokens, so that fetches hide behind compute (default %(default)s)")
+    parser.add_argument("--min_agreement", type=float, default=MIN_AGREEMENT, metavar="SHARE",
+                        help="with --offload: where calibration foresaw a smaller share of a layer's selection, nothing is "
+                             "predicted (default %(default)g)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--no_compile", action="store_true", help="on a GPU, leave blocks out of torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
@@ -507,12 +526,14 @@ def parse_arguments():
                              "distributions are, both speeds")
     parser.add_argument("--json", metavar="FILE", help="write tokens, texts and statistics to this file")
     args = parser.parse_args()
-    for name, low in [("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("max_seq_length", 2), ("resident_tokens", 1)]:
+    for name, low in [("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("max_seq_length", 2), ("resident_tokens", 1),
+                      ("prefetch_tokens", 0), ("min_agreement", 0)]:
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value}: must be at least {low}")
-    if args.resident_tokens and not args.offload:
-        raise ValueError(f"resident_tokens={args.resident_tokens}: without --offload all tokens are on the GPU")
+    for name in OFFLOAD_OPTIONS:
+        if getattr(args, name) != parser.get_default(name) and not args.offload:
+            raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add that option")
     if args.interactive and (args.prompt or args.prompt_file or args.json or args.compare):
         raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, --prompt_file, --json and "
                          "--compare")
@@ -605,6 +626,8 @@ def main():
     ds = sparsity_from(args)
     if args.compare and ds is None:
         raise ValueError("--compare sets sparse against dense: give a --sparsity above 1")
+    if args.offload_mode == "predicted" and ds is None:
+        raise ValueError("offload_mode=predicted: nothing is selected with --sparsity 1; take a larger one, or leave the mode out")
     args.device = pick_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     texts = list(args.prompt or [])
@@ -622,12 +645,17 @@ def main():
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype, ds)
     if args.offload:
-        cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens)
+        cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens,
+                                       prefetch_tokens=args.prefetch_tokens, mode=args.offload_mode)
         check_host_memory(free_host_bytes(), *needs)
     if args.device != "cpu":
         check_memory(torch.cuda.mem_get_info()[0], *needs, cache_type)
     model = load_model(checkpoint, args.device, dtype)
     label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
+    if ds and args.offload:
+        channels = args.channels or checkpoint / "channels.safetensors"
+        cache_type = functools.partial(
+            cache_type, predictable=predictable_layers(channels, args.min_agreement, args.offload_mode))
     if args.device != "cpu" and not args.no_compile:
         model.compile_blocks()
     if answer:
@@ -659,7 +687,8 @@ def main():
         found |= {"prompt_token_ids": prompts, "config": {
             "checkpoint": args.checkpoint, "device": args.device, "dtype": str(dtype).removeprefix("torch."),
             "max_new_tokens": args.max_new_tokens, "max_seq_length": size, "temperature": args.temperature, "top_k": args.top_k,
-            "seed": args.seed, "compile": not args.no_compile, "double_sparsity": asdict(ds) if ds else None}}
+            "seed": args.seed, "compile": not args.no_compile, "double_sparsity": asdict(ds) if ds else None,
+            "offload": {name: getattr(args, name) for name in OFFLOAD_OPTIONS} if args.offload else None}}
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

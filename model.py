@@ -270,6 +270,10 @@ class KVCache:
         """Yields, layer by layer, the cache of sequence b alone, through which its tokens from start to end are prefilled."""
         yield from self.row(b).layers
 
+    def foresee(self, i, x, blocks, cos, sin):
+        """Before layer i of a decode step, whose input is x [B, 1, dim]: nothing to do, unless a cache foresees what the next
+        of the model's blocks will attend to. cos, sin [B, 1, 1, D / 2] of the new tokens."""
+
     def begin(self):
         """Before the first step of a generation: nothing to do, unless a cache keeps count of its steps."""
 
@@ -283,11 +287,13 @@ class KVCache:
     def label_bytes(self):
         return sum(layer.labels.nbytes for layer in self.layers if layer.labels is not None)
 
+    def workspaces(self):
+        return [self.layers[0].workspace] if self.layers[0].workspace else []
+
     def gpu_bytes(self):
         """GPU memory that it takes, by what it is for."""
-        workspace = self.layers[0].workspace
-        scratch = [x.nbytes for x in vars(workspace).values() if isinstance(x, torch.Tensor)] if workspace else []
-        return {"KV cache": self.kv_bytes(), "labels": self.label_bytes(), "workspace": sum(scratch)}
+        scratch = {x for workspace in self.workspaces() for x in vars(workspace).values() if isinstance(x, torch.Tensor)}
+        return {"KV cache": self.kv_bytes(), "labels": self.label_bytes(), "workspace": sum(x.nbytes for x in scratch)}
 
     def read_bytes(self, lengths):
         """Bytes of cache that decode steps read at these live lengths, an int64 tensor: (as configured, if dense)."""
@@ -539,6 +545,11 @@ class Attention(nn.Module):
         q, k, v = heads.split(self.heads, 1)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
+    def queries(self, x, cos, sin):
+        """As `project`, of q alone."""
+        heads = F.linear(x, self.wqkv.weight[: self.heads[0] * self.head_dim]).unflatten(-1, (-1, self.head_dim))
+        return apply_rope(heads.transpose(1, 2), cos, sin)
+
     def attend(self, q, k, v, cache=None, step=None):
         """q, k, v as from `project`, k and v going to the cache first if there is one -> [B, T, HQ, D]."""
         B, HQ, T, D = q.shape
@@ -726,7 +737,8 @@ class Transformer(nn.Module):
     def _run(self, tokens, cache, step):
         x = self.embed(tokens)
         cos, sin = self.rope(step.positions)
-        for layer, layer_cache in zip(self.layers, cache.layers):
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers)):
+            cache.foresee(i, x, self.layers, cos, sin)
             x = layer(x, cos, sin, layer_cache, step)
         return x
 
@@ -773,10 +785,12 @@ class Transformer(nn.Module):
 
     def _decode_fused(self, tokens, positions, cache):
         """`decode` by fused kernels; cache.seq_lens counts the new tokens already, positions [B, 1] are theirs."""
-        cos, sin = (table.flatten(1) for table in self.rope(positions))  # [B, D / 2]
+        rope = self.rope(positions)
+        cos, sin = (table.flatten(1) for table in rope)  # [B, D / 2]
         gains = [layer.attn_norm.weight for layer in self.layers] + [self.norm.weight]
         stream = Stream(self.embed.weight, gains[0], self.config.norm_eps, tokens)
-        for layer, layer_cache, next_gain in zip(self.layers, cache.layers, gains[1:]):
+        for i, (layer, layer_cache, next_gain) in enumerate(zip(self.layers, cache.layers, gains[1:])):
+            cache.foresee(i, stream.x[:, None], self.layers, *rope)
             layer.decode(stream, cos, sin, layer_cache, cache.seq_lens, next_gain)
         return stream.logits(self.head_weight)
 

@@ -6,14 +6,20 @@ recent steps selected. A step gives the tokens it selects slots among these rows
 PCIe and attends to the slots; the host is not asked. Shapes follow the key at the top of ds_attention.py; R resident
 tokens.
 
+While a layer attends and runs its linear layers, PCIe would idle. So the next layer's query is predicted from this layer's
+input, and the `prefetch_tokens` best tokens by that query are fetched ahead: a wrong prediction costs time, and changes
+nothing else. In the mode "predicted" layers attend to what the predicted query selects, all of it fetched ahead: the paper's
+way, which is not exact.
+
 Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention (as FlexGen does): the
-baseline. Not run on a GPU yet.
+baseline.
 """
 import math
 import mmap
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +27,9 @@ import triton
 import triton.language as tl
 from tqdm import tqdm
 
-from ds_attention import attend, attend_ref, dense_decode, label_newest_ref, live_range, per_head, select_tokens
-from model import KVCache, LayerCache, most
+from ds_attention import (
+    DSConfig, Workspace, attend, attend_ref, dense_decode, label_newest_ref, live_range, per_head, select_tokens)
+from model import KVCache, LayerCache, open_tensors
 
 # ---------------------------------------------------------------- host memory
 
@@ -92,30 +99,40 @@ def offloaded_layers(config, ds):
 
 
 class SideStream:
-    """Copies beside the current stream; on a CPU what is called is done, and nothing runs beside anything."""
+    """Work beside the current stream; on a CPU what is called is done, and nothing runs beside anything."""
 
     def __init__(self, device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copy(self, pairs):
-        """Copies (to, from) pairs once all that the current stream was given is done. Returns what `wait` takes."""
+    def run(self, work, after=None):
+        """Calls work(), which the device does after all that the current stream was given and after `after`, the result of
+        another `run`. Returns what `wait` takes. What `work` reads must stay until then, unless `work` itself allocates it."""
         if self.stream is None:
-            return [to.copy_(source) for to, source in pairs]
+            work()
+            return None
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for to, source in pairs:
-                to.copy_(source, non_blocking=True)
+            self.wait(after)
+            work()
             return self.stream.record_event()
 
-    def wait(self, copied):
-        """What the current stream is given from now on comes after these copies; None: after no copies."""
-        if self.stream is not None and copied is not None:
-            torch.cuda.current_stream().wait_event(copied)
+    def copy(self, pairs):
+        """`run` of copies, (to, from) pairs."""
+        return self.run(lambda: [to.copy_(source, non_blocking=True) for to, source in pairs])
+
+    def wait(self, done):
+        """What the current stream is given from now on comes after that `run`; None: after none."""
+        if done is not None:
+            torch.cuda.current_stream().wait_event(done)
 
 
 # ---------------------------------------------------------------- resident tokens
 
-AGES = 32  # steps since a slot was last used that replacement tells apart
+AGES = 64  # resolves since a slot was last used that replacement tells apart: two a step where tokens are fetched ahead
+# What a Resident counts, of each row and KV head: tokens selected, and of them fetched when that was known, in so many steps;
+# tokens predicted, those selected thereafter, and those fetched ahead. Without the newest token; predicted and confirmed also
+# without the others that are attended in any case.
+COUNTS = ("selected", "fetched", "steps", "predicted", "confirmed", "prefetched")
 
 
 class Resident:
@@ -128,11 +145,10 @@ class Resident:
         self.kv = table(B, HKV, R, 2, D, dtype=dtype)
         self.slot_token = table(B, HKV, R)  # the token in a slot, -1 for none
         self.token_slot = table(B, HKV, S)  # the slot that a token was last put to; whether it is still there, slot_token says
-        self.last_used = table(B, HKV, R)  # by this clock, of steps since forget()
+        self.last_used = table(B, HKV, R)  # by this clock, of resolves since forget()
         self.clock = table(B, HKV)
-        # tokens selected, and of them fetched, without the newest ones; steps
-        self.counts = table(3, B, HKV, dtype=torch.int64)
-        # of the latest step: slots of the selected tokens in their order, and which of them (as indices into it) were missing
+        self.counts = table(len(COUNTS), B, HKV, dtype=torch.int64)
+        # of the latest resolve: slots of the tokens in their order, and which of them (as indices into it) were missing
         self.slots, self.missing, self.n_missing = table(B, HKV, R), table(B, HKV, R), table(B, HKV)
         self.forget()
 
@@ -147,17 +163,30 @@ class Resident:
         return sum(x.nbytes for x in vars(self).values()) - self.kv.nbytes
 
 
-def resolve_ref(r, indices, n_tokens, seq_lens):
+def resolve_ref(r, indices, n_tokens, seq_lens, ahead=False, foreseen=False, sink=0, recent=1):
     """Gives every selected token a slot: those held keep theirs, the others take the slots that were not used for longest (of
-    equals the first), none of this step's; both in ascending order. Sets r.slots, r.missing, r.n_missing and the maps.
+    equals the first), none of this call's; both in ascending order. Sets r.slots, r.missing, r.n_missing and the maps.
 
     indices [B, HKV, any] int32, distinct tokens, of which the first n_tokens [B, HKV] count, at most R; seq_lens [B].
+    ahead: the tokens are a prediction. foreseen: the call before was the prediction of this one. sink, recent: see COUNTS.
     """
     valid = torch.arange(indices.shape[2], device=indices.device) < n_tokens[..., None]
     tokens = torch.where(valid, indices, 0).long()
     slots = r.token_slot.gather(2, tokens).long()
     hit = valid & (r.slot_token.gather(2, slots) == tokens)
     missed = valid & ~hit
+    newest = (seq_lens - 1)[:, None, None]
+    fetched = (missed & (tokens != newest)).sum(2)
+    uncertain = valid & (tokens >= sink) & (tokens <= newest - recent)
+    if ahead:
+        counted = dict(predicted=uncertain.sum(2), prefetched=fetched)
+    else:
+        counted = dict(selected=n_tokens - 1, fetched=fetched, steps=torch.ones_like(n_tokens))
+    if foreseen:
+        latest = r.last_used.gather(2, slots) == r.clock[..., None]
+        counted["confirmed"] = (uncertain & hit & latest).sum(2)
+    for name, count in counted.items():
+        r.counts[COUNTS.index(name)] += count
     r.clock += 1
     now = r.clock[..., None].expand_as(slots)
     r.last_used.scatter_reduce_(2, slots, torch.where(hit, now, -AGES), "amax")
@@ -171,13 +200,18 @@ def resolve_ref(r, indices, n_tokens, seq_lens):
     r.slots[..., : slots.shape[2]] = slots
     r.missing[b, h, (missed.cumsum(2) - 1)[b, h, i]] = i.int()
     r.slot_token[b, h, slot], r.token_slot[b, h, token], r.last_used[b, h, slot] = token.int(), slot.int(), r.clock[b, h]
-    fetched = missed & (tokens != (seq_lens - 1)[:, None, None])
-    r.counts += torch.stack([n_tokens - 1, fetched.sum(2), torch.ones_like(n_tokens)])
+
+
+@triton.jit
+def _count(counts, i, rows, more):
+    """Adds to the i-th of COUNTS."""
+    tl.store(counts + i * rows, tl.load(counts + i * rows) + more)
 
 
 @triton.jit
 def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_used, clock, counts, slots, missing, n_missing,
-                    max_tokens, S, R, rows, HKV: tl.constexpr, AGES: tl.constexpr, TILE: tl.constexpr):
+                    max_tokens, S, R, rows, sink, recent, HKV: tl.constexpr, AGES: tl.constexpr, AHEAD: tl.constexpr,
+                    FORESEEN: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0)
     n = tl.load(n_tokens + row)
     newest = tl.load(seq_lens + row // HKV) - 1
@@ -189,13 +223,21 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
     last_used += base * R
     slots += base * R
     missing += base * R
+    counts += row
     misses = 0
     fetched = 0
+    predicted = 0
+    confirmed = 0
     for first in range(0, n, TILE):
         i = first + tl.arange(0, TILE)
         token = tl.load(indices + i, mask=i < n, other=0)
         slot = tl.load(token_slot + token, mask=i < n, other=0)
         hit = (i < n) & (tl.load(slot_token + slot, mask=i < n, other=-1) == token)
+        uncertain = (i < n) & (token >= sink) & (token <= newest - recent)
+        predicted += tl.sum(uncertain.to(tl.int32), 0)
+        if FORESEEN:
+            latest = tl.load(last_used + slot, mask=hit, other=0) == now - 1
+            confirmed += tl.sum((uncertain & hit & latest).to(tl.int32), 0)
         tl.store(slots + i, slot, mask=hit)
         tl.store(last_used + slot, now, mask=hit)
         missed = ((i < n) & (hit == 0)).to(tl.int32)
@@ -230,27 +272,40 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
             tied += tl.sum(tie, 0)
     tl.store(n_missing + row, misses)
     tl.store(clock + row, now)
-    tl.store(counts + row, tl.load(counts + row) + n - 1)
-    tl.store(counts + rows + row, tl.load(counts + rows + row) + fetched)
-    tl.store(counts + 2 * rows + row, tl.load(counts + 2 * rows + row) + 1)
+    if AHEAD:
+        _count(counts, 3, rows, predicted)
+        _count(counts, 5, rows, fetched)
+    else:
+        _count(counts, 0, rows, n - 1)
+        _count(counts, 1, rows, fetched)
+        _count(counts, 2, rows, 1)
+    if FORESEEN:
+        _count(counts, 4, rows, confirmed)
 
 
-def resolve(r, indices, n_tokens, seq_lens, tile=2048, num_warps=8):
-    """As resolve_ref, in one launch. All tensors contiguous."""
+def resolve(r, indices, n_tokens, seq_lens, ahead=False, foreseen=False, sink=0, recent=1, tile=None):
+    """As resolve_ref, in one launch; all tensors contiguous. tile: tokens or slots that a row's program looks at at once."""
     B, HKV, R = r.slots.shape
+    tile = tile or min(4096, triton.next_power_of_2(R))
     assert indices.is_contiguous() and n_tokens.is_contiguous()
     _resolve_kernel[(B * HKV,)](
         indices, n_tokens, seq_lens, r.slot_token, r.token_slot, r.last_used, r.clock, r.counts, r.slots, r.missing,
-        r.n_missing, indices.shape[2], r.token_slot.shape[2], R, B * HKV, HKV, AGES, tile, num_warps=num_warps)
+        r.n_missing, indices.shape[2], r.token_slot.shape[2], R, B * HKV, sink, recent, HKV, AGES, ahead, foreseen, tile,
+        num_warps=max(1, tile // 256))  # PCIe waits for the last of the programs: each is as wide as fits a multiprocessor
 
 
 def fetch_ref(r, host, newest, indices, seq_lens):
     """Copies what `resolve` found missing from host [B, HKV, S, 2, D] to its slots, and the newest tokens' K and V, newest
-    [B, HKV, 2, D], to theirs and to the host."""
+    [B, HKV, 2, D], to theirs and to the host. newest None: they are not known yet, and their slots stay as they are."""
     b, h, j = (torch.arange(r.missing.shape[2], device=indices.device) < r.n_missing[..., None]).nonzero(as_tuple=True)
     i = r.missing[b, h, j].long()
+    last = (seq_lens - 1).long()
+    known = indices[b, h, i] != last[b]
+    b, h, i = b[known], h[known], i[known]
     r.kv[b, h, r.slots[b, h, i].long()] = host[b, h, indices[b, h, i].long()]
-    last = (seq_lens - 1).long()[:, None, None].expand(-1, newest.shape[1], 1)  # [B, HKV, 1]
+    if newest is None:
+        return
+    last = last[:, None, None].expand(-1, newest.shape[1], 1)  # [B, HKV, 1]
     for rows, at in ((r.kv, r.token_slot.gather(2, last).long()), (host, last)):
         rows.scatter_(2, at[..., None, None].expand(newest[:, :, None].shape), newest[:, :, None])
 
@@ -258,7 +313,8 @@ def fetch_ref(r, host, newest, indices, seq_lens):
 @triton.jit
 def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing, token_slot, max_tokens, S, R,
                   HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    """A token's row is its K and V, ROW elements. Without `missing`: kv is all of a layer's, as host is."""
+    """A token's row is its K and V, ROW elements. Without `missing`: kv is all of a layer's, as host is. Without `newest`:
+    those are not there yet."""
     row, part = tl.program_id(0), tl.program_id(1)
     base = row.to(tl.int64)
     host += base * S * ROW
@@ -280,23 +336,40 @@ def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing
             rows = tl.load(host + token.to(tl.int64)[:, None] * ROW + offs[None, :], mask=mask, other=0.0)
             tl.store(kv + to.to(tl.int64)[:, None] * ROW + offs[None, :], rows, mask=mask)
         slot = tl.load(token_slot + base * S + last)
-    if part == 0:
-        fresh = tl.load(newest + base * ROW + offs, mask=offs < ROW, other=0.0)
-        tl.store(kv + slot.to(tl.int64) * ROW + offs, fresh, mask=offs < ROW)
-        tl.store(host + last.to(tl.int64) * ROW + offs, fresh, mask=offs < ROW)
+    if newest is not None:
+        if part == 0:
+            fresh = tl.load(newest + base * ROW + offs, mask=offs < ROW, other=0.0)
+            tl.store(kv + slot.to(tl.int64) * ROW + offs, fresh, mask=offs < ROW)
+            tl.store(host + last.to(tl.int64) * ROW + offs, fresh, mask=offs < ROW)
 
 
-def fetch(r, host, newest, indices, seq_lens, programs=528, tokens=16, num_warps=4):
-    """As fetch_ref: one launch of about `programs` programs, which read `tokens` rows at a time."""
+def fetch(r, host, newest, indices, seq_lens, programs=64, tokens=64, num_warps=8):
+    """As fetch_ref: one launch of about `programs` programs, which read `tokens` rows at a time: many rows, so that one head
+    with most of the misses has enough on their way; few programs, since others run beside that take whole multiprocessors."""
     B, HKV, R = r.slots.shape
     S, ROW = host.shape[2], 2 * host.shape[4]
-    assert host.is_contiguous() and newest.is_contiguous() and indices.is_contiguous()
+    assert host.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
     _fetch_kernel[(B * HKV, triton.cdiv(programs, B * HKV))](
         host, newest, r.kv, seq_lens, indices, r.slots, r.missing, r.n_missing, r.token_slot, indices.shape[2], S, R, HKV,
         ROW, triton.next_power_of_2(ROW), tokens, num_warps=num_warps)
 
 
 # ---------------------------------------------------------------- the cache
+
+MODES = ("exact", "predicted")
+MIN_AGREEMENT = 0.7  # of tiny's layers all reach it (0.77 to 0.84) but the one predicted from embeddings (0.13)
+
+
+def predictable_layers(channels, min_agreement, mode):
+    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its file. If that does not
+    say: None, or for the mode "predicted" ValueError."""
+    with open_tensors(channels) as file:
+        if "agreement" not in file.keys():
+            if mode == "exact":
+                return None
+            raise ValueError(f"{channels}: does not say how well each layer is predicted, as --offload_mode predicted needs; "
+                             "run calibrate.py again, or take --offload_mode exact")
+        return [i for i, share in enumerate(file.get_tensor("agreement").tolist()) if i and share >= min_agreement]
 
 
 @dataclass(kw_only=True)
@@ -312,9 +385,28 @@ class HostLayer(LayerCache):
         self.newest.copy_(torch.stack([k, v], 3)[:, :, 0])
 
 
+@dataclass
+class Foresight:
+    """What the layers of a cache choose and fetch tokens ahead with: two streams, so that one layer's tokens are chosen while
+    those of the layer before it are still on their way."""
+
+    choosing: SideStream
+    fetching: SideStream
+    workspaces: list  # of even and odd layers: a prediction is read while the next one is made
+
+
 @dataclass(kw_only=True)
 class OffloadedLayer(HostLayer):
     resident: Resident
+    foresight: Foresight
+    number: int  # of this layer
+    ahead: DSConfig | None  # of what is chosen ahead; None: nothing
+    predicted: bool  # what was chosen ahead is attended to
+    following: "OffloadedLayer | None" = None
+    # of the latest prediction
+    input: torch.Tensor | None = None  # [B, 1, dim], the normed input of the layer before; held while another stream reads it
+    chosen: tuple | None = None  # (indices, n_tokens), until `decode` has come
+    done: torch.cuda.Event | None = None  # of its latest work
 
     def kv_bytes(self):
         return self.resident.kv.nbytes + self.newest.nbytes
@@ -328,19 +420,50 @@ class OffloadedLayer(HostLayer):
         positions = (seq_lens - n)[:, None] + torch.arange(R, device=q.device, dtype=torch.int32)
         return positions[:, None].expand(B, HKV, R).contiguous(), per_head(n, HKV).contiguous()
 
+    def resolve(self, indices, n_tokens, seq_lens, **kind):
+        run = resolve if self.ds.use_triton(seq_lens) else resolve_ref
+        run(self.resident, indices, n_tokens, seq_lens, sink=self.ds.sink, recent=self.ds.recent, **kind)
+
+    def fetch(self, newest, indices, seq_lens):
+        run = fetch if self.ds.use_triton(seq_lens) else fetch_ref
+        run(self.resident, self.host, newest, indices, seq_lens)
+
+    def choose_ahead(self, x, block, cos, sin, seq_lens):
+        """Predicts this layer's query from x [B, 1, dim], the input of the layer before, and gives slots to what it selects.
+        block: this layer's of the model; cos, sin [B, 1, 1, D / 2] of the newest positions."""
+        self.input = block.attn_norm(x)  # here: the layer before changes x in place
+
+        def choose():
+            q = block.attn.queries(self.input, cos, sin).squeeze(2)  # [B, HQ, D]
+            workspace = self.foresight.workspaces[self.number % 2]
+            self.chosen = select_tokens(q, self.labels, self.label_map, seq_lens, self.ahead, self.window, workspace)
+            self.resolve(*self.chosen, seq_lens, ahead=True)
+
+        self.done = self.foresight.choosing.run(choose)
+
+    def fetch_ahead(self, seq_lens):
+        """Fetches what was chosen, once the current stream has done what it was given: until then PCIe is another layer's."""
+        indices, _ = self.chosen
+        self.done = self.foresight.fetching.run(lambda: self.fetch(None, indices, seq_lens), after=self.done)
+
     def decode(self, q, seq_lens):
         r, k, v = self.resident, *self.resident.kv.unbind(3)
         newest_k = self.kv[..., 0, :]
-        indices, n_tokens = self.selected(q, seq_lens)
-        if self.ds.use_triton(q):
-            resolve(r, indices, n_tokens, seq_lens)
-            fetch(r, self.host, self.newest, indices, seq_lens)
-            return attend(q, k, v, seq_lens, r.slots, n_tokens, workspace=self.workspace, labels=self.labels,
-                          label_map=self.label_map, newest=newest_k)
-        label_newest_ref(newest_k, seq_lens, self.labels, self.label_map)
-        resolve_ref(r, indices, n_tokens, seq_lens)
-        fetch_ref(r, self.host, self.newest, indices, seq_lens)
-        return attend_ref(q, k, v, seq_lens, r.slots, n_tokens)
+        by_kernels = self.ds.use_triton(q)
+        if not by_kernels:
+            label_newest_ref(newest_k, seq_lens, self.labels, self.label_map)
+        chosen, self.chosen = self.chosen, None
+        indices, n_tokens = chosen if chosen and self.predicted else self.selected(q, seq_lens)
+        if chosen:
+            self.foresight.fetching.wait(self.done)
+        self.resolve(indices, n_tokens, seq_lens, foreseen=chosen is not None and not self.predicted)
+        self.fetch(self.newest, indices, seq_lens)
+        if self.following and self.following.chosen:
+            self.following.fetch_ahead(seq_lens)
+        if not by_kernels:
+            return attend_ref(q, k, v, seq_lens, r.slots, n_tokens)
+        return attend(q, k, v, seq_lens, r.slots, n_tokens, workspace=self.workspace, labels=self.labels,
+                      label_map=self.label_map, newest=newest_k)
 
 
 class Streaming:
@@ -390,19 +513,35 @@ class StreamedLayer(HostLayer):
 class OffloadCache(KVCache):
     """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds of all."""
 
-    def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None, resident_tokens=None, host=None):
-        """resident_tokens: GPU rows per sequence and KV head, by default what a step may attend to: the budget at
-        max_seq_length, and ds.dense_below for the dense steps before. host: tensors to use, of the last layers,
-        [B, HKV, S, 2, D] each.
+    def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None, resident_tokens=None,
+                 prefetch_tokens=None, mode="exact", predictable=None, host=None):
+        """resident_tokens: GPU rows per sequence and KV head, at least what a step may attend to: the budget at max_seq_length,
+        and ds.dense_below for the dense steps before; by default two layers' budgets are added to that of all, so that what is
+        fetched ahead need not displace what the last step selected. prefetch_tokens: how many tokens are fetched ahead, beside
+        those attended in any case, by default an eighth of the budget; 0: none. mode: of MODES; "predicted" fetches and attends
+        to all that is predicted. predictable: numbers of the layers of which anything is predicted, by default all that have a
+        layer before them. host: tensors to use, of the last layers, [B, HKV, S, 2, D] each.
         """
         device, count = torch.device(device), offloaded_layers(config, ds)
         longest = min(max_seq_length, config.sliding_window or max_seq_length)
-        least = max(ds.budget(longest), min(longest, ds.dense_below)) if ds else 0
-        self.resident_tokens = min(longest, resident_tokens or least)
+        budget, dense = (ds.budget(longest), min(longest, ds.dense_below)) if ds else (0, 0)
+        least = max(budget, dense)
+        self.resident_tokens = min(longest, resident_tokens or max(budget + 2 * budget // config.n_layers, dense))
         if self.resident_tokens < least:
             raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step may attend "
-                             f"to (budget {ds.budget(longest)}, dense_below {ds.dense_below}); raise it, or lower "
-                             "--dense_below")
+                             f"to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower --dense_below")
+        self.prefetch_tokens = budget // 8 if prefetch_tokens is None else prefetch_tokens
+        self.ahead = ds if mode == "predicted" else None
+        if ds and mode == "exact" and self.prefetch_tokens:
+            self.ahead = replace(ds, n_tokens=min(budget, ds.sink + ds.recent + self.prefetch_tokens), top_p=None)
+        self.mode, self.predictable = mode, range(1, config.n_layers) if predictable is None else predictable
+        self.foresight = Foresight(SideStream(device), SideStream(device), [None, None])
+        if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
+            even = Workspace(batch, config.n_heads, config.n_kv_heads, config.head_dim, max_seq_length, device, ds,
+                             config.sliding_window)
+            odd = copy(even)  # all but what comes out is scratch of one stream
+            odd.indices, odd.n_tokens = torch.empty_like(even.indices), torch.empty_like(even.n_tokens)
+            self.foresight.workspaces = [even, odd]
         shape = (batch, config.n_kv_heads, max_seq_length, 2, config.head_dim)
         host = host_layers(count, shape, dtype, device) if host is None else host
         self.host = host[len(host) - count :]
@@ -416,10 +555,26 @@ class OffloadCache(KVCache):
             return super().make_layer(shape, dtype, device, settings)
         B, HKV, S, _, D = shape
         newest = torch.zeros(B, HKV, 2, D, dtype=dtype, device=device)
-        settings |= dict(kv=newest[:, :, None].expand(shape), host=next(self.unused), newest=newest)
+        number = len(self.layers)
+        settings |= dict(kv=newest[:, :, None].expand(shape), host=next(self.unused), newest=newest, number=number)
         if self.ds is None:
-            return StreamedLayer(**settings, streaming=self.streaming, number=len(self.layers))
-        return OffloadedLayer(**settings, resident=Resident(B, HKV, S, self.resident_tokens, D, dtype, device))
+            return StreamedLayer(**settings, streaming=self.streaming)
+        ahead = self.ahead if number in self.predictable else None
+        layer = OffloadedLayer(
+            **settings, resident=Resident(B, HKV, S, self.resident_tokens, D, dtype, device), foresight=self.foresight,
+            ahead=ahead, predicted=ahead is not None and self.mode == "predicted")
+        if number and isinstance(self.layers[-1], OffloadedLayer):
+            self.layers[-1].following = layer
+        return layer
+
+    def foresee(self, i, x, blocks, cos, sin):
+        """The next layer's tokens are chosen while layer i runs; they are fetched once this layer's own have been, or at once
+        if it has none to fetch."""
+        layer, following = self.layers[i], self.layers[i + 1] if i + 1 < len(self.layers) else None
+        if isinstance(following, OffloadedLayer) and following.ahead and not following.all_tokens:
+            following.choose_ahead(x, blocks[i + 1], cos, sin, self.seq_lens)
+            if not isinstance(layer, OffloadedLayer):
+                following.fetch_ahead(self.seq_lens)
 
     def residents(self):
         return [layer.resident for layer in self.layers if isinstance(layer, OffloadedLayer)]
@@ -448,6 +603,9 @@ class OffloadCache(KVCache):
         for copies in copied:
             self.side.wait(copies)
 
+    def workspaces(self):
+        return super().workspaces() + [workspace for workspace in self.foresight.workspaces if workspace]
+
     def gpu_bytes(self):
         staging = 2 * self.host[0][0].nbytes  # prefill's
         if self.streaming:
@@ -455,18 +613,29 @@ class OffloadCache(KVCache):
         return super().gpu_bytes() | {"slot maps": sum(r.map_bytes() for r in self.residents()), "staging": staging}
 
     def statistics(self):
-        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, the share of selected tokens that was
-        resident, in all and by layer; and where K and V lie."""
+        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead; the
+        share of selected tokens that was resident once the selection was known, and the share of predicted tokens that were
+        among them, in all and by layer; and where K and V lie."""
         host_bytes = sum(host.nbytes for host in self.host)
         found = {"host_bytes": host_bytes, "slot_map_bytes": self.gpu_bytes()["slot maps"]}
         if self.streaming:
             return found | {"pcie_bytes_per_step": host_bytes}
-        counts = torch.stack([r.counts for r in self.residents()]).double().cpu()  # [layers, 3, B, HKV]
+        counts = torch.stack([r.counts for r in self.residents()]).sum((2, 3)).double().cpu()  # [layers, COUNTS]
+        rows = self.residents()[0].clock.numel()
         for r in self.residents():
             r.counts.zero_()
-        steps = counts[0, 2, 0, 0].clamp(min=1)
-        selected, fetched = counts[:, :2].sum((2, 3)).T  # [layers] each
-        token = self.host[0][0, 0, 0].nbytes
-        return found | {"pcie_bytes_per_step": (fetched.sum() / steps).item() * token,
-                        "hit_rate": 1 - (fetched.sum() / selected.sum().clamp(min=1)).item(),
-                        "hit_rate_by_layer": (1 - fetched / selected.clamp(min=1)).tolist()}
+        c = dict(zip(COUNTS, counts.T))  # [layers] each
+        steps, token = (c["steps"][0] / rows).clamp(min=1), self.host[0][0, 0, 0].nbytes
+        predicted = torch.tensor([layer.predicted for layer in self.layers if isinstance(layer, OffloadedLayer)])
+        missed = c["fetched"] + c["prefetched"] * predicted  # no selection tells which of these were wanted
+
+        def share(part, whole):
+            return (part.sum() / whole.sum()).item() if whole.sum() else None, [
+                (a / b).item() if b else None for a, b in zip(part, whole)]
+
+        hit_rate, hits_by_layer = share(c["selected"] - missed, c["selected"])
+        agreement, agreement_by_layer = share(c["confirmed"], c["predicted"] * ~predicted)
+        return found | {"pcie_bytes_per_step": ((c["fetched"] + c["prefetched"]).sum() / steps).item() * token,
+                        "prefetched_bytes_per_step": (c["prefetched"].sum() / steps).item() * token,
+                        "hit_rate": hit_rate, "hit_rate_by_layer": hits_by_layer, "agreement": agreement,
+                        "agreement_by_layer": agreement_by_layer, "predicted_layers": int(predicted.sum())}

@@ -49,8 +49,8 @@ import generate
 import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
-    PRESETS, KVCache, LayerCache, ModelConfig, Stream, Transformer, check_memory, load_label_maps, load_model, memory_need,
-    parameter_shapes
+    PRESETS, Attention, KVCache, LayerCache, ModelConfig, Stream, Transformer, check_memory, load_label_maps, load_model,
+    memory_need, parameter_shapes
 )
 from offload import OffloadCache
 from tiny import tasks
@@ -1272,47 +1272,75 @@ def replaced(held, last_used, tokens, now):
 @pytest.mark.parametrize("R", [24, 48], ids=["as-many-as-selected", "twice-as-many"])
 @pytest.mark.parametrize("impl", RESIDENTS)
 def test_residency_is_as_stated(impl, R):
-    """Slots, replacement, misses and contents, step by step, of ragged rows whose selections overlap."""
+    """Slots, replacement, misses, contents and counts, of ragged rows whose selections overlap, two steps of three with some
+    tokens fetched ahead, right ones and wrong ones."""
     resolve, fetch = RESIDENTS[impl]
     device = torch.device("cpu" if impl == "torch" else DEVICE)  # the reference reads host memory as torch does
-    B, HKV, S, D, steps = 2, 2, 110, 12, 50 if GPU or impl == "torch" else 32
+    B, HKV, S, D, steps, sink, recent = 2, 2, 110, 12, 50 if GPU or impl == "torch" else 12, 2, 3
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     host = offload.host_tensor((B, HKV, S, 2, D), torch.float32, device)
     host.copy_(torch.randn(host.shape, generator=generator))
     r = offload.Resident(B, HKV, S, R, D, torch.float32, device)
     truth = host.clone()
-    held = {row: [None] * R for row in range(B * HKV)}
-    last_used = {row: [-offload.AGES] * R for row in held}
-    selected = fetched = evicted = 0
-    for step in range(1, steps + 1):
-        lens = [60 + step, 30 + step // 2]  # the second row repeats every other step, its newest token held already
-        newest = torch.randn(B, HKV, 2, D, generator=generator).to(device)
-        n = [[rng.randint(5, 24) for _ in range(HKV)] for _ in range(B)]
+    rows = [(b, h) for b in range(B) for h in range(HKV)]
+    held = {row: [None] * R for row in rows}
+    last_used = {row: [-offload.AGES] * R for row in rows}
+    counts = dict.fromkeys(offload.COUNTS, 0)
+    evicted = clock = 0
+
+    def call(tokens, newest, **kind):
+        """Has these tokens, sorted lists by row, resident, and checks all that is stated of it."""
+        nonlocal evicted, clock
+        clock += 1
         indices = torch.full((B, HKV, 24), -7, dtype=torch.int32)
-        for b, h in [(b, h) for b in range(B) for h in range(HKV)]:
-            others = [t for t in held[b * HKV + h] if t is not None and t < lens[b] - 1]
-            old = rng.sample(others, min(len(others), n[b][h] // 2))
-            new = rng.sample([t for t in range(lens[b] - 1) if t not in old], n[b][h] - 1 - len(old))
-            indices[b, h, : n[b][h]] = torch.tensor(sorted([*old, *new, lens[b] - 1]))
+        for b, h in rows:
+            indices[b, h, : len(tokens[b, h])] = torch.tensor(tokens[b, h])
+        n = torch.tensor([[len(tokens[b, h]) for h in range(HKV)] for b in range(B)], dtype=torch.int32, device=device)
         on_device, seq_lens = indices.to(device), torch.tensor(lens, dtype=torch.int32, device=device)
-        resolve(r, on_device, torch.tensor(n, dtype=torch.int32, device=device), seq_lens)
+        resolve(r, on_device, n, seq_lens, sink=sink, recent=recent, **kind)
         fetch(r, host, newest, on_device, seq_lens)
         if GPU:
             torch.cuda.synchronize()
-        for b, h in [(b, h) for b in range(B) for h in range(HKV)]:
-            row, tokens = b * HKV + h, indices[b, h, : n[b][h]].tolist()
-            before = held[row].copy()
-            slots, misses = replaced(held[row], last_used[row], tokens, step)
-            truth[b, h, lens[b] - 1] = newest[b, h].cpu()
-            assert r.slots[b, h, : len(tokens)].tolist() == slots and len(set(slots)) == len(slots)
+        for b, h in rows:
+            row, wanted, before, last = (b, h), tokens[b, h], held[b, h].copy(), lens[b] - 1
+            slots, misses = replaced(held[row], last_used[row], wanted, clock)
+            if newest is not None:
+                truth[b, h, last] = newest[b, h].cpu()
+            assert r.slots[b, h, : len(wanted)].tolist() == slots and len(set(slots)) == len(slots)
             assert r.missing[b, h, : r.n_missing[b, h]].tolist() == misses
             assert r.slot_token[b, h].tolist() == [-1 if token is None else token for token in held[row]]
-            assert torch.equal(r.kv[b, h, slots].cpu(), truth[b, h, tokens]), "a slot holds another token's K and V"
-            selected += len(tokens) - 1
-            fetched += sum(tokens[i] != lens[b] - 1 for i in misses)
-            evicted += sum(x is not None and x != y for x, y in zip(before, held[row]))
+            filled = [(slot, token) for slot, token in zip(slots, wanted) if newest is not None or token != last]
+            assert all(torch.equal(r.kv[b, h, slot].cpu(), truth[b, h, token]) for slot, token in filled), "another token's"
+            fetched = sum(wanted[i] != last for i in misses)
+            if kind.get("ahead"):
+                counts["predicted"] += sum(sink <= token <= last - recent for token in wanted)
+                counts["prefetched"] += fetched
+            else:
+                counts["selected"] += len(wanted) - 1
+                counts["fetched"] += fetched
+                counts["steps"] += 1
+                evicted += sum(x is not None and x != y for x, y in zip(before, held[row]))
         assert torch.equal(host, truth), "the newest tokens did not reach the host, or something else did"
-    assert r.counts.sum((1, 2)).tolist() == [selected, fetched, steps * B * HKV] and evicted > 100
+
+    for step in range(1, steps + 1):
+        lens = [60 + step, 30 + step // 2]  # the second row repeats every other step, its newest token held already
+        true, predicted = {}, {}
+        for b, h in rows:
+            n = rng.randint(8, 24)
+            others = [t for t in held[b, h] if t is not None and t < lens[b] - 1]
+            old = rng.sample(others, min(len(others), n // 2))
+            new = rng.sample([t for t in range(lens[b] - 1) if t not in old], n - 1 - len(old))
+            true[b, h] = sorted([*old, *new, lens[b] - 1])
+            wrong = [t for t in range(lens[b] - 1) if t not in true[b, h]]
+            predicted[b, h] = sorted([*rng.sample(true[b, h][:-1], 4), *rng.sample(wrong, 3), lens[b] - 1])
+        foreseen = step % 3 > 0
+        if foreseen:
+            call(predicted, None, ahead=True)
+            counts["confirmed"] += sum(sink <= token <= lens[b] - 1 - recent
+                                       for b, h in rows for token in set(predicted[b, h]) & set(true[b, h]))
+        call(true, torch.randn(B, HKV, 2, D, generator=generator).to(device), foreseen=foreseen)
+    assert dict(zip(offload.COUNTS, r.counts.sum((1, 2)).tolist())) == counts and counts["steps"] == steps * B * HKV
+    assert evicted > 20 and min(counts.values()) > 40
     r.forget()
     assert (r.slot_token == -1).all() and r.counts.sum() == 0
 
@@ -1331,56 +1359,163 @@ def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", se
 RAGGED = [[1] + list(range(3, 3 + n)) for n in (50, 5, 33)]
 
 
-@pytest.mark.parametrize("more", [dict(n_kv_heads=4), dict(), dict(sliding_window=40), dict(below=100)],
-                         ids=["mha", "gqa", "window", "dense-at-first"])
-@pytest.mark.parametrize("resident", [None, 180], ids=["evicting", "roomy"])
+OFFLOADS = {"mha": (dict(n_kv_heads=4), None), "gqa": ({}, 33), "window": (dict(sliding_window=40), None),
+            "roomy": ({}, 95), "dense-at-first": (dict(below=80), None)}
+
+
+@pytest.mark.parametrize("more, resident", OFFLOADS.values(), ids=OFFLOADS)
 def test_offloaded_generation_equals_that_of_the_gpu_s_cache(more, resident):
-    """The same tokens, step after step, while tokens are evicted and fetched again; on a GPU 2000 steps in a CUDA graph."""
-    size = 2100 if GPU else 250
-    n = size - 52
+    """The same tokens, while tokens are evicted and fetched again, some of them ahead."""
+    size, n = 130, 78
     want = generate.generate(offload_step(size=size, **more), RAGGED, n)
-    step = offload_step(partial(OffloadCache, resident_tokens=resident and min(resident * size // 250, size)), size, **more)
+    step = offload_step(partial(OffloadCache, resident_tokens=resident), size, **more)
     found = generate.generate(step, RAGGED, n)
     assert found.token_ids == want.token_ids
     assert found.kv_bytes_per_step == want.kv_bytes_per_step
     layers, token = step.model.config.n_layers - 1, 2 * 16 * 4
-    fetched = sum(int(r.counts[1].sum()) for r in step.cache.residents())
+    counts = dict(zip(offload.COUNTS, sum(r.counts.sum((1, 2)) for r in step.cache.residents()).tolist()))
     told = step.cache.statistics()
-    assert told["pcie_bytes_per_step"] == pytest.approx(fetched * token / n) and len(told["hit_rate_by_layer"]) == layers
-    assert fetched > 1000 and 0.1 < told["hit_rate"] < 1
+    assert told["pcie_bytes_per_step"] == pytest.approx((counts["fetched"] + counts["prefetched"]) * token / n)
+    assert told["prefetched_bytes_per_step"] == pytest.approx(counts["prefetched"] * token / n)
+    assert counts["fetched"] > 300 and 0.1 < told["hit_rate"] < 1 and len(told["hit_rate_by_layer"]) == layers
+    assert counts["prefetched"] > 30 and 0 < told["agreement"] < 1 and len(told["agreement_by_layer"]) == layers
     for r, layer in zip(step.cache.residents(), [layer for layer in step.cache.layers if hasattr(layer, "host")]):
         assert r.kv.shape[2] == step.cache.resident_tokens and layer.kv_bytes() < layer.host.nbytes
 
 
+def turned(attention, x, cos, sin, queries=Attention.queries):
+    """The worst prediction there is: queries that point the other way."""
+    return -queries(attention, x, cos, sin)
+
+
+@torch.no_grad()
+def compared(sides, steps):
+    """Has DecodeSteps decode the same random tokens after RAGGED, on a GPU in CUDA graphs: yields their logits, step by step."""
+    tokens, generator, runs = torch.zeros(3, dtype=torch.long, device=DEVICE), torch.Generator().manual_seed(0), []
+    for side in sides:
+        side.model.prefill(RAGGED, side.cache)
+        lens = side.cache.seq_lens.clone()
+        run = partial(side.model.decode, tokens, side.cache)
+        if GPU:
+            run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = run()
+            run = partial(lambda graph, out: (graph.replay(), out)[1], graph, out)
+        side.cache.seq_lens.copy_(lens)
+        side.cache.begin()
+        runs.append(run)
+    for _ in range(steps):
+        tokens.copy_(torch.randint(64, (3,), generator=generator))
+        yield [run() for run in runs]
+
+
+@pytest.mark.parametrize("ahead, useless", [(0, False), (9, False), (9, True)], ids=["nothing-ahead", "ahead", "useless"])
+def test_each_step_equals_that_of_the_gpu_s_cache(ahead, useless, monkeypatch):
+    """With as few tokens resident as there may be, whatever is predicted; 2000 steps on a GPU."""
+    if useless:
+        monkeypatch.setattr(Attention, "queries", turned)
+    size = 2060 if GPU else 120
+    plain = offload_step(size=size)
+    least = plain.cache.ds.budget(size)
+    ours = offload_step(partial(OffloadCache, prefetch_tokens=ahead, resident_tokens=least), size)
+    for want, found in compared((plain, ours), size - 52):
+        torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
+    told = ours.cache.statistics()
+    assert 0 < told["hit_rate"] < 0.95
+    assert (told["prefetched_bytes_per_step"] > 0) == (ahead > 0)
+    if ahead:
+        assert told["agreement"] < 0.2 if useless else told["agreement"] > 0.35
+
+
+def test_predicted_layers_attend_to_what_is_predicted(monkeypatch):
+    """Behind a layer that changes nothing the prediction is the query itself; a wrong one is not found out."""
+    def step(cache_type):
+        step = offload_step(cache_type, size=90)
+        for linear in (step.model.layers[0].attn.wo, step.model.layers[0].ffn.w2):
+            linear.weight.zero_()
+        return step
+
+    errors = []
+    for queries in (Attention.queries, turned):
+        monkeypatch.setattr(Attention, "queries", queries)
+        sides = [step(kind) for kind in (KVCache, OffloadCache, partial(OffloadCache, mode="predicted", predictable=[1]))]
+        pairs = [(found, want) for want, _, found in compared(sides, 30)]
+        errors.append(max(relative_error(*pair) for pair in pairs))
+        exact, told = (side.cache.statistics() for side in sides[1:])
+        assert told["predicted_layers"] == 1 and told["agreement_by_layer"][0] is None
+        assert told["prefetched_bytes_per_step"] > exact["prefetched_bytes_per_step"] and 0 < told["hit_rate_by_layer"][0] < 1
+        agreement = exact["agreement_by_layer"][0]  # not of the shortest row, which selects fewer tokens than are predicted
+        assert agreement < 0.1 if queries is turned else agreement > 0.9
+    assert errors[0] < 1e-3 < 0.1 < errors[1]
+
+
+class Late:
+    """A SideStream that does nothing before it is waited for: the latest that a GPU may."""
+
+    def __init__(self):
+        self.given, self.overdue = [], 0
+
+    def run(self, work, after=None):
+        self.given.append(work)
+        return len(self.given)
+
+    def copy(self, pairs):
+        return self.run(lambda: [to.copy_(source) for to, source in pairs])
+
+    def wait(self, done):
+        while self.overdue < (done or 0):
+            self.given[self.overdue]()
+            self.overdue += 1
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has streams")
+@pytest.mark.parametrize("mode", offload.MODES)
+def test_what_is_fetched_aside_is_waited_for(mode):
+    early, late = (offload_step(partial(OffloadCache, mode=mode), size=90) for _ in range(2))
+    late.cache.side, late.cache.foresight.fetching = Late(), Late()
+    for want, found in compared((early, late), 30):
+        assert torch.equal(want, found)
+    assert late.cache.side.overdue == 3 * 2 and late.cache.foresight.fetching.overdue == 30 * 2
+    assert early.cache.statistics() == late.cache.statistics()
+
+
 @pytest.mark.skipif(GPU, reason="the reference runs on a CPU; compiled kernels are set against those of the GPU's cache")
-def test_offload_by_kernels_equals_the_reference():
-    """The whole step, kernels for selection, residency and attention, in as many steps as the interpreter bears."""
-    steps = {impl: offload_step(OffloadCache, 70, batch=2, impl=impl) for impl in ("torch", "triton")}
-    found = {impl: generate.generate(step, RAGGED[1:], 3).token_ids for impl, step in steps.items()}
+def test_offload_by_kernels_equals_the_reference(monkeypatch):
+    """The whole step, kernels for selection, residency and attention, in as many steps as the interpreter bears; what is chosen
+    ahead lies in memory that lasts, and is not overwritten before it was fetched."""
+    monkeypatch.setattr(ds, "PROGRAMS", 1)
+    monkeypatch.setattr(offload, "fetch", partial(offload.fetch, programs=4))
+    kind = partial(OffloadCache, prefetch_tokens=3)
+    steps = {impl: offload_step(kind, 40, batch=2, impl=impl, n_kv_heads=1) for impl in ("torch", "triton")}
+    steps["triton"].cache.foresight.fetching = Late()  # while the next layer's tokens are chosen
+    found = {impl: generate.generate(step, RAGGED[1:], 2).token_ids for impl, step in steps.items()}
     assert found["torch"] == found["triton"]
     for a, b in zip(steps["torch"].cache.layers[1:], steps["triton"].cache.layers[1:]):
         assert torch.equal(a.resident.slot_token, b.resident.slot_token) and torch.equal(a.resident.counts, b.resident.counts)
         assert torch.equal(a.labels, b.labels)
         torch.testing.assert_close(a.host, b.host, atol=1e-4, rtol=1e-4)
+    assert a.resident.counts.sum((1, 2)).min() > 0
 
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["offloaded", "streamed"])
 @torch.inference_mode()
-def test_fused_layers_hand_their_k_and_v_to_the_host(sparse):
+def test_fused_layers_hand_their_k_and_v_to_the_host(sparse, monkeypatch):
     """Of a 16-bit model, whose K and V the linear layers' kernels write, not torch."""
+    monkeypatch.setattr(ds, "PROGRAMS", 1)  # the interpreter runs one after the other
     model, maps, config = random_model()
     model = model.to(DEVICE, torch.float16)
     logits, caches = [], []
     for cache_type in (KVCache, OffloadCache):
         cache = cache_type(model.config, 3, 64, DEVICE, torch.float16, config if sparse else None, maps)
         model.prefill(RAGGED, cache)
-        tokens = (torch.tensor([5 + i, 6, 7], device=DEVICE) for i in range(4))
+        tokens = (torch.tensor([5 + i, 6, 7], device=DEVICE) for i in range(2))
         logits.append(torch.stack([model.decode(token, cache, impl="triton") for token in tokens]))
         caches.append(cache)
     assert logits[0].isfinite().all() and torch.equal(*logits)
     for want, got in zip(caches[0].layers, caches[1].layers):
         for b, prompt in enumerate(RAGGED if hasattr(got, "host") else ()):
-            new = slice(len(prompt), len(prompt) + 4)
+            new = slice(len(prompt), len(prompt) + 2)
             assert torch.equal(got.host[b, :, new], want.kv[b, :, new].cpu()) and got.host[b, :, new].any()
 
 
@@ -1389,10 +1524,10 @@ def test_offload_survives_other_texts_in_the_same_cache():
     step, plain = offload_step(OffloadCache), offload_step()
     found = []
     for which in (step, plain):
-        texts = generate.generate(which, RAGGED, 60).token_ids
+        texts = generate.generate(which, RAGGED, 20).token_ids
         forced = torch.stack(list(generate.forced_logits(which, RAGGED, [text[::-1] for text in texts])))
-        turn = generate.generate(which, [[7, 9], [8, 4], [9]], 40, start=30).token_ids
-        found.append((texts, turn, generate.generate(which, RAGGED[::-1], 30).token_ids, forced))
+        turn = generate.generate(which, [[7, 9], [8, 4], [9]], 20, start=30).token_ids
+        found.append((texts, turn, generate.generate(which, RAGGED[::-1], 10).token_ids, forced))
     assert found[0][:3] == found[1][:3]
     torch.testing.assert_close(found[0][3], found[1][3], atol=1e-4, rtol=1e-4)
 
@@ -1425,15 +1560,26 @@ def test_streaming_equals_dense_decoding():
     assert cache.statistics()["pcie_bytes_per_step"] == cache.statistics()["host_bytes"] == 3 * 3 * 2 * 90 * 2 * 16 * 4
 
 
+def test_layers_are_predicted_where_calibration_says_so(tmp_path):
+    """The embedded model's are: all but the first ones, of which one has no layer before it, and the other a mere embedding."""
+    for mode in offload.MODES:
+        assert offload.predictable_layers(TINY / "channels.safetensors", offload.MIN_AGREEMENT, mode) == [2, 3, 4, 5, 6]
+        assert offload.predictable_layers(TINY / "channels.safetensors", 0, mode) == [1, 2, 3, 4, 5, 6]
+    save_file({"basis_k": torch.zeros(1)}, tmp_path / "older.safetensors")
+    assert offload.predictable_layers(tmp_path / "older.safetensors", 0.5, "exact") is None
+    with pytest.raises(ValueError, match="older.safetensors: does not say how well each layer is predicted"):
+        offload.predictable_layers(tmp_path / "older.safetensors", 0.5, "predicted")
+
+
 def test_offload_holds_a_sixteenth_on_the_gpu():
     """Llama-2-7B at 128k, sparse from the first layer on: K and V on the GPU, all that stands for them, by memory_need."""
     config, S = PRESETS["Llama-2-7B"], 131072
     full = memory_need(config, 1, S, torch.bfloat16)["KV cache"]
     need = memory_need(config, 1, S, torch.bfloat16, DSConfig(dense_layers=0, dense_below=0), OffloadCache)
-    assert need["KV cache"] == pytest.approx(full / 16, rel=1e-3) and need["staging"] == 2 * full / 32
+    assert need["KV cache"] == pytest.approx(full / 16 * (1 + 2 / 32), rel=1e-3) and need["staging"] == 2 * full / 32
     assert need["labels"] == full / 32 and need["slot maps"] < full / 90
     default = memory_need(config, 1, S, torch.bfloat16, DSConfig(), OffloadCache)
-    assert default["KV cache"] == pytest.approx(full * (2 + 30 / 16) / 32, rel=1e-3)
+    assert default["KV cache"] == pytest.approx(full * (2 + 30 / 16 * (1 + 2 / 32)) / 32, rel=1e-3)
     check_memory(40 * 2**30, config, 1, S, torch.bfloat16, DSConfig(), OffloadCache)
     with pytest.raises(ValueError, match="or keep K and V in host memory: --offload"):
         check_memory(40 * 2**30, config, 1, S, torch.bfloat16, DSConfig())
@@ -1546,7 +1692,19 @@ def test_calibration_of_the_tiny_model(tiny_copy):
     assert exact >= kept["joint"] > 0.95 * exact and kept["joint"] > kept["qk"] > kept["random"]
     with safe_open(out, "pt") as file:
         provenance = file.metadata()
+        assert file.get_tensor("agreement")[0] == 0 and (file.get_tensor("agreement")[1:] > 0.05).all()
     assert provenance["method"] == "random" and {"checkpoint", "text_sha256", "samples", "tokens", "date"} <= set(provenance)
+
+
+def test_agreement_of_a_prediction():
+    generator = torch.Generator().manual_seed(0)
+    q, k, other = (torch.randn(1, heads, 200, 16, generator=generator) for heads in (4, 2, 4))
+    basis = torch.eye(16).expand(2, -1, -1)
+    label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 16), torch.ones(2, 16), ((16, 4),))
+    config = DSConfig(n_tokens=40, sink=2, recent=5, label_channels=16)
+    shares = [calibrate.prediction_agreement(q, p, k, label_map, config) for p in (q, q + other, other, -q)]
+    assert shares[0] == 1 > shares[1] > shares[2] > shares[3] and shares[1] > 0.4
+    assert shares[2] == pytest.approx(33 / 150, abs=0.05)  # of chance: as many of the tokens that are not attended anyway
 
 
 def test_rankings_in_the_authors_format(tmp_path):
@@ -2169,13 +2327,15 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
 
 def offload_run(**more):
     """The rows of `bench.py offload` on a CPU."""
-    args = dict(modes=None, dense_layers=[0], budgets=[1, 2], steps=3, shapes=None, model=None)
+    args = dict(modes=None, dense_layers=[0], budgets=[1, 2], prefetch_tokens=[None], steps=3, shapes=None, model=None,
+                checkpoint=None, data=None)
     return [row for rows in bench.run_offload(SimpleNamespace(**(args | more)), "cpu") for row in rows]
 
 
 def test_bench_offload_rows(monkeypatch):
-    flexgen, gpu, tight, roomy = offload_run()
-    assert [row["mode"] for row in (flexgen, gpu, tight, roomy)] == ["flexgen", "gpu", "offload", "offload"]
+    rows = offload_run()
+    flexgen, gpu, tight, tight_predicted, roomy, _ = rows
+    assert [row["mode"] for row in rows] == ["flexgen", "gpu"] + 2 * ["offload", "offload_predicted"]
     c, size = bench.CPU_MODEL, 300 + 3 + bench.WARM_UP
     whole = c.n_layers * 2 * c.n_kv_heads * size * 2 * c.head_dim * 4
     assert flexgen["pcie_bytes_per_step"] == flexgen["host_bytes"] == gpu["gpu_kv_bytes"] == whole
@@ -2184,18 +2344,33 @@ def test_bench_offload_rows(monkeypatch):
     for row, resident in ((tight, budget), (roomy, 2 * budget)):
         assert row["resident_tokens"] == resident and row["gpu_kv_bytes"] == whole * resident / size + newest
         assert row["same_tokens"] and row["logit_error"] < 1e-5 and row["pcie_copy_gbps"] is None
-        assert 0 < row["pcie_bytes_per_step"] < whole * budget / size
+        assert 0 < row["prefetched_bytes_per_step"] < row["pcie_bytes_per_step"] < whole * budget / size
         assert row["speedup_vs_flexgen"] == flexgen["ms_per_step"] / row["ms_per_step"]
+        assert 0.2 < row["agreement"] <= 1 and row["prefetch_tokens"] == budget // 8
     assert tight["hit_rate"] < roomy["hit_rate"] < 1
-    table = bench.offload_table([flexgen, gpu, tight, roomy])
-    assert f"| offload, 0 dense layers, {budget} resident | {tight['ms_per_step']:.2f} |" in table and "| yes, 0e+00 |" in table
+    assert tight_predicted["agreement"] is None and tight_predicted["predicted_layers"] == c.n_layers - 1
+    assert tight_predicted["logit_error"] > 1e-3 and tight_predicted["speedup_vs_flexgen"] > 0  # of other tokens, and says so
+    table = bench.offload_table(rows)
+    assert f"| offload, 0 dense layers, {budget} resident, {budget // 8} ahead | {tight['ms_per_step']:.2f} |" in table
+    assert "| yes, 0e+00 |" in table and f"| no, {tight_predicted['logit_error']:.0e} |" in table
     monkeypatch.setattr(offload, "fetch_ref", lambda *_: None)  # what is attended is not there: found out, and no speedup told
-    *_, wrong = offload_run(budgets=[1])
+    *_, wrong = offload_run(budgets=[1], modes=["flexgen", "gpu", "offload"])
     assert wrong["logit_error"] > 0.01 and wrong["speedup_vs_flexgen"] is None
     monkeypatch.setattr(bench, "free_host_bytes", lambda: 1000)
-    flexgen, gpu, full = offload_run(budgets=[1])
+    flexgen, gpu, full = offload_run(budgets=[1], modes=["flexgen", "gpu", "offload"])
     assert "of host memory" in flexgen["error"] and "of host memory" in full["error"] and gpu["tokens_per_s"] > 0
     assert "| out of memory |" in bench.offload_table([full])
+
+
+@pytest.mark.parametrize("data", [ROOT / "README.md", None], ids=["text", "key-value"])
+def test_bench_offload_continues_prompts(data):
+    """Of a trained model, whose selections are not random."""
+    gpu, ours, predicted = offload_run(checkpoint=str(TINY), shapes="2x400", data=data and str(data), budgets=[1], dense_layers=[2],
+                                       steps=4, prefetch_tokens=[16], modes=["gpu", "offload", "offload_predicted"])
+    assert ours["weights"] == "trained" and ours["model"] == "tiny" and (ours["B"], ours["S"]) == (2, 400)
+    assert ours["data"] == predicted["data"] == ("README.md" if data else "key-value retrieval")
+    assert ours["same_tokens"] and ours["hit_rate"] > 0.6 and ours["agreement"] > 0.6 and predicted["predicted_layers"] == 5
+    assert f"| tiny, {ours['data']} (CPU reference) | 2, 400 |" in bench.offload_table([ours])
 
 
 def test_published_items_have_our_wording(tmp_path):
@@ -2320,22 +2495,33 @@ def test_generation_ends_where_the_cache_is_full(tmp_path):
 
 
 def test_offload_on_the_command_line_says_the_same(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")[:1500]
-    arguments = ["generate.py", "--device", "cpu", "--prompt", text, "--prompt", text[:700], "--n_tokens", 32, "--dense_below", 0,
-                 "--max_new_tokens", 8, "--json", tmp_path / "out.json"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")[:900]
+    arguments = ["generate.py", "--device", "cpu", "--prompt", text, "--prompt", text[:500], "--n_tokens", 32, "--dense_below", 0,
+                 "--max_new_tokens", 5, "--json", tmp_path / "out.json"]
     found = []
-    for more in ([], ["--offload"], ["--offload", "--resident_tokens", 100]):
+    for more in ([], ["--offload"], ["--offload", "--resident_tokens", 100], ["--offload", "--prefetch_tokens", 0],
+                 ["--offload", "--offload_mode", "predicted"]):
         run = command(*arguments, *more)
         assert run.returncode == 0, run.stderr
         found.append(json.loads((tmp_path / "out.json").read_text()))
-    plain, tight, roomy = found
-    assert plain["text"] == tight["text"] == roomy["text"] and "host_bytes" not in plain
+        if more:
+            assert f"over PCIe per step {found[-1]['pcie_bytes_per_step'] / 1e6:.2f} MB" in run.stderr
+    plain, tight, roomy, late, predicted = found
+    assert plain["text"] == tight["text"] == roomy["text"] == late["text"] and "host_bytes" not in plain
     assert 0 < tight["hit_rate"] < roomy["hit_rate"] and tight["pcie_bytes_per_step"] > roomy["pcie_bytes_per_step"] > 0
-    assert f"over PCIe per step {roomy['pcie_bytes_per_step'] / 1e6:.2f} MB" in run.stderr
+    assert late["hit_rate"] < tight["hit_rate"] and late["agreement"] is None
+    assert tight["prefetched_bytes_per_step"] > 0 == late["prefetched_bytes_per_step"]
+    assert tight["agreement"] > 0.7 and predicted["predicted_layers"] == 5 and "5 layers attended to predicted" in run.stderr
+    assert predicted["pcie_bytes_per_step"] == predicted["prefetched_bytes_per_step"] > tight["prefetched_bytes_per_step"]
     layers = load_model(TINY, "cpu", torch.float32).config.n_layers
     assert tight["host_bytes"] == plain["kv_cache_bytes"] * (layers - 2) / layers > 2 * tight["kv_cache_bytes"] / layers
     streamed = command(*arguments, "--offload", "--compare")
     assert streamed.returncode == 0 and streamed.stderr.count("over PCIe per step") == 2, streamed.stderr
+    for more, message in ((["--prefetch_tokens", 9], "prefetch_tokens=9: without --offload"),
+                          (["--offload", "--min_agreement", -1], "min_agreement=-1.0: must be at least 0"),
+                          (["--offload", "--sparsity", 1, "--offload_mode", "predicted"], "nothing is selected with --sparsity 1")):
+        refused = command("generate.py", "--device", "cpu", "--prompt", "x", *more)
+        assert refused.returncode == 2 and message in refused.stderr
 
 
 def test_demonstration_finds_its_fact(tmp_path):
