@@ -818,8 +818,8 @@ def main():
     steps.add_argument("--budgets", type=float, nargs="+", default=[1, 2], metavar="X",
                        help="of offload: tokens resident on the GPU, in multiples of those attended, a row for each (default "
                             "%(default)s)")
-    steps.add_argument("--prefetch_tokens", type=int, nargs="+", default=[None], metavar="TOKENS",
-                       help="of offload: tokens fetched ahead, a row for each (default: an eighth of those attended)")
+    steps.add_argument("--prefetch_tokens", type=int, nargs="+", default=[0], metavar="TOKENS",
+                       help="of offload: tokens fetched ahead, a row for each (default %(default)s)")
     steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
     steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
     steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")
@@ -837,7 +837,7 @@ def main():
             raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the first includes the prefill")
         if args.data and not args.checkpoint:
             raise ValueError(f"data={args.data}: random weights have no use for text; give a --checkpoint")
-        if min(tokens or 0 for tokens in args.prefetch_tokens) < 0:
+        if min(args.prefetch_tokens) < 0:
             raise ValueError(f"prefetch_tokens={min(args.prefetch_tokens)}: must be at least 0")
         if min(args.budgets) < 1:
             raise ValueError(f"budgets={min(args.budgets):g}: must be at least 1, what a step attends to")

@@ -506,9 +506,9 @@ def parse_arguments():
     parser.add_argument("--resident_tokens", type=int, metavar="TOKENS",
                         help="with --offload: tokens per sequence and KV head kept on the GPU (default: the most that a step "
                              "attends to and two layers' share of it more, or for dense steps --dense_below)")
-    parser.add_argument("--prefetch_tokens", type=int, metavar="TOKENS",
+    parser.add_argument("--prefetch_tokens", type=int, default=0, metavar="TOKENS",
                         help="with --offload: tokens per sequence and KV head fetched ahead of each layer, as the layer before "
-                             "predicts them; 0: none (default: an eighth of those attended to)")
+                             "predicts them (default %(default)s: none)")
     parser.add_argument("--offload_mode", choices=MODES, default=MODES[0],
                         help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
                              "predicted tokens, so that fetches hide behind compute (default %(default)s)")

@@ -6,9 +6,9 @@ recent steps selected. A step gives the tokens it selects slots among these rows
 PCIe and attends to the slots; the host is not asked. Shapes follow the key at the top of ds_attention.py; R resident
 tokens.
 
-While a layer attends and runs its linear layers, PCIe would idle. So the next layer's query is predicted from this layer's
-input, and the `prefetch_tokens` best tokens by that query are fetched ahead: a wrong prediction costs time, and changes
-nothing else. In the mode "predicted" layers attend to what the predicted query selects, all of it fetched ahead: the paper's
+While a layer attends and runs its linear layers, PCIe idles. With `prefetch_tokens` the next layer's query is predicted from
+this layer's input, and so many of the best tokens by that query are fetched ahead: a wrong prediction costs time, and changes
+nothing else. (On an H200 it costs more than it gains so far, so the default is none.) In the mode "predicted" layers attend to what the predicted query selects, all of it fetched ahead: the paper's
 way, which is not exact.
 
 Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention (as FlexGen does): the
@@ -514,11 +514,11 @@ class OffloadCache(KVCache):
     """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds of all."""
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None, resident_tokens=None,
-                 prefetch_tokens=None, mode="exact", predictable=None, host=None):
+                 prefetch_tokens=0, mode="exact", predictable=None, host=None):
         """resident_tokens: GPU rows per sequence and KV head, at least what a step may attend to: the budget at max_seq_length,
         and ds.dense_below for the dense steps before; by default two layers' budgets are added to that of all, so that what is
         fetched ahead need not displace what the last step selected. prefetch_tokens: how many tokens are fetched ahead, beside
-        those attended in any case, by default an eighth of the budget; 0: none. mode: of MODES; "predicted" fetches and attends
+        those attended in any case. mode: of MODES; "predicted" fetches and attends
         to all that is predicted. predictable: numbers of the layers of which anything is predicted, by default all that have a
         layer before them. host: tensors to use, of the last layers, [B, HKV, S, 2, D] each.
         """
@@ -530,7 +530,7 @@ class OffloadCache(KVCache):
         if self.resident_tokens < least:
             raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step may attend "
                              f"to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower --dense_below")
-        self.prefetch_tokens = budget // 8 if prefetch_tokens is None else prefetch_tokens
+        self.prefetch_tokens = prefetch_tokens
         self.ahead = ds if mode == "predicted" else None
         if ds and mode == "exact" and self.prefetch_tokens:
             self.ahead = replace(ds, n_tokens=min(budget, ds.sink + ds.recent + self.prefetch_tokens), top_p=None)

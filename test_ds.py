@@ -2327,7 +2327,7 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
 
 def offload_run(**more):
     """The rows of `bench.py offload` on a CPU."""
-    args = dict(modes=None, dense_layers=[0], budgets=[1, 2], prefetch_tokens=[None], steps=3, shapes=None, model=None,
+    args = dict(modes=None, dense_layers=[0], budgets=[1, 2], prefetch_tokens=[8], steps=3, shapes=None, model=None,
                 checkpoint=None, data=None)
     return [row for rows in bench.run_offload(SimpleNamespace(**(args | more)), "cpu") for row in rows]
 
@@ -2346,13 +2346,13 @@ def test_bench_offload_rows(monkeypatch):
         assert row["same_tokens"] and row["logit_error"] < 1e-5 and row["pcie_copy_gbps"] is None
         assert 0 < row["prefetched_bytes_per_step"] < row["pcie_bytes_per_step"] < whole * budget / size
         assert row["speedup_vs_flexgen"] == flexgen["ms_per_step"] / row["ms_per_step"]
-        assert 0.2 < row["agreement"] <= 1 and row["prefetch_tokens"] == budget // 8
+        assert 0.2 < row["agreement"] <= 1 and row["prefetch_tokens"] == 8
     assert tight["hit_rate"] < roomy["hit_rate"] < 1
     assert tight_predicted["agreement"] is None and tight_predicted["predicted_layers"] == c.n_layers - 1
     assert tight_predicted["logit_error"] > 1e-3 and tight_predicted["speedup_vs_flexgen"] > 0  # of other tokens, and says so
     table = bench.offload_table(rows)
-    assert f"| offload, 0 dense layers, {budget} resident, {budget // 8} ahead | {tight['ms_per_step']:.2f} |" in table
-    assert "| yes, 0e+00 |" in table and f"| no, {tight_predicted['logit_error']:.0e} |" in table
+    assert f"| offload, 0 dense layers, {budget} resident, 8 ahead | {tight['ms_per_step']:.2f} |" in table
+    assert "| yes, 0e+00 |" in table and f", {tight_predicted['logit_error']:.0e} |" in table
     monkeypatch.setattr(offload, "fetch_ref", lambda *_: None)  # what is attended is not there: found out, and no speedup told
     *_, wrong = offload_run(budgets=[1], modes=["flexgen", "gpu", "offload"])
     assert wrong["logit_error"] > 0.01 and wrong["speedup_vs_flexgen"] is None
@@ -2499,8 +2499,8 @@ def test_offload_on_the_command_line_says_the_same(tmp_path):
     arguments = ["generate.py", "--device", "cpu", "--prompt", text, "--prompt", text[:500], "--n_tokens", 32, "--dense_below", 0,
                  "--max_new_tokens", 5, "--json", tmp_path / "out.json"]
     found = []
-    for more in ([], ["--offload"], ["--offload", "--resident_tokens", 100], ["--offload", "--prefetch_tokens", 0],
-                 ["--offload", "--offload_mode", "predicted"]):
+    for more in ([], ["--offload", "--prefetch_tokens", 4], ["--offload", "--prefetch_tokens", 4, "--resident_tokens", 100],
+                 ["--offload"], ["--offload", "--offload_mode", "predicted"]):
         run = command(*arguments, *more)
         assert run.returncode == 0, run.stderr
         found.append(json.loads((tmp_path / "out.json").read_text()))
