@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ds_attention import DSConfig, LabelMap, label_ref, score_ref, select_ref, widths_name
+from ds_attention import DSConfig, LabelMap, label_ref, live_range, score_ref, select_ref, widths_name
 from generate import Tokenizer, default_dtype, pick_device, read_text
 from model import ArgumentParser, ModelConfig, fingerprint, load_model, run_command
 
@@ -150,37 +150,43 @@ def late_queries(T, queries, device):
     return torch.linspace(T // 2, T - 1, min(queries, T // 2), device=device).int() + 1
 
 
-def label_scores(q, k, label_map, ds, seq_lens):
+def label_scores(q, k, label_map, ds, seq_lens, window):
     """Label scores of the queries at seq_lens - 1 over their own past: q [1, HQ, T, D], k [1, HKV, T, D] -> [rows, HKV, T]."""
     _, HKV, T, D = k.shape
     labels = torch.zeros(1, HKV, ds.words(D), T, dtype=torch.int32, device=k.device)
     label_ref(k, torch.arange(T, device=k.device)[None], labels, label_map)
     rows = q[0].transpose(0, 1)[seq_lens - 1].float()  # [rows, HQ, D]
-    return score_ref(rows, labels.expand(len(rows), -1, -1, -1), label_map, seq_lens, pool=ds.pool)
+    return score_ref(rows, labels.expand(len(rows), -1, -1, -1), label_map, seq_lens, window, ds.pool)
 
 
-def kept_mass(q, k, label_map, ds, queries=256):
+def select_budget(scores, seq_lens, ds, window):
+    """select_ref of the configured number of tokens, without top_p."""
+    n_tokens = ds.budget(live_range(seq_lens, window)[1])
+    return select_ref(scores, seq_lens, n_tokens, int(n_tokens.max()), ds.sink, ds.recent, window).long()
+
+
+def kept_mass(q, k, label_map, ds, window=None, queries=256):
     """Attention mass that a selection keeps, mean over late queries and heads: (by labels, by exact scores).
 
     q [1, HQ, T, D], k [1, HKV, T, D].
     """
     _, HKV, T, D = k.shape
     seq_lens = late_queries(T, queries, k.device)
-    n_tokens = ds.budget(seq_lens)
     grouped = q[0].transpose(0, 1)[seq_lens - 1].float().unflatten(1, (HKV, -1))  # [rows, HKV, G, D]
     exact = torch.einsum("rhgd,hsd->rhgs", grouped, k[0].float()) / D**0.5  # [rows, HKV, G, T]
-    exact = exact.masked_fill(torch.arange(T, device=k.device) >= seq_lens[:, None, None, None], float("-inf"))
+    ends, position = seq_lens[:, None, None, None], torch.arange(T, device=k.device)
+    exact = exact.masked_fill((position >= ends) | (position < ends - (window or T)), float("-inf"))
     pooled = exact.mean(2) if ds.pool == "mean" else exact.amax(2)
     mass = exact.softmax(-1)
     kept = []
-    for scores in (label_scores(q, k, label_map, ds, seq_lens), pooled):
-        chosen = select_ref(scores, seq_lens, n_tokens, ds.budget(T), ds.sink, ds.recent).long()  # [rows, HKV, N]
+    for scores in (label_scores(q, k, label_map, ds, seq_lens, window), pooled):
+        chosen = select_budget(scores, seq_lens, ds, window)  # [rows, HKV, N]
         picked = mass.gather(-1, chosen.clamp(min=0)[:, :, None].expand(-1, -1, mass.shape[2], -1))
         kept.append(picked.masked_fill(chosen[:, :, None] < 0, 0.0).sum(-1).mean().item())
     return kept
 
 
-def prediction_agreement(q, predicted_q, k, label_map, ds, queries=256):
+def prediction_agreement(q, predicted_q, k, label_map, ds, window=None, queries=256):
     """Share of the tokens that late queries q select which predicted_q selects as well, without those attended in any case.
 
     q, predicted_q [1, HQ, T, D], k [1, HKV, T, D].
@@ -189,8 +195,7 @@ def prediction_agreement(q, predicted_q, k, label_map, ds, queries=256):
     seq_lens = late_queries(T, queries, k.device)
     chosen = torch.zeros(2, len(seq_lens), k.shape[1], T + 1, dtype=torch.bool, device=k.device)
     for of, query in zip(chosen, (q, predicted_q)):
-        scores = label_scores(query, k, label_map, ds, seq_lens)
-        indices = select_ref(scores, seq_lens, ds.budget(seq_lens), ds.budget(T), ds.sink, ds.recent).long()
+        indices = select_budget(label_scores(query, k, label_map, ds, seq_lens, window), seq_lens, ds, window)
         of.scatter_(2, indices.where(indices >= 0, T), True)
     position = torch.arange(T + 1, device=k.device)
     chosen &= ((position >= ds.sink) & (position < seq_lens[:, None] - ds.recent))[:, None]
@@ -208,12 +213,13 @@ def calibration_windows(tokenizer, text, samples, context):
     """Non-overlapping windows spread over the text -> (calibration windows, held-out windows), lists of [1, T]."""
     tokens = tokenizer.encode(text, bos=False)
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    count = min(samples + max(1, samples // 4), len(tokens) // (context - 1))
+    new = context - len(first)  # tokens of text in a window
+    count = min(samples + max(1, samples // 4), len(tokens) // new)
     if count < 3:
         raise ValueError(f"the text has {len(tokens)} tokens: at least {3 * context} are needed (two windows of --context "
                          f"{context} to calibrate on, one held out); give a longer --data or a smaller --context")
-    starts = torch.linspace(0, len(tokens) - (context - 1), count).long().tolist()
-    windows = [torch.tensor([(first + tokens[i : i + context])[:context]]) for i in starts]
+    starts = torch.linspace(0, len(tokens) - new, count).long().tolist()
+    windows = [torch.tensor([first + tokens[i : i + new]]) for i in starts]
     return [w for i, w in enumerate(windows) if i % 5 != 2], windows[2::5]
 
 
@@ -224,7 +230,8 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
 
     text: None for the built-in one. samples: windows to calibrate on, a quarter as many more are held out. dims: label
     dims to keep, most important first (None: all). context: tokens per window. ranking: [L, HKV, D] channels given
-    instead of the method's, then method_name says whose. ds: the configuration that the printed figures are for.
+    instead of the method's, then method_name says whose. ds: the configuration that the figures, printed and
+    stored, are for.
     """
     checkpoint = Path(checkpoint)
     model = load_model(checkpoint, device, dtype)
@@ -257,10 +264,11 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
         basis_k, basis_q, mean, std = (t[..., :C].float() for t in found[:4])
         label_map = LabelMap.from_statistics(basis_k, basis_q, mean, std, widths)
         checks = [layer.attn.project(layer.attn_norm(x), cos, sin)[:2] for x in hidden["check"]]
-        kept = torch.tensor([kept_mass(q, k, label_map, ds) for q, k in checks]).mean(0)
+        kept = torch.tensor([kept_mass(q, k, label_map, ds, layer.attn.window) for q, k in checks]).mean(0)
         kept_sums += kept
         predictions = [layer.attn.queries(layer.attn_norm(x), cos, sin) for x in before or ()]  # of layer 0 there are none
-        shares = [prediction_agreement(q, predicted, k, label_map, ds) for (q, k), predicted in zip(checks, predictions)]
+        shares = [prediction_agreement(q, predicted, k, label_map, ds, layer.attn.window)
+                  for (q, k), predicted in zip(checks, predictions)]
         agreement = sum(shares) / len(checks)
         columns["agreement"].append(torch.tensor(agreement))
         tqdm.write(f"{i:5d}  {kept[0]:19.3f}  {kept[1]:15.3f}  {agreement:9.3f}  {subspace_overlap(a, b):21.3f}")
@@ -297,13 +305,14 @@ def main():
     parser.add_argument("--data", help="UTF-8 text file to calibrate on (default: the Python language reference)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--method", choices=METHODS, default="joint",
-                     help="joint (the default): the linear map that keeps most of q.k; the others choose channels: qk by mean |q_c k_c| "
-                          "(the paper's), q and k by their mean size, variance by E[q_c^2] var(k_c), random")
+                     help="joint: the linear map that keeps most of q.k; the others choose channels: qk by mean |q_c k_c| (the "
+                          "paper's), q and k by their mean size, variance by E[q_c^2] var(k_c), random (default %(default)s)")
     how.add_argument("--from_json", help="channel rankings in the authors' JSON format (.json or .json.xz) instead of "
                                          "--method; the text then only sets the label ranges")
     parser.add_argument("--json_projection", choices=("qk", "q", "k"), default="qk", help="which of its rankings to take")
-    parser.add_argument("--samples", type=int, default=10, help="windows of text to calibrate on; a quarter as many more are held out (default 10)")
-    parser.add_argument("--context", type=int, default=4096, help="tokens per window (default 4096)")
+    parser.add_argument("--samples", type=int, default=10, help="windows of text to calibrate on; about a quarter as many "
+                                                                 "more are held out (default %(default)s)")
+    parser.add_argument("--context", type=int, default=4096, help="tokens per window (default %(default)s)")
     parser.add_argument("--dims", type=int, help="label dims kept in the file, most important first (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of --method random")
     parser.add_argument("--out", help="output file (default: channels.safetensors in the checkpoint)")

@@ -54,7 +54,10 @@ class Tokenizer:
                 import tokenizers
             except ImportError:
                 raise ValueError(f"{json_file}: this tokenizer needs one more package: pip install tokenizers") from None
-            processor = tokenizers.Tokenizer.from_file(str(json_file))
+            try:
+                processor = tokenizers.Tokenizer.from_file(str(json_file))
+            except Exception:  # of no narrower class
+                raise ValueError(f"{json_file}: not a file of the package tokenizers") from None
             self._encode = lambda text: processor.encode(text, add_special_tokens=False).ids
             self.decode, self.size = processor.decode, processor.get_vocab_size
         else:
@@ -115,14 +118,20 @@ def resolve_checkpoint(name):
     return converted
 
 
-def load_maps(checkpoint, config, ds, device, channels=None):
-    """The label maps of a checkpoint, which is calibrated first if it has none. channels: another file with them."""
-    if channels is None and not (checkpoint / "channels.safetensors").exists():
+def ensure_calibrated(checkpoint, device):
+    """Calibrates a checkpoint that has no label maps yet."""
+    if not (checkpoint / "channels.safetensors").exists():
         from calibrate import calibrate  # calibrate is built on this file: imported only where it is called
 
         print(f"{checkpoint} is not calibrated yet: calibrating (once)", file=sys.stderr)
         with contextlib.redirect_stdout(sys.stderr):
-            calibrate(checkpoint, device=device, dtype=default_dtype(device), ds=ds)
+            calibrate(checkpoint, device=device, dtype=default_dtype(device))
+
+
+def load_maps(checkpoint, config, ds, device, channels=None):
+    """The label maps of a checkpoint, which is calibrated first if it has none. channels: another file with them."""
+    if channels is None:
+        ensure_calibrated(checkpoint, device)
     return load_label_maps(checkpoint, config, ds, channels)
 
 
@@ -250,7 +259,7 @@ class Generation:
     step_s: list  # of each step after the first
     cold_start_s: float  # from the start of the process to the first token
     weight_bytes_per_step: int
-    kv_bytes_per_step: float  # cache read by a decode step, labels included, mean over the steps
+    kv_bytes_per_step: float  # cache read by a decode step, with top_p at most, labels included, mean over the steps
     dense_kv_bytes_per_step: float
 
     def statistics(self):
@@ -361,6 +370,9 @@ class Streamer:
         text = self.tokenizer.decode(self.ids)
         if not text.endswith("\ufffd"):
             self._print(text)
+            if len(self.ids) > 64:  # what is decoded again for each token stays short
+                self.ids = self.ids[-16:]
+                self.printed = len(self.tokenizer.decode(self.ids))
 
     def _print(self, text):
         print(text[self.printed :], end="", flush=True)
@@ -472,6 +484,9 @@ def add_sparsity_arguments(parser):
 def sparsity_from(args):
     """DSConfig of the arguments, or None for dense. Raises ValueError for values out of bounds."""
     if args.sparsity == 1 and args.n_tokens is None:
+        for name in ("top_p", "label_channels", "label_bits"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name}={getattr(args, name)}: --sparsity 1 is dense; take a larger one, or leave this out")
         return None
     names = {f.name for f in fields(DSConfig)}
     chosen = {name: value for name, value in vars(args).items() if name in names}
@@ -489,14 +504,15 @@ def parse_arguments():
                         help="converted directory, Hugging Face directory or hub id (default: the embedded tiny model)")
     parser.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch (default: a demonstration)")
     parser.add_argument("--prompt_file", help="UTF-8 file with the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate per prompt; the demonstration stops after its answer (default %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=200,
+                        help="tokens to generate per prompt; the demonstration stops after its answer (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token (default %(default)g)")
     parser.add_argument("--top_k", type=int, help="sample among the k most likely tokens (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
     add_sparsity_arguments(parser)
-    parser.add_argument("--dense_below", type=int, default=DSConfig.dense_below, metavar="TOKENS",
+    parser.add_argument("--dense_below", type=int, metavar="TOKENS",
                         help="attend to everything while the longest sequence is shorter: sparse steps could not be faster "
-                             "(default %(default)s)")
+                             f"(default {DSConfig.dense_below}; with --offload 0, since all these tokens would be on the GPU)")
     parser.add_argument("--max_seq_length", type=int, metavar="TOKENS",
                         help="cache of each sequence: generation ends where it is full (default: as many as there will be; "
                              "--interactive: all of the model's)")
@@ -505,7 +521,7 @@ def parse_arguments():
                              "attended to; with --sparsity 1 all of K and V is streamed in each step")
     parser.add_argument("--resident_tokens", type=int, metavar="TOKENS",
                         help="with --offload: tokens per sequence and KV head kept on the GPU (default: the most that a step "
-                             "attends to and two layers' share of it more, or for dense steps --dense_below)")
+                             "attends to, dense steps below --dense_below included, and --prefetch_tokens)")
     parser.add_argument("--prefetch_tokens", type=int, default=0, metavar="TOKENS",
                         help="with --offload: tokens per sequence and KV head fetched ahead of each layer, as the layer before "
                              "predicts them (default %(default)s: none)")
@@ -513,8 +529,8 @@ def parse_arguments():
                         help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
                              "predicted tokens, so that fetches hide behind compute (default %(default)s)")
     parser.add_argument("--min_agreement", type=float, default=MIN_AGREEMENT, metavar="SHARE",
-                        help="with --offload: where calibration foresaw a smaller share of a layer's selection, nothing is "
-                             "predicted (default %(default)g)")
+                        help="with --prefetch_tokens or --offload_mode predicted: of layers where calibration foresaw a smaller "
+                             "share of the selection, nothing is predicted (default %(default)g)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--no_compile", action="store_true", help="on a GPU, leave blocks out of torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
@@ -531,9 +547,13 @@ def parse_arguments():
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value}: must be at least {low}")
+    if args.dense_below is None:
+        args.dense_below = 0 if args.offload else DSConfig.dense_below
     for name in OFFLOAD_OPTIONS:
         if getattr(args, name) != parser.get_default(name) and not args.offload:
             raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add that option")
+    if args.min_agreement > 1:
+        raise ValueError(f"min_agreement={args.min_agreement:g}: is a share, at most 1")
     if args.interactive and (args.prompt or args.prompt_file or args.json or args.compare):
         raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, --prompt_file, --json and "
                          "--compare")
@@ -553,10 +573,11 @@ def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
     if max_seq_length and max_seq_length <= longest:
         raise ValueError(f"max_seq_length={max_seq_length}: must be more than the {longest} tokens of the longest prompt")
     total = min(wanted, max_seq_length or wanted)
-    if ds is not None and not ds.sparse_at(total):
+    live = min(total, config.sliding_window or total)
+    if ds is not None and not ds.sparse_at(live):
         least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"the least budget, {ds.min_tokens} tokens,"
-        why = f"{least} is no less" if ds.budget(total) >= total else f"dense_below={ds.dense_below} is more"
-        print(f"{why} than the {total} tokens there will be: every token is attended (dense)", file=sys.stderr)
+        why = f"{least} is no less" if ds.budget(live) >= live else f"dense_below={ds.dense_below} is more"
+        print(f"{why} than the {live} tokens there will be: every token is attended (dense)", file=sys.stderr)
     return total
 
 
@@ -643,13 +664,17 @@ def main():
         args.max_new_tokens = min(args.max_new_tokens, len(tokenizer.encode(answer[1:], bos=False)))
     prompts = [tokenizer.encode(text) for text in texts]
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
-    cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype, ds)
+    cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:
         cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens,
                                        prefetch_tokens=args.prefetch_tokens, mode=args.offload_mode)
-        check_host_memory(free_host_bytes(), *needs)
-    if args.device != "cpu":
-        check_memory(torch.cuda.mem_get_info()[0], *needs, cache_type)
+    for config_ds in (None, ds) if args.compare else (ds,):
+        if args.offload:
+            check_host_memory(free_host_bytes(), *needs, config_ds)
+        if args.device != "cpu":
+            check_memory(torch.cuda.mem_get_info()[0], *needs, config_ds, cache_type)
+    if ds and not args.channels:
+        ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it takes one itself
     model = load_model(checkpoint, args.device, dtype)
     label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
     if ds and args.offload:

@@ -121,6 +121,14 @@ class ModelConfig:
             value = getattr(config, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be a positive integer")
+        if config.n_heads % config.n_kv_heads:
+            raise ValueError(f"n_heads={config.n_heads}: must be a multiple of n_kv_heads={config.n_kv_heads}")
+        if config.head_dim % 2:
+            raise ValueError(f"head_dim={config.head_dim}: must be even, for RoPE")
+        if config.sliding_window is not None and config.sliding_window < 1:
+            raise ValueError(f"sliding_window={config.sliding_window}: must be at least 1, or null for none")
+        if config.experts_per_token > config.n_experts:
+            raise ValueError(f"experts_per_token={config.experts_per_token}: must be at most n_experts={config.n_experts}")
         unknown = sorted(set(c) - IGNORED_KEYS)
         if unknown:
             raise ValueError(f"unknown keys {', '.join(unknown)}: not implemented")
@@ -249,18 +257,11 @@ class KVCache:
         """A layer with K and V of `shape`; settings: the other fields of a LayerCache."""
         return LayerCache(torch.zeros(shape, dtype=dtype, device=device), **settings)
 
-    def _view(self, seq_lens, layers):
-        view = copy(self)
-        view.seq_lens, view.layers = seq_lens, layers
-        return view
-
-    def row(self, b):
-        """The same cache of sequence b alone."""
-        return self._view(self.seq_lens[b : b + 1], [layer.row(b) for layer in self.layers])
-
     def all_tokens(self):
         """The same cache, of which a decode step reads everything."""
-        return self._view(self.seq_lens, [replace(layer, all_tokens=True) for layer in self.layers])
+        view = copy(self)
+        view.layers = [replace(layer, all_tokens=True) for layer in self.layers]
+        return view
 
     def sparse_at(self, length):
         """Whether a step whose longest row has `length` live tokens, its own included, is sparse (see DSConfig.dense_below)."""
@@ -268,7 +269,8 @@ class KVCache:
 
     def prefill_layers(self, b, start, end):
         """Yields, layer by layer, the cache of sequence b alone, through which its tokens from start to end are prefilled."""
-        yield from self.row(b).layers
+        for layer in self.layers:
+            yield layer.row(b)
 
     def foresee(self, i, x, blocks, cos, sin):
         """Before layer i of a decode step, whose input is x [B, 1, dim]: nothing to do, unless a cache foresees what the next
@@ -296,7 +298,8 @@ class KVCache:
         return {"KV cache": self.kv_bytes(), "labels": self.label_bytes(), "workspace": sum(x.nbytes for x in scratch)}
 
     def read_bytes(self, lengths):
-        """Bytes of cache that decode steps read at these live lengths, an int64 tensor: (as configured, if dense)."""
+        """Bytes of cache that decode steps read at these live lengths, an int64 tensor, with top_p at most: (as configured, if
+        dense)."""
         dense = sparse = 0
         live = lengths if self.window is None else lengths.clamp(max=self.window)
         for layer in self.layers:
@@ -616,7 +619,7 @@ class MoEFeedForward(nn.Module):
         x = x.reshape(-1, shape[-1])  # [tokens, dim]
         logits, experts = self.router(x).topk(self.top, -1)  # [tokens, top]
         weights = logits.float().softmax(-1).to(x.dtype)
-        if x.is_cuda and (shape[-2] == 1 or len(x) <= 64):
+        if x.is_cuda and (shape[-2] == 1 or len(x) <= Stream.MAX_ROWS):
             return self.by_token(x, experts, weights).view(shape)
         out = torch.zeros_like(x)
         for e in range(len(self.w13)):

@@ -43,7 +43,8 @@ def host_tensor(shape, dtype, device):
         return torch.empty(shape, dtype=dtype, device=device)
     nbytes = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # no huge pages here: pinning is slower
+        memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
     if device.type == "cuda":
         cudart = torch.cuda.cudart()
@@ -77,14 +78,14 @@ def check_host_memory(free, config, batch, max_seq_length, dtype, ds=None):
     """Raises ValueError, naming what would fit, if `free` bytes of host memory are too few for K and V."""
     layers = offloaded_layers(config, ds)
     token = layers * config.n_kv_heads * 2 * config.head_dim * dtype.itemsize
-    if batch * max_seq_length * token <= free:
+    need = batch * max_seq_length * token
+    if need <= free:
         return
     options = []
     if batch * token <= free:
         options.append(f"--max_seq_length {free // (batch * token)}")
     if batch > 1 and max_seq_length * token <= free:
         options.append(f"a batch of {free // (max_seq_length * token)}")
-    need = batch * max_seq_length * token
     raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs {need / 2**30:.1f} GiB of host memory "
                      f"for K and V of {layers} layers, {free / 2**30:.1f} are available; "
                      f"{' or '.join(options) or 'nothing'} would fit")
@@ -369,7 +370,11 @@ def predictable_layers(channels, min_agreement, mode):
                 return None
             raise ValueError(f"{channels}: does not say how well each layer is predicted, as --offload_mode predicted needs; "
                              "run calibrate.py again, or take --offload_mode exact")
-        return [i for i, share in enumerate(file.get_tensor("agreement").tolist()) if i and share >= min_agreement]
+        found = [i for i, share in enumerate(file.get_tensor("agreement").tolist()) if i and share >= min_agreement]
+    if mode == "predicted" and not found:
+        raise ValueError(f"min_agreement={min_agreement:g}: no layer is predicted so well by {channels}; lower it, or take "
+                         "--offload_mode exact")
+    return found
 
 
 @dataclass(kw_only=True)
@@ -516,17 +521,18 @@ class OffloadCache(KVCache):
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None, resident_tokens=None,
                  prefetch_tokens=0, mode="exact", predictable=None, host=None):
         """resident_tokens: GPU rows per sequence and KV head, at least what a step may attend to: the budget at max_seq_length,
-        and ds.dense_below for the dense steps before; by default two layers' budgets are added to that of all, so that what is
-        fetched ahead need not displace what the last step selected. prefetch_tokens: how many tokens are fetched ahead, beside
-        those attended in any case. mode: of MODES; "predicted" fetches and attends
-        to all that is predicted. predictable: numbers of the layers of which anything is predicted, by default all that have a
-        layer before them. host: tensors to use, of the last layers, [B, HKV, S, 2, D] each.
+        and ds.dense_below for the dense steps before; by default as many, and those fetched ahead. prefetch_tokens: how many
+        tokens are fetched ahead, beside those attended in any case. mode: of MODES; "predicted" fetches and attends to all that
+        is predicted. predictable: numbers of the layers of which anything is predicted, by default all that have a layer before
+        them. host: tensors to use, of the last layers, [B, HKV, S, 2, D] each.
         """
+        if mode not in MODES:
+            raise ValueError(f"mode={mode}: must be one of {', '.join(MODES)}")
         device, count = torch.device(device), offloaded_layers(config, ds)
         longest = min(max_seq_length, config.sliding_window or max_seq_length)
         budget, dense = (ds.budget(longest), min(longest, ds.dense_below)) if ds else (0, 0)
         least = max(budget, dense)
-        self.resident_tokens = min(longest, resident_tokens or max(budget + 2 * budget // config.n_layers, dense))
+        self.resident_tokens = min(longest, resident_tokens or max(budget + prefetch_tokens, dense))
         if self.resident_tokens < least:
             raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step may attend "
                              f"to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower --dense_below")
@@ -534,7 +540,7 @@ class OffloadCache(KVCache):
         self.ahead = ds if mode == "predicted" else None
         if ds and mode == "exact" and self.prefetch_tokens:
             self.ahead = replace(ds, n_tokens=min(budget, ds.sink + ds.recent + self.prefetch_tokens), top_p=None)
-        self.mode, self.predictable = mode, range(1, config.n_layers) if predictable is None else predictable
+        self.n_layers, self.mode, self.predictable = config.n_layers, mode, range(1, config.n_layers) if predictable is None else predictable
         self.foresight = Foresight(SideStream(device), SideStream(device), [None, None])
         if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
             even = Workspace(batch, config.n_heads, config.n_kv_heads, config.head_dim, max_seq_length, device, ds,
@@ -547,7 +553,6 @@ class OffloadCache(KVCache):
         self.host = host[len(host) - count :]
         self.side = SideStream(device)
         self.streaming = Streaming(self.host, device, self.side) if ds is None else None
-        self.unused = iter(self.host)
         super().__init__(config, batch, max_seq_length, device, dtype, ds, label_maps)
 
     def make_layer(self, shape, dtype, device, settings):
@@ -556,7 +561,8 @@ class OffloadCache(KVCache):
         B, HKV, S, _, D = shape
         newest = torch.zeros(B, HKV, 2, D, dtype=dtype, device=device)
         number = len(self.layers)
-        settings |= dict(kv=newest[:, :, None].expand(shape), host=next(self.unused), newest=newest, number=number)
+        host = self.host[number - self.n_layers]
+        settings |= dict(kv=newest[:, :, None].expand(shape), host=host, newest=newest, number=number)
         if self.ds is None:
             return StreamedLayer(**settings, streaming=self.streaming)
         ahead = self.ahead if number in self.predictable else None
@@ -617,7 +623,7 @@ class OffloadCache(KVCache):
         share of selected tokens that was resident once the selection was known, and the share of predicted tokens that were
         among them, in all and by layer; and where K and V lie."""
         host_bytes = sum(host.nbytes for host in self.host)
-        found = {"host_bytes": host_bytes, "slot_map_bytes": self.gpu_bytes()["slot maps"]}
+        found = {"host_bytes": host_bytes, "slot_map_bytes": sum(r.map_bytes() for r in self.residents())}
         if self.streaming:
             return found | {"pcie_bytes_per_step": host_bytes}
         counts = torch.stack([r.counts for r in self.residents()]).sum((2, 3)).double().cpu()  # [layers, COUNTS]
