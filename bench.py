@@ -5,7 +5,7 @@ Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]    
        python bench.py generate [--model Llama-2-7B --shapes 1x16384] [--modes gpt_fast dense ds]     random weights
        python bench.py offload [--model Llama-2-7B --shapes 1x131072] [--modes flexgen gpu offload]   random weights
        python bench.py offload --checkpoint tiny --shapes 32x4000 --steps 64 [--data FILE]            trained ones
-       python bench.py attention --device cpu          a small correctness pass, its times marked as CPU reference
+       TRITON_INTERPRET=1 python bench.py attention --device cpu       a small correctness pass, its times no measure
        python bench.py table attention                 the README's table, from results/attention.jsonl; or generate, offload
 """
 import argparse
@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 import ds_attention as ds
 from ds_attention import DSConfig, LabelMap, Selection, Workspace, bits_of, write_labels
-from eval import generated_items, kv_document, provenance, text_windows, texts_of
+from eval import generated_items, kv_document, need_matplotlib, provenance, text_windows, texts_of
 from generate import (
     HERE, DecodeStep, copy_bandwidth, default_dtype, generate, label_bits, load, load_maps, now, pick_device
 )
@@ -48,12 +49,12 @@ MORE_LABELS = ["8x4,48x2", "32x2", "16x2,32x1", "8x4", "32x1"]  # that the READM
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
 
 
-def graph_us(calls, repeats=30):
+def graph_us(calls, device, repeats=30):
     """Median microseconds of one call among eight or more of one CUDA graph, as in a decode step of that many layers.
 
     On a CPU: each call once, timed as it is.
     """
-    if not torch.cuda.is_available():
+    if device == "cpu":
         began = time.perf_counter()
         for call in calls:
             call()
@@ -158,6 +159,10 @@ def naive_chain(x, config):
     return F.scaled_dot_product_attention(x.q[:, :, None], k, v, enable_gqa=x.q.shape[1] != x.k.shape[1])
 
 
+def right(row):
+    return row["max_rel_err"] < 0.01 and row["selected_mass"] >= 0.999
+
+
 def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     """Checks, then times one shape: the row of results/attention.jsonl."""
     n = config.budget(S)
@@ -171,13 +176,15 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     row = {"bench": "attention", "B": B, "S": S, "HQ": HQ, "HKV": HKV, "D": D, "dtype": str(dtype).removeprefix("torch."),
            "label_channels": config.channels(D), "label_bits": bits_of(config.widths(D)), "n_tokens": n, "bytes": step_bytes,
            "dense_bytes": dense_bytes}
-    if not config.use_triton(xs[0].q):
+    if device == "cpu":
         x = xs[0]
-        row["ds_us"] = graph_us([lambda: ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config)])
-        row["dense_us"] = graph_us([lambda: ds.dense_decode(x.q, x.k, x.v, x.seq_lens)])
+        row["ds_us"] = graph_us([lambda: ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config)], device)
+        row["dense_us"] = graph_us([lambda: ds.dense_decode(x.q, x.k, x.v, x.seq_lens)], device)
         row["dense_kernel"] = "reference"
         out = ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config)
         row["max_rel_err"], row["selected_mass"] = check(x, config, out)
+        if not right(row):
+            raise ValueError(f"the kernels are wrong: error {row['max_rel_err']:.2g}, mass kept {row['selected_mass']:.4f}")
         return row | provenance(device)
 
     row |= {"copy_gb_per_s": bandwidth / 1e9, "limit_us": step_bytes / bandwidth * 1e6}
@@ -194,7 +201,7 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
             dense = kernels[0][name]()[:1, :, 0]
             if (dense - exact).norm() / exact.norm() > 0.02:
                 raise RuntimeError("its result is wrong")
-            row[f"{name}_us"] = graph_us([kernel[name] for kernel in kernels])
+            row[f"{name}_us"] = graph_us([kernel[name] for kernel in kernels], device)
         except (RuntimeError, torch.OutOfMemoryError) as error:  # a backend that does not take this shape: shown as absent
             row[f"{name}_us"] = None
             row[f"{name}_error"] = str(error).split("\n")[0][:80]
@@ -210,16 +217,15 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
         return run
 
     launches = len(Selection(xs[0].q, xs[0].labels, xs[0].map, xs[0].seq_lens, config, workspace).stages())
-    upto = [graph_us([stages(x, last) for x in xs]) for last in range(1, launches + 1)]
-    row["ds_us"] = graph_us([lambda x=x: step(x) for x in xs])
+    upto = [graph_us([stages(x, last) for x in xs], device) for last in range(1, launches + 1)]
+    row["ds_us"] = graph_us([lambda x=x: step(x) for x in xs], device)
     score_us = upto[1] if launches > 1 else None  # else one launch scores and selects
     row |= {"score_us": score_us, "select_us": upto[-1] - (score_us or 0), "attend_us": row["ds_us"] - upto[-1]}
     try:
-        row["naive_us"] = graph_us([lambda x=x: naive_chain(x, config) for x in xs[:1]], 5)
+        row["naive_us"] = graph_us([lambda x=x: naive_chain(x, config) for x in xs[:1]], device, 5)
     except torch.OutOfMemoryError:
         row["naive_us"] = None
-    right = row["max_rel_err"] < 0.01 and row["selected_mass"] >= 0.999
-    row["speedup"] = row["dense_us"] / row["ds_us"] if right else None
+    row["speedup"] = row["dense_us"] / row["ds_us"] if right(row) else None
     return row | provenance(device)
 
 
@@ -267,7 +273,11 @@ def run_attention(args, device):
     settings = [(shape, config) for shape in SHAPES]
     settings += [((16, 16384, 32, 32), replace(config, label_channels=None, label_bits=labels)) for labels in MORE_LABELS]
     if device == "cpu":
-        settings = [((2, 2000, 4, 2), config)]
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            print("without TRITON_INTERPRET=1 the kernels cannot run here: the reference stands in for them", file=sys.stderr)
+        else:
+            config = replace(config, impl="triton")
+        settings = [((1, 1000, 4, 2), config)]
     if args.shapes:
         HQ, HKV = parse_sizes("heads", args.heads, "32/8", "/")[0]
         if HQ % HKV:
@@ -594,7 +604,10 @@ class Prompts(RandomText):
     def of(args, device):
         model, tokenizer, checkpoint = load(args.checkpoint, device, default_dtype(device))
         model.config = replace(model.config, eos_ids=())  # all rows of a batch go on to the end
-        (B, S), = parse_sizes("shapes", args.shapes or "32x4000", "32x4000")
+        sizes = parse_sizes("shapes", args.shapes or "32x4000", "32x4000")
+        if len(sizes) > 1:
+            raise ValueError(f"shapes={args.shapes}: one BxS with --checkpoint")
+        (B, S), = sizes
         if args.data:
             data, texts = texts_of(args.data)
             prompts = text_windows(tokenizer, texts, S - 1, B)
@@ -727,16 +740,16 @@ class Bench:
 
 
 def attention_setting(r):
-    return [r[key] for key in ("B", "S", "HQ", "HKV", "D", "dtype", "label_channels", "label_bits")]
+    return [r[key] for key in ("gpu", "B", "S", "HQ", "HKV", "D", "dtype", "label_channels", "label_bits", "n_tokens")]
 
 
 def generate_setting(r):
     dense_layers = r["config"]["dense_layers"] if r["mode"] == "ds" else None
-    return [*(r[key] for key in ("model", "B", "S", "mode", "dtype")), dense_layers]
+    return [*(r[key] for key in ("gpu", "model", "B", "S", "mode", "dtype")), dense_layers]
 
 
 def offload_setting(r):
-    return [*(r[key] for key in ("model", "data", "B", "S", "dtype")), mode_name(r)]
+    return [*(r[key] for key in ("gpu", "model", "data", "B", "S", "dtype")), mode_name(r)]
 
 
 BENCHES = {"attention": Bench(run_attention, attention_setting, attention_table, draw_attention),
@@ -764,10 +777,8 @@ def save(rows, name):
 
 def plot(rows, draw, path):
     """An image file of the rows. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     draw(rows, axes)
@@ -793,7 +804,7 @@ def main():
     parser.add_argument("--shapes", help="BxS, comma-separated, S in tokens (default: the README's rows)")
     parser.add_argument("--no_save", action="store_true", help="print the rows, but leave the results file as it is")
     parser.add_argument("--plot", metavar="FILE", help="draw the rows of this run or of the table (needs matplotlib)")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda; a CPU only checks correctness)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda; on a CPU one small shape is checked, and nothing saved)")
     attention = parser.add_argument_group("attention")
     attention.add_argument("--heads", default="32/32", help="query/KV heads for --shapes (default %(default)s)")
     attention.add_argument("--head_dim", type=int, default=128, help="channels per head (default %(default)s)")
@@ -810,11 +821,11 @@ def main():
                             "(gpt_fast compiles for about a minute per shape); of offload: all K and V streamed as FlexGen "
                             "does, Double Sparsity with K and V on the GPU, with them in host memory, and then attending to "
                             "what was predicted of each layer (default: all)")
-    steps.add_argument("--steps", type=int, default=50, help="steps timed, the median counts (default %(default)s)")
+    steps.add_argument("--steps", type=int, default=50, help="steps timed, the median counts; of flexgen at most 10 (default %(default)s)")
     steps.add_argument("--dense_layers", type=int, nargs="+", default=[DSConfig.dense_layers, 0],
                        help="of ds, gpu and offload, a row for each (default %(default)s)")
     steps.add_argument("--dense_below", type=int, default=DSConfig.dense_below,
-                       help="tokens below which ds attends to everything (default %(default)s)")
+                       help="of generate: tokens below which ds attends to everything (default %(default)s)")
     steps.add_argument("--budgets", type=float, nargs="+", default=[1, 2], metavar="X",
                        help="of offload: tokens resident on the GPU, in multiples of those attended, a row for each (default "
                             "%(default)s)")
@@ -824,13 +835,15 @@ def main():
     steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
     steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")
     args = parser.parse_args()
+    if args.plot:
+        need_matplotlib()
     if args.what == "table":
         if args.of is None:
             raise ValueError(f"table of what: must be one of {', '.join(BENCHES)}")
         bench, rows = BENCHES[args.of], newest_rows(args.of)
     else:
         if args.device is None and not torch.cuda.is_available():
-            raise ValueError("bench.py needs a CUDA GPU for its times; --device cpu runs a small correctness pass")
+            raise ValueError("bench.py needs a CUDA GPU for its times; with --device cpu one small shape is checked")
         if args.steps < 1:
             raise ValueError(f"steps={args.steps}: must be at least 1")
         if args.steps < 2 and args.checkpoint:

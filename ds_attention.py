@@ -35,6 +35,7 @@ class DSConfig:
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
     label_channels: int | None = None  # label dims per KV head; None: as many as 1/sparsity of a 16-bit K's bytes hold
     label_bits: int | str | None = None  # bits per label dim, or dims x bits of each width: "8x4,48x2"; None: default_widths
+    # these two by the caller, in what it asks ds_decode for: see model.py and sparse_at
     dense_layers: int = 2  # the first layers attend to everything: their attention is diffuse
     dense_below: int = 3072  # a step whose longest row has fewer live tokens attends to everything: it could not win
     sink: int = 4  # first tokens always attended, counted inside N
@@ -93,9 +94,11 @@ class DSConfig:
         if self.label_bits is None and self.label_channels is None:
             return default_widths(words, D)
         bits = self.label_bits or 4
-        C = min(self.label_channels or words * 32 // bits, D)
+        C = self.label_channels or whole_words(words, bits, D)
         if C * bits % 32:
             raise ValueError(f"label_channels={C}: must be a multiple of {32 // bits} with {bits}-bit labels")
+        if C > D:
+            raise ValueError(f"label_channels={C}: more label dims than the head's {D}")
         return ((C, bits),)
 
     def channels(self, D):
@@ -140,16 +143,15 @@ def bits_of(widths):
     return widths[0][1] if len(widths) == 1 else widths_name(widths)
 
 
-NARROW_SHARE = 0.0  # of a default label's words, for dims of half the bits: 0.75 makes 8x4,48x2 of 32x4
+def whole_words(words, bits, D):
+    """Label dims of that many bits in so many 32-bit words, or in as many as the head's D dims fill."""
+    return max(1, min(words, D * bits // 32)) * (32 // bits)
 
 
 def default_widths(words, D):
     """The label of this many 32-bit words: as many bits per dim, of 4, 2 and 1, as let a quarter of the head's D dims fit."""
     bits = next((bits for bits in (4, 2) if words * (32 // bits) >= D / 4), 1)
-    per_word = 32 // bits
-    narrow = max(0, min(int(words * NARROW_SHARE), D // per_word - words)) if bits > 1 else 0
-    wide = (min((words - narrow) * per_word, D), bits)
-    return (wide, (narrow * 2 * per_word, bits // 2)) if narrow else (wide,)
+    return ((whole_words(words, bits, D), bits),)
 
 
 # Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a Gaussian.
@@ -160,7 +162,7 @@ CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92, 16: 6.0}
 class LabelMap:
     """One layer's calibrated map from keys and queries to labels, with static ranges.
 
-    k_label = k @ basis_k[h]; the stored code is round((k_label - lo) / step) in its dim's bits;
+    k_label = k @ basis_k[h]; the stored code is floor((k_label - lo) / step + 1/2) in its dim's bits;
     q_label = q @ basis_q[h]; a token's score is sum_c q_label_c * step_c * code_c, the products q_label_c * step_c rounded
     to 8 bits (see query_codes).
     """
@@ -171,13 +173,16 @@ class LabelMap:
     step: torch.Tensor  # [HKV, C] fp32
     widths: tuple  # ((dims, bits), ...), C dims in all: see DSConfig.widths
 
+    def __post_init__(self):
+        assert all(t.is_contiguous() for t in (self.basis_k, self.basis_q, self.lo, self.step))
+
     @staticmethod
     def from_statistics(basis_k, basis_q, mean, std, widths):
         """basis_k, basis_q: [HKV, D, C]; mean, std: [HKV, C] of the key labels on the calibration text."""
         clip, step = (per_dim(widths, value, std.device)
                       for value in (CLIP.get, lambda bits: 2 * CLIP[bits] / (2**bits - 1)))
-        return LabelMap(basis_k.float().contiguous(), basis_q.float().contiguous(), mean - clip * std,
-                        (step * std).clamp(min=1e-12), widths)
+        return LabelMap(basis_k.float().contiguous(), basis_q.float().contiguous(), (mean - clip * std).contiguous(),
+                        (step * std).clamp(min=1e-12).contiguous(), widths)
 
     def to(self, device):
         return LabelMap(*(t.to(device) for t in (self.basis_k, self.basis_q, self.lo, self.step)), self.widths)
@@ -243,7 +248,7 @@ def label_ref(k, positions, labels, label_map):
     B, HKV, T, D = k.shape
     m = label_map
     dots = torch.einsum("bhtd,hdc->bhtc", k.float(), m.basis_k)
-    codes = torch.round((dots - m.lo[:, None]) / m.step[:, None])  # [B, HKV, T, C]
+    codes = torch.floor((dots - m.lo[:, None]) / m.step[:, None] + 0.5)  # [B, HKV, T, C]
     codes = codes.clamp(min=0).minimum(per_dim(m.widths, lambda bits: 2.0**bits - 1, k.device))
     rows = torch.arange(B, device=k.device)[:, None]
     labels.permute(0, 3, 1, 2)[rows, positions] = pack(codes, m.widths).transpose(1, 2)  # [B, T, HKV, W]
@@ -980,7 +985,8 @@ class Workspace:
             self.n_tokens, self.lower, self.peak = scratch(B, HKV), scratch(R), scratch(R)
             self.unit = scratch(R, dtype=torch.float32)
             self.needed = scratch(R, self.segments, dtype=torch.float32)
-            self.query = scratch(R, HQ // HKV * (config.words(D) * _slices(config.widths(D)) + 1))
+            self.widths = config.widths(D)
+            self.query = scratch(R, HQ // HKV * (config.words(D) * _slices(self.widths) + 1))
             self.block = 2 * BLOCK if self.segments == 1 and config.words(D) == 1 else BLOCK
             self.blocks = triton.next_power_of_2(triton.cdiv(S, self.block))
             self.entries = scratch(R, triton.cdiv(S, self.block) * self.block, dtype=torch.int64)
@@ -1005,7 +1011,7 @@ class Selection:
     config: DSConfig
     workspace: Workspace
     window: int | None = None
-    portable: bool = False  # without PTX instructions: for the interpreter and other vendors' GPUs
+    portable: bool = False  # without PTX instructions, as on other vendors' GPUs
 
     def __post_init__(self):
         widths = self.label_map.widths
@@ -1014,6 +1020,7 @@ class Selection:
         assert sum(dims * (2**bits - 1) for dims, bits in widths) * 127 < 2**30, f"{widths_name(widths)}: overflow the scores"
         B, HKV, W, S = self.labels.shape
         assert (B, self.q.shape[1], HKV, self.q.shape[2], S) == self.workspace.shape, "a workspace of another shape"
+        assert widths == self.workspace.widths, "a workspace for labels of other widths"
         assert self.config.budget(S if self.window is None else min(S, self.window)) <= self.workspace.indices.shape[2], (
             "a workspace for fewer tokens")
         self.rows = B * HKV
@@ -1261,6 +1268,7 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     assert ws.shape[:4] == (B, HQ, HKV, D), "a workspace of another shape"
     out = torch.empty(B, HQ, D, dtype=q.dtype, device=q.device)
     m, W = label_map, 0 if labels is None else labels.shape[2]
+    assert indices is None or indices.is_contiguous()
     if n_tokens is not None:
         n_tokens = per_head(n_tokens, HKV).contiguous()
     overlapped = pdl(q)
@@ -1312,10 +1320,11 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
     """One query per row over the tokens that its label scores select.
 
     q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32; label_map: LabelMap of this layer;
-    seq_lens [B] int32, newest token included; window: sliding window in tokens or None; workspace: scratch of this shape,
-    so that nothing but the output is allocated; label_newest: write the label of each row's newest key. Returns [B, HQ, D].
-    Rows may share one cache whose labels are written: expand k, v and labels along B (the strides are used as they are).
+    seq_lens [B] int32, at least 1, newest token included; window: sliding window in tokens or None; workspace: scratch of this
+    shape, so that nothing but the output is allocated; label_newest: write the label of each row's newest key. Returns
+    [B, HQ, D]. Rows may share one cache, k, v and labels expanded along B, if its labels are there: without label_newest.
     """
+    assert not label_newest or labels.stride(0) or len(q) == 1, "rows that share a cache would overwrite labels others read"
     if config.use_triton(q):
         B, HQ, D = q.shape
         HKV, S = k.shape[1:3]

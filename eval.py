@@ -1,7 +1,8 @@
 """Quality: what Double Sparsity and other ways to choose tokens lose against dense, through the decode code that generates.
 
-Every scored token is decoded: it attends to its own past with its own selection. Nothing is masked after the fact.
-Rows go to runs/quality.jsonl as they come; a run that was interrupted continues from there (--force: from the start).
+Every scored token is decoded: it attends to its own past with its own selection, at every length (as with --dense_below 0).
+Nothing is masked after the fact. A context that is not scored is prefilled, dense, as generate.py does. Scores of longbench and
+mmlu are not those of the benchmarks' own scripts: without --prompts the wording is ours, too. Rows go to runs/quality.jsonl as they come; a run that was interrupted continues from there (--force: from the start).
 Usage: python eval.py                          the default run: text and retrieval, all methods at 1/16, some at more budgets
        python eval.py --limit 4                                    a small one, for a CPU
        python eval.py perplexity [--data FILE] [--context 4096] [--budgets 1/16 n=256] [--methods ds ds/8x4,48x2 ds:qk/2 quest]
@@ -31,6 +32,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -72,10 +74,14 @@ class Sparse(LayerCache):
     def __init__(self, layer, scratch):
         """scratch: {rows: Workspace} of the last number of rows, shared by all layers."""
         super().__init__(layer.kv, layer.window, layer.ds, layer.label_map, layer.labels)
-        if self.ds.top_p is not None and not self.weighs:
-            raise ValueError(f"top_p={self.ds.top_p:g}: only ds and exact_topk foresee how much attention tokens get")
         self.scratch = scratch
         self.start()
+
+    @classmethod
+    def unfit(cls, ds, window):
+        """Why the method cannot run with this DSConfig and sliding window, or None."""
+        if ds.top_p is not None and not cls.weighs:
+            return f"top_p={ds.top_p:g}: only ds and exact_topk foresee how much attention tokens get"
 
     def start(self, probed=False):
         """Counts from nought. probed: also sums up the attention mass which the chosen tokens hold."""
@@ -188,11 +194,12 @@ class Quest(Baseline):
 
     PAGE = 16
 
-    def __init__(self, layer, scratch):
-        super().__init__(layer, scratch)
+    @classmethod
+    def unfit(cls, ds, window):
         # a row's last page may hold tokens after it: all of its own are among the newest, which are attended in any case
-        if self.ds.recent < self.PAGE - 1:
-            raise ValueError(f"recent={self.ds.recent}: quest needs the newest {self.PAGE - 1} tokens at least")
+        if ds.recent < cls.PAGE - 1:
+            return f"recent={ds.recent}: quest needs the newest {cls.PAGE - 1} tokens at least"
+        return super().unfit(ds, window)
 
     def scores(self, q, k):
         S = k.shape[1]
@@ -206,10 +213,11 @@ class H2O(Sparse):
     """Half the budget for the newest tokens, half for those with the most attention so far; the rest is evicted for good
     (arXiv 2306.14048; no tokens are forced). Rows must come in order from the first token on, one by one: it is slow."""
 
-    def __init__(self, layer, scratch):
-        super().__init__(layer, scratch)
-        if self.window is not None:
-            raise ValueError(f"window={self.window}: h2o is not made for sliding windows")
+    @classmethod
+    def unfit(cls, ds, window):
+        if window is not None:
+            return f"window={window}: h2o is not made for sliding windows"
+        return super().unfit(ds, window)
 
     def decode(self, q, seq_lens):
         """As of any layer, row by row: what one keeps depends on the attention of those before."""
@@ -267,7 +275,7 @@ BUDGET_FIELDS = {"n": "n_tokens", "top_p": "top_p"}
 def parse_budget(text, ds):
     """"1/16" (as --sparsity 16: of the tokens, and of K's bytes for labels), "n=256", "top_p=0.9", or several, as in
     "1/16,n=256" -> DSConfig."""
-    for part in text.split(","):
+    for part in sorted(text.split(","), key=lambda part: not part.startswith("1/")):  # n=N holds, whichever comes first
         name, _, value = part.partition("=")
         field = BUDGET_FIELDS.get(name)
         if part.startswith("1/"):
@@ -288,7 +296,8 @@ def budget_name(ds):
     if ds is None:
         return "all"
     parts = [f"{name}={value:g}" for name, field in BUDGET_FIELDS.items() if (value := getattr(ds, field))]
-    return ",".join(parts if ds.n_tokens else [f"1/{ds.sparsity:g}", *parts])
+    labels_alone = ds.n_tokens and ds.sparsity == DSConfig.sparsity  # what the share is for then, by default
+    return ",".join(parts if labels_alone else [f"1/{ds.sparsity:g}", *parts])
 
 
 # ---------------------------------------------------------------- decoding known text
@@ -326,7 +335,8 @@ class Decoder:
         ids = torch.tensor(tokens, device=self.model.device)
         for first, part in zip(range(0, len(tokens), self.rows), ids.split(self.rows)):
             T = len(part)
-            self.live += T * self.length + T * (T + 1) // 2
+            window = self.model.config.sliding_window or self.length + T
+            self.live += sum(min(live, window) for live in range(self.length + 1, self.length + T + 1))
             self.length += T
             self.decoded += T
             yield self.model.decode_rows(part, self.cache), first
@@ -491,7 +501,9 @@ def kv_items(tokenizer, path, limit=None):
     """Key-value questions from a file in the published format (.jsonl or .jsonl.gz)."""
     items = []
     for records, key, value in read_json_lines(path, ("ordered_kv_records", "key", "value"))[:limit]:
-        depth = next((i for i, record in enumerate(records) if record[0] == key), 0) / max(1, len(records))
+        if [key, value] not in records or any(len(record) != 2 for record in records):
+            raise ValueError(f"{path}: an item of which ordered_kv_records are no pairs, or do not hold its key and value")
+        depth = records.index([key, value]) / len(records)
         parts = kv_context(records), kv_question(key), kv_answer(value)
         items.append(question_item(tokenizer, *parts, depth=depth, length=None))
     return items
@@ -576,8 +588,6 @@ def longbench_items(tokenizer, path, prompts, size, limit=None):
             raise ValueError(f"{path}: an item without answers")
         ids = ids if len(ids) <= room else ids[: room // 2] + ids[-(room - room // 2) :]
         items.append({"dataset": name, "prompt": ids, "answers": answers})
-    if not items:
-        raise ValueError(f"{path}: no items in it")
     return items
 
 
@@ -677,7 +687,8 @@ def texts_of(path):
     try:
         return WIKITEXT2, [wikitext2()]
     except ValueError as error:
-        print(f"no --data, and {error}: the text is {BUILTIN}", file=sys.stderr)
+        print(f"no --data, and {error}: the text is {BUILTIN}, on which labels are calibrated by default; give --data for a "
+              "figure to quote", file=sys.stderr)
         return BUILTIN, [calibrate.builtin_text()]
 
 
@@ -803,6 +814,11 @@ class Evaluation:
         self.saved = {} if args.force else read_rows(self.path, IDENTITY)
         self.hash = fingerprint(self.checkpoint / "model.safetensors")
 
+    def unfit(self, method, budget):
+        """Why a setting cannot be measured, or None."""
+        ds = parse_budget(budget, self.ds or DSConfig()) if budget else self.ds
+        return METHODS[parse_method(method)[0]].unfit(ds, self.model.config.sliding_window)
+
     def configured(self, method, budget):
         """(DSConfig, label maps, what a row says of them) of a setting; Nones for dense."""
         if method == "dense":
@@ -827,6 +843,8 @@ class Evaluation:
         """Yields the rows of a task at [(method, budget)], dense's first. args: data, limit, context, lengths, prompts."""
         task = TASKS[name]
         data, items = task.items(self.tokenizer, args)
+        if not items:
+            raise ValueError(f"{args.data or data}: no items in it")
         size, most = max(task.size(item, args) for item in items), self.model.config.max_positions
         if size > most:
             raise ValueError(f"{size} tokens are more than the model's {most} positions: take a smaller --context or "
@@ -909,12 +927,16 @@ def table(rows):
     return "\n".join(lines)
 
 
+def need_matplotlib():
+    """Raises ValueError where it is missing: before anything is measured for a plot."""
+    if not find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+
+
 def plot(rows, path):
     """Score over mean tokens, a panel for each task and text, a line for each method. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+    from matplotlib.figure import Figure
+
     groups = grouped(rows)
     if not groups:
         raise ValueError(f"plot={path}: no rows to draw but dense's; run some methods first")
@@ -936,13 +958,17 @@ def plot(rows, path):
 # ---------------------------------------------------------------- command line
 
 
-def default_run(ds, context, device):
-    """[(task, items at most, [(method, budget)])]: all methods at one budget, ds and exact_topk at more."""
+def default_run(ds, context, evaluation):
+    """[(task, items at most, [(method, budget)])]: all methods that can run at one budget, ds and exact_topk at more."""
     share, n = f"1/{ds.sparsity:g}", max(1, round(context / ds.sparsity))
     # 1/16 of a text is N = context / 16 at every position, as in the paper; the stricter reading stands beside it. Retrieval
     # needs few tokens: its budgets go far down, towards where it breaks.
-    text, retrieval = (f"n={n}", [share, f"n={4 * n}", f"n={2 * n}", f"n={n // 2}"]), (share, ["n=32", "n=24"])
-    methods = [*METHODS, *(["ds:qk", "ds:random"] if device != "cpu" else [])]  # minutes of calibration on a CPU
+    text, retrieval = (f"n={n}", [share, f"n={4 * n}", f"n={2 * n}", f"n={max(1, n // 2)}"]), (share, ["n=32", "n=24"])
+    methods = [*METHODS, *(["ds:qk", "ds:random"] if evaluation.device != "cpu" else [])]  # minutes of calibration on a CPU
+    for method in methods.copy():
+        if reason := evaluation.unfit(method, share):
+            print(f"without {method}: {reason}", file=sys.stderr)
+            methods.remove(method)
     runs = []
     for task, limit, (budget, more) in (("perplexity", 16, text), ("agreement", 8, (text[0], [])),
                                         *((task, 36, retrieval) for task in ("kv_retrieval", "lines", "passkey"))):
@@ -979,6 +1005,8 @@ def main():
     add_sparsity_arguments(parser)
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
+    if args.plot:
+        need_matplotlib()
     if args.task == "table":
         path = Path(args.results or RESULTS)
         rows = list(read_rows(path, SETTING).values())
@@ -1006,13 +1034,17 @@ def evaluate(args):
         raise ValueError(f"sparsity={args.sparsity:g}: dense has no methods, budgets or agreement; give a --sparsity above 1")
     settings = [(method, budget) for budget in args.budgets or [None] for method in args.methods or ["ds"]] if ds else []
     for method, budget in settings:
-        parse_method(method), budget and parse_budget(budget, ds)
+        parse_method(method)
+        parse_budget(budget, ds) if budget else None
     evaluation = Evaluation(args, ds)
+    for setting in settings:
+        if reason := evaluation.unfit(*setting):
+            raise ValueError(reason)
     args.context = args.context or (1024 if evaluation.device == "cpu" else 4096)
     args.lengths = args.lengths or ([512, 1024] if evaluation.device == "cpu" else [1024, 2048, 4096])
     runs = [(args.task, args.limit, settings)]
     if args.task == "all":
-        runs = default_run(ds or DSConfig(), args.context, evaluation.device)
+        runs = default_run(ds or DSConfig(), args.context, evaluation)
         if ds is None or args.methods or args.budgets or args.n_tokens or args.top_p:
             runs = [(task, limit, settings) for task, limit, _ in runs if ds or task != "agreement"]
     rows = []

@@ -22,6 +22,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -311,7 +312,7 @@ def adversarial(crowd, **more):
 
 @pytest.mark.parametrize("crowd, window, portable, how", [
     *((crowd, window, True, "staged") for crowd, window in zip(CROWDS, 4 * [None, 4500])),
-    *((crowd, None, False, "staged") for crowd in (CROWDS if GPU else ("many-ties",))),  # the interpreter takes the portable branch
+    *((crowd, None, False, "staged") for crowd in CROWDS if GPU),  # the interpreter takes the portable branch anyway
     *((crowd, None, True, how) for how in ("shared", "fused", "by-length") for crowd in ("many-ties", "descending", "sample-sees-the-best"))])
 def test_kernel_selection_of_adversarial_scores(crowd, window, portable, how, monkeypatch):
     """Rows long enough for the sampled bracket: exactly n tokens, and the same as the reference's, ties included."""
@@ -449,7 +450,7 @@ def naive_attention(q, k, v, seq_lens, indices=None, n_tokens=None, window=None)
     return out
 
 
-@pytest.mark.parametrize("splits", [1, 4, 16])
+@pytest.mark.parametrize("splits", [1, 16])
 @cases
 def test_attend_kernel_equals_reference_given_the_same_indices(case, splits):
     p = Problem(case)
@@ -469,7 +470,7 @@ def test_decode_step_by_kernels_equals_reference(case):
     p = Problem(case)
     newest = (p.seq_lens - 1).long()[:, None, None, None].expand(-1, *p.labels.shape[1:3], 1)
     outs = []
-    for impl in ("torch", "triton", "triton"):
+    for impl in ("torch", "triton") + GPU * ("triton",):  # the interpreter's order is fixed
         config = DSConfig(**{**vars(p.config), "impl": impl})
         labels = p.labels.scatter(3, newest, 0)
         outs.append(poisoned(lambda: ds.ds_decode(p.q, p.k, p.v, labels, p.map, p.seq_lens, config, p.window)))
@@ -478,7 +479,7 @@ def test_decode_step_by_kernels_equals_reference(case):
         assert (got - want).abs().max() <= (8 if p.bits == 16 else 1)  # sums in another order
         assert (got != want).float().mean() < (0.5 if p.bits == 16 else 0.02)
     assert relative_error(outs[1], outs[0]) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[p.dtype]
-    assert torch.equal(outs[1], outs[2]), "the same inputs gave other bits"
+    assert torch.equal(outs[1], outs[-1]), "the same inputs gave other bits"
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
@@ -542,16 +543,16 @@ def test_label_dims_follow_from_sparsity():
         DSConfig(label_channels=12).channels(128)
 
 
-def test_default_label_widths(monkeypatch):
-    """A quarter of the head's dims or more, at 4 bits if they fit, else at 2 or 1; of half the bits in some words if wanted."""
-    for share, want in ((0.0, ["128 x 4", "64 x 4", "32 x 4", "32 x 2", "32 x 1"]),
-                        (0.75, ["128 x 4", "16 x 4, 96 x 2", "8 x 4, 48 x 2", "16 x 2, 32 x 1", "32 x 1"])):
-        monkeypatch.setattr(ds, "NARROW_SHARE", share)
-        assert [ds.widths_name(DSConfig(sparsity=s).widths(128)) for s in (4, 8, 16, 32, 64)] == want
-        for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 96, 128)):
-            config = DSConfig(sparsity=sparsity)
-            assert config.channels(D) <= D and config.words(D) * 32 <= max(32, 16 * D / sparsity)
-            assert ds.parse_widths(ds.widths_name(config.widths(D))) == config.widths(D)
+def test_default_label_widths():
+    """A quarter of the head's dims or more, at 4 bits if they fit, else at 2 or 1; whole words of any head's."""
+    assert [ds.widths_name(DSConfig(sparsity=s).widths(128)) for s in (4, 8, 16, 32, 64)] == [
+        "128 x 4", "64 x 4", "32 x 4", "32 x 2", "32 x 1"]
+    for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 80, 96, 100, 128)):
+        config = DSConfig(sparsity=sparsity)
+        assert config.channels(D) <= D and config.words(D) * 32 <= max(32, 16 * D / sparsity)
+        assert ds.parse_widths(ds.widths_name(config.widths(D))) == config.widths(D)
+    with pytest.raises(ValueError, match="label_channels=512: more label dims than the head's 128"):
+        DSConfig(label_channels=512).widths(128)
 
 
 @pytest.mark.parametrize("bits, message", [
@@ -1697,6 +1698,15 @@ def test_calibration_of_the_tiny_model(tiny_copy):
     assert provenance["method"] == "random" and {"checkpoint", "text_sha256", "samples", "tokens", "date"} <= set(provenance)
 
 
+@pytest.mark.parametrize("bos_id", [1, None])
+def test_calibration_windows_are_full_and_apart(bos_id):
+    tokenizer = SimpleNamespace(bos_id=bos_id, encode=lambda text, bos: list(range(2, 1000)))
+    windows = sum(calibrate.calibration_windows(tokenizer, "", 5, 100), [])
+    assert len(windows) == 6 and all(window.shape == (1, 100) for window in windows)
+    tokens = torch.cat(windows, 1)
+    assert len(tokens[tokens > 1].unique()) == (tokens > 1).sum() == 600 - 6 * (bos_id is not None)
+
+
 def test_agreement_of_a_prediction():
     generator = torch.Generator().manual_seed(0)
     q, k, other = (torch.randn(1, heads, 200, 16, generator=generator) for heads in (4, 2, 4))
@@ -1704,6 +1714,9 @@ def test_agreement_of_a_prediction():
     label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 16), torch.ones(2, 16), ((16, 4),))
     config = DSConfig(n_tokens=40, sink=2, recent=5, label_channels=16)
     shares = [calibrate.prediction_agreement(q, p, k, label_map, config) for p in (q, q + other, other, -q)]
+    for window, least in ((200, 1), (50, 0)):  # all past, or so much of it that the mass of the rest is not to be kept
+        (labels, exact), (within, _) = (calibrate.kept_mass(q, k, label_map, config, w) for w in (None, window))
+        assert (within == labels) if least else within > exact
     assert shares[0] == 1 > shares[1] > shares[2] > shares[3] and shares[1] > 0.4
     assert shares[2] == pytest.approx(33 / 150, abs=0.05)  # of chance: as many of the tokens that are not attended anyway
 
@@ -2042,13 +2055,13 @@ def test_mmlu_runs_on_files_of_its_format(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("text, wanted", [
-    ("1/32", dict(sparsity=32)), ("n=64", dict(n_tokens=64)), ("1/8,n=64", dict(sparsity=8, n_tokens=64)),
+    ("1/32", dict(sparsity=32)), ("n=64", dict(n_tokens=64)), ("n=64,1/8", dict(sparsity=8, n_tokens=64)),
     ("n=64,top_p=0.9", dict(n_tokens=64, top_p=0.9)), ("top_p=0.75", dict(top_p=0.75))])
 def test_budgets_are_read_and_named_alike(text, wanted):
     base = DSConfig(sink=2)
     config = evaluation.parse_budget(text, base)
     assert config == replace(base, **wanted)
-    assert evaluation.parse_budget(evaluation.budget_name(config), config) == config
+    assert evaluation.parse_budget(evaluation.budget_name(config), base) == config
     assert evaluation.parse_budget("1/16", config).n_tokens is None, "a share is no longer a number of tokens"
 
 
@@ -2092,10 +2105,17 @@ def test_table_keeps_a_task_and_text_together_and_shows_the_newest(tmp_path):
     assert cells[3][3:5] == ["quest", "n=32"] and cells[3][9] == "-" and cells[4][6] == "11.000 (1.1000x)"
 
 
-def test_plot_where_matplotlib_is(tmp_path, capsys):
+def test_plot_where_matplotlib_is(tmp_path):
+    if not find_spec("matplotlib"):
+        for script in ("eval.py", "bench.py"):
+            run = command(script, "table", *["attention"] * (script == "bench.py"), "--plot", tmp_path / "x.png")
+            assert run.returncode == 2 and run.stderr == "error: --plot needs matplotlib: pip install matplotlib\n"
+        pytest.skip("no matplotlib")
+    bench.plot(bench.newest_rows("attention"), bench.draw_attention, tmp_path / "speedup.png")
+    assert (tmp_path / "speedup.png").exists()
     rows = [ROW, ROW | {"budget": "n=32", "mean_tokens": 32}, ROW | {"method": "quest"}]
     evaluation.plot(rows, tmp_path / "quality.png")
-    assert (tmp_path / "quality.png").exists() or "pip install matplotlib" in capsys.readouterr().err
+    assert (tmp_path / "quality.png").exists()
 
 
 class Told:
@@ -2185,8 +2205,8 @@ def test_labels_of_other_calibrations_are_made_once(evaluate, tmp_path, monkeypa
     assert len(calls) == 4 and "text" not in rows[-1]["calibration"] and rows[-1]["score"] != rows[2]["score"]
 
 
-def test_default_run_has_all_tasks_and_methods(evaluate, tmp_path):
-    rows, out, err = evaluate("--limit", 1, "--context", 100, "--lengths", 200, "--plot", tmp_path / "quality.png")
+def test_default_run_has_all_tasks_and_methods(evaluate):
+    rows, out, err = evaluate("--limit", 1, "--context", 100, "--lengths", 200)
     found = {(row["task"], row["method"]) for row in rows}
     tasks_ = ("perplexity", "agreement", "kv_retrieval", "lines", "passkey")
     assert found >= {(task, method) for task in tasks_ for method in evaluation.METHODS}
@@ -2231,10 +2251,22 @@ def test_the_published_wikitext_is_the_one_expected():
     (["agreement", "--sparsity", "1"], "sparsity=1: dense has no methods"), (["--budgets", "n=x"], "budgets=n=x"),
     (["--methods", "topk"], "methods=topk: must be one of"),
     (["lines", "--limit", "1", "--lengths", "300", "--methods", "quest", "--top_p", "0.9"], "top_p=0.9: only ds and exact_topk"),
+    (["kv_retrieval", "--data", "{}/empty.jsonl"], "empty.jsonl: no items in it"),
+    (["kv_retrieval", "--data", "{}/odd.jsonl"], "do not hold its key and value"),
     (["perplexity", "--context", "9000"], "8192 positions")])
-def test_bad_settings_of_eval_are_named(evaluate, arguments, message):
+def test_bad_settings_of_eval_are_named(evaluate, arguments, message, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"ordered_kv_records": [["a", "b"]], "key": "c", "value": "b"}) + "\n")
     with pytest.raises(ValueError, match=re.escape(message)):
-        evaluate(*arguments)
+        evaluate(*(argument.format(tmp_path) for argument in arguments))
+
+
+def test_methods_that_cannot_run_are_told_before_any_is_measured(capsys):
+    told = SimpleNamespace(device="cpu", unfit=partial(evaluation.Evaluation.unfit, SimpleNamespace(
+        ds=None, model=SimpleNamespace(config=SimpleNamespace(sliding_window=100)))))
+    methods = {method for _, _, settings in evaluation.default_run(DSConfig(), 1024, told) for method, _ in settings}
+    assert methods == set(evaluation.METHODS) - {"h2o"}
+    assert capsys.readouterr().err == "without h2o: window=100: h2o is not made for sliding windows\n"
 
 
 @pytest.mark.parametrize("name", bench.BENCHES)
@@ -2242,11 +2274,6 @@ def test_bench_tables_are_those_of_the_results(name):
     if not (bench.RESULTS / f"{name}.jsonl").exists():
         pytest.skip("not measured yet")
     assert bench.BENCHES[name].table(bench.newest_rows(name)) in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_bench_plots_where_matplotlib_is(tmp_path, capsys):
-    bench.plot(bench.newest_rows("attention"), bench.draw_attention, tmp_path / "speedup.png")
-    assert (tmp_path / "speedup.png").exists() or "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_bench_checks_its_rows_on_a_cpu():

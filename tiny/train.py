@@ -484,6 +484,8 @@ def main():
     if not list(args.data.glob("books-train-*.jsonl.xz")):
         raise ValueError(f"--data {args.data}: has no books-train-*.jsonl.xz; name the directory that holds them")
     if args.train_tokenizer:
+        if args.tokenizer.exists():
+            raise ValueError(f"{args.tokenizer}: is there, and checkpoints depend on it; remove it, or give another --tokenizer")
         return train_tokenizer(args.data, args.tokenizer, args.seed)
     if args.out is None:
         raise ValueError("--out: is missing; name a directory")
