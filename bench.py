@@ -821,7 +821,8 @@ def main():
                             "(gpt_fast compiles for about a minute per shape); of offload: all K and V streamed as FlexGen "
                             "does, Double Sparsity with K and V on the GPU, with them in host memory, and then attending to "
                             "what was predicted of each layer (default: all)")
-    steps.add_argument("--steps", type=int, default=50, help="steps timed, the median counts; of flexgen at most 10 (default %(default)s)")
+    steps.add_argument("--steps", type=int, default=50,
+                       help="steps timed, the median counts; of flexgen at most 10 (default %(default)s)")
     steps.add_argument("--dense_layers", type=int, nargs="+", default=[DSConfig.dense_layers, 0],
                        help="of ds, gpu and offload, a row for each (default %(default)s)")
     steps.add_argument("--dense_below", type=int, default=DSConfig.dense_below,

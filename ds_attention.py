@@ -733,8 +733,9 @@ def _take_best(entries, total, n, needed, peak, unit, n_tokens, indices, TOP_P: 
 
 
 @triton.jit
-def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_words, sink, recent, l_sw,
-          W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
+def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_words, sink, recent,
+          l_sw, W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, TOP_P: tl.constexpr,
+          PTX: tl.constexpr):
     """Scores a row's tokens from begin to end, the first block of which is in `words`, and lists, block by block, the
     candidates: those at or above the bracket. TOP_P: returns top_p of the tokens' weight less that of the forced ones."""
     needed = 0.0
@@ -846,14 +847,13 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
 
 @triton.jit
 def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts,
-                   before, long_entries, indices, pending, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_words, longest, max_tokens, window, n_fixed,
-                   min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr, G: tl.constexpr,
-                   P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
-                   M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr,
-                   BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, BRACKET: tl.constexpr, EMIT: tl.constexpr,
-                   SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr, TILE: tl.constexpr,
-                   TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
-                   PDL: tl.constexpr):
+                   before, long_entries, indices, pending, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_words, longest, max_tokens, window,
+                   n_fixed, min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr,
+                   G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+                   M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
+                   BRACKET: tl.constexpr, EMIT: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr,
+                   TILE: tl.constexpr, TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr,
+                   PTX: tl.constexpr, PDL: tl.constexpr):
     """One, or all, of the three stages of a selection; SEGMENTS programs share a row and KV head: its tokens in EMIT, in CHOOSE
     its list. Unless it is the LAST launch, rows with long lists are left to _choose_left_kernel."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS

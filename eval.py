@@ -2,7 +2,9 @@
 
 Every scored token is decoded: it attends to its own past with its own selection, at every length (as with --dense_below 0).
 Nothing is masked after the fact. A context that is not scored is prefilled, dense, as generate.py does. Scores of longbench and
-mmlu are not those of the benchmarks' own scripts: without --prompts the wording is ours, too. Rows go to runs/quality.jsonl as they come; a run that was interrupted continues from there (--force: from the start).
+mmlu are not those of the benchmarks' own scripts: without --prompts the wording is ours, too. Rows go to runs/quality.jsonl as
+they come; a run that was interrupted continues from there (--force: from the start).
+
 Usage: python eval.py                          the default run: text and retrieval, all methods at 1/16, some at more budgets
        python eval.py --limit 4                                    a small one, for a CPU
        python eval.py perplexity [--data FILE] [--context 4096] [--budgets 1/16 n=256] [--methods ds ds/8x4,48x2 ds:qk/2 quest]

@@ -468,8 +468,8 @@ def add_sparsity_arguments(parser):
     """The DSConfig fields that a command line offers; defaults are read from the dataclass."""
     default = DSConfig()
     parser.add_argument("--sparsity", type=float, default=default.sparsity, metavar="R",
-                        help=f"attend to 1/R of the tokens, {default.min_tokens} at least, with labels of 1/R of K's bytes; 1: dense "
-                             "(default %(default)g)")
+                        help=f"attend to 1/R of the tokens, {default.min_tokens} at least, with labels of 1/R of K's bytes; 1: "
+                             "dense (default %(default)g)")
     parser.add_argument("--n_tokens", type=int, help="attend to this many tokens instead of a share")
     parser.add_argument("--top_p", type=float, metavar="P", help="of these only as many, the best first, as hold this share of the "
                                                                 "attention that the labels foresee (default: all)")

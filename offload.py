@@ -8,8 +8,8 @@ tokens.
 
 While a layer attends and runs its linear layers, PCIe idles. With `prefetch_tokens` the next layer's query is predicted from
 this layer's input, and so many of the best tokens by that query are fetched ahead: a wrong prediction costs time, and changes
-nothing else. (On an H200 it costs more than it gains so far, so the default is none.) In the mode "predicted" layers attend to what the predicted query selects, all of it fetched ahead: the paper's
-way, which is not exact.
+nothing else. (On an H200 it costs more than it gains so far, so the default is none.) In the mode "predicted" layers attend to
+what the predicted query selects, all of it fetched ahead: the paper's way, which is not exact.
 
 Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention (as FlexGen does): the
 baseline.
@@ -540,7 +540,8 @@ class OffloadCache(KVCache):
         self.ahead = ds if mode == "predicted" else None
         if ds and mode == "exact" and self.prefetch_tokens:
             self.ahead = replace(ds, n_tokens=min(budget, ds.sink + ds.recent + self.prefetch_tokens), top_p=None)
-        self.n_layers, self.mode, self.predictable = config.n_layers, mode, range(1, config.n_layers) if predictable is None else predictable
+        self.n_layers, self.mode = config.n_layers, mode
+        self.predictable = range(1, config.n_layers) if predictable is None else predictable
         self.foresight = Foresight(SideStream(device), SideStream(device), [None, None])
         if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
             even = Workspace(batch, config.n_heads, config.n_kv_heads, config.head_dim, max_seq_length, device, ds,
