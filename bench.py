@@ -9,6 +9,7 @@ Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]    
        python bench.py table attention                 the README's table, from results/attention.jsonl; or generate, offload
 """
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -430,6 +431,28 @@ def time_prefill(model, B, S, device, config):
     return begin.elapsed_time(end) * 1e-3, cold_start_s
 
 
+@contextlib.contextmanager
+def measured(row, device):
+    """Starts from a tidy GPU; row then has the peak memory of what ran inside, or the error that it does not fit."""
+    gc.collect()
+    try:
+        if device != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        if device != "cpu":
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    except (ValueError, torch.OutOfMemoryError) as error:
+        row["error"] = str(error).split("\n")[0]
+
+
+def check_fit(model, B, size, config, device, cache_type=KVCache):
+    """check_memory beside a model that is on the GPU already."""
+    if device != "cpu":
+        held = sum(p.nbytes for p in model.parameters())
+        check_memory(torch.cuda.mem_get_info()[0] + held, model.config, B, size, model.dtype, config, cache_type)
+
+
 def generate_rows(name, model, B, S, modes, configs, steps, device, first):
     """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each. first: of this process."""
     rows = []
@@ -437,13 +460,8 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first):
     for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
         row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode, "config": config and asdict(config),
                "dtype": str(model.dtype).removeprefix("torch."), "steps": steps, "ms_per_step": None}
-        gc.collect()
-        try:
-            if device != "cpu":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                held = sum(p.nbytes for p in model.parameters())
-                check_memory(torch.cuda.mem_get_info()[0] + held, model.config, B, S + steps + WARM_UP, model.dtype, config)
+        with measured(row, device):
+            check_fit(model, B, S + steps + WARM_UP, config, device)
             if mode == "prefill":
                 row["prefill_s"], cold_start_s = time_prefill(model, B, S, device, config)
                 row |= {"cold_start_s": cold_start_s} if first and not rows else {}
@@ -451,10 +469,6 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first):
                 time_mode = time_gpt_fast if mode == "gpt_fast" else time_decode
                 seconds, read = time_mode(model, B, S, steps, device, config)
                 row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds, "bytes_per_step": read}
-            if device != "cpu":
-                row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        except (ValueError, torch.OutOfMemoryError) as error:
-            row["error"] = str(error).split("\n")[0]
         rows.append(row | provenance(device))
     gc.collect()
     for row in rows:
@@ -644,14 +658,9 @@ def offload_rows(source, modes, configs, budgets, ahead, steps):
                "mode": mode, "config": config and asdict(config), "resident_tokens": options.get("resident_tokens"),
                "prefetch_tokens": None, "ms_per_step": None,
                "dtype": str(model.dtype).removeprefix("torch."), "steps": min(steps, 10) if mode == "flexgen" else steps}
-        gc.collect()
-        try:
+        with measured(row, device):
             cache_type = KVCache if mode == "gpu" else partial(OffloadCache, **options, predictable=source.predictable)
-            if device != "cpu":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                held = sum(p.nbytes for p in model.parameters())
-                check_memory(torch.cuda.mem_get_info()[0] + held, c, B, size, model.dtype, config, cache_type)
+            check_fit(model, B, size, config, device, cache_type)
             if mode != "gpu":
                 if host is None:  # pinned once, for all modes
                     check_host_memory(free_host_bytes(), c, B, size, model.dtype)
@@ -673,10 +682,6 @@ def offload_rows(source, modes, configs, budgets, ahead, steps):
             if mode != "gpu":
                 row |= {"pcie_gbps": row["pcie_bytes_per_step"] / seconds / 1e9,
                         "pcie_copy_gbps": copy_speed and copy_speed / 1e9}
-            if device != "cpu":
-                row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        except (ValueError, torch.OutOfMemoryError) as error:
-            row["error"] = str(error).split("\n")[0]
         cache = None
         rows.append(row | provenance(device))
     flexgen = next((r["ms_per_step"] for r in rows if r["mode"] == "flexgen"), None)
@@ -861,12 +866,12 @@ def main():
                 raise ValueError(f"modes={mode}: is not a mode of {args.what}")
         device = pick_device(args.device)
         bench, rows = BENCHES[args.what], []
-        for measured in bench.run(args, device):
-            rows += measured
+        for of_shape in bench.run(args, device):
+            rows += of_shape
             if device != "cpu":
                 torch.cuda.empty_cache()
                 if not args.no_save:
-                    save(measured, args.what)
+                    save(of_shape, args.what)
     print(bench.table(rows))
     if args.plot:
         plot(rows, bench.draw, args.plot)

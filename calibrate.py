@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ds_attention import DSConfig, LabelMap, label_ref, live_range, score_ref, select_ref, widths_name
+from ds_attention import DSConfig, LabelMap, eligible_tokens, label_ref, live_range, score_ref, select_ref, widths_name
 from generate import Tokenizer, default_dtype, pick_device, read_text
 from model import ArgumentParser, ModelConfig, fingerprint, load_model, run_command
 
@@ -174,8 +174,7 @@ def kept_mass(q, k, label_map, ds, window=None, queries=256):
     seq_lens = late_queries(T, queries, k.device)
     grouped = q[0].transpose(0, 1)[seq_lens - 1].float().unflatten(1, (HKV, -1))  # [rows, HKV, G, D]
     exact = torch.einsum("rhgd,hsd->rhgs", grouped, k[0].float()) / D**0.5  # [rows, HKV, G, T]
-    ends, position = seq_lens[:, None, None, None], torch.arange(T, device=k.device)
-    exact = exact.masked_fill((position >= ends) | (position < ends - (window or T)), float("-inf"))
+    exact = exact.masked_fill(~eligible_tokens(seq_lens, T, window)[:, None, None], float("-inf"))
     pooled = exact.mean(2) if ds.pool == "mean" else exact.amax(2)
     mass = exact.softmax(-1)
     kept = []

@@ -255,45 +255,45 @@ def label_ref(k, positions, labels, label_map):
 
 
 @triton.constexpr_function
-def _before(BITS, i):
-    """(dims, bits) in all of the first i of a label's widths, BITS = ((dims, bits), ...)."""
-    return sum(dims for dims, _ in BITS[:i]), sum(dims * bits for dims, bits in BITS[:i])
+def _before(WIDTHS, i):
+    """(dims, bits) in all of the first i of a label's widths, WIDTHS = ((dims, bits), ...)."""
+    return sum(dims for dims, _ in WIDTHS[:i]), sum(dims * bits for dims, bits in WIDTHS[:i])
 
 
 @triton.constexpr_function
-def _total(BITS):
+def _dims(WIDTHS):
     """Label dims C."""
-    return sum(dims for dims, _ in BITS)
+    return sum(dims for dims, _ in WIDTHS)
 
 
 @triton.constexpr_function
-def _narrowest(BITS):
+def _narrowest(WIDTHS):
     """The fewest bits of a label's dims."""
-    return min(bits for _, bits in BITS)
+    return min(bits for _, bits in WIDTHS)
 
 
 @triton.jit
-def _dim_bits(dim, BITS: tl.constexpr):
+def _dim_bits(dim, WIDTHS: tl.constexpr):
     """(first bit in the label, largest code) of label dims; those past the last begin past its words."""
-    bit = dim * BITS[0][1]
-    top = 2.0 ** BITS[0][1] - 1
-    for i in tl.static_range(1, len(BITS)):
-        nth = dim - _before(BITS, i)[0]
-        bit = tl.where(nth >= 0, _before(BITS, i)[1] + nth * BITS[i][1], bit)
-        top = tl.where(nth >= 0, 2.0 ** BITS[i][1] - 1, top)
+    bit = dim * WIDTHS[0][1]
+    top = 2.0 ** WIDTHS[0][1] - 1
+    for i in tl.static_range(1, len(WIDTHS)):
+        nth = dim - _before(WIDTHS, i)[0]
+        bit = tl.where(nth >= 0, _before(WIDTHS, i)[1] + nth * WIDTHS[i][1], bit)
+        top = tl.where(nth >= 0, 2.0 ** WIDTHS[i][1] - 1, top)
     return bit, top
 
 
 @triton.jit
-def _dim_at(bit, BITS: tl.constexpr):
+def _dim_at(bit, WIDTHS: tl.constexpr):
     """(dim, largest code) of the label dim that begins at this bit; dim is C where none does."""
     dim = bit
     top = 0.0
-    for i in tl.static_range(len(BITS)):
-        nth = bit - _before(BITS, i)[1]
-        begins = tl.where(nth % BITS[i][1] == 0, _before(BITS, i)[0] + nth // BITS[i][1], _total(BITS))
+    for i in tl.static_range(len(WIDTHS)):
+        nth = bit - _before(WIDTHS, i)[1]
+        begins = tl.where(nth % WIDTHS[i][1] == 0, _before(WIDTHS, i)[0] + nth // WIDTHS[i][1], _dims(WIDTHS))
         dim = tl.where(nth >= 0, begins, dim)
-        top = tl.where(nth >= 0, 2.0 ** BITS[i][1] - 1, top)
+        top = tl.where(nth >= 0, 2.0 ** WIDTHS[i][1] - 1, top)
     return dim, top
 
 
@@ -304,7 +304,7 @@ def _label_codes(dots, lo, step, top):
 
 @triton.jit
 def _label_kernel(k, positions, labels, basis, lo, step, T, k_sb, k_sh, k_st, p_sb, l_sb, l_sh, l_sw,
-                  HKV: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                  HKV: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_T: tl.constexpr):
     pid_t, pid_h, pid_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -313,16 +313,16 @@ def _label_kernel(k, positions, labels, basis, lo, step, T, k_sb, k_sh, k_st, p_
     keys = tl.load(k + pid_b * k_sb + pid_h * k_sh + offs_t.to(tl.int64)[:, None] * k_st + offs_d[None, :],
                    mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
     pos = tl.load(positions + pid_b * p_sb + offs_t, mask=mask_t, other=0).to(tl.int64)
-    C: tl.constexpr = _total(BITS)
+    C: tl.constexpr = _dims(WIDTHS)
     for w in range(W):
         word = tl.zeros([BLOCK_T], tl.int32)
-        for j in tl.static_range(32 // _narrowest(BITS)):
-            dim, top = _dim_at(w * 32 + j * _narrowest(BITS), BITS)
+        for j in tl.static_range(32 // _narrowest(WIDTHS)):
+            dim, top = _dim_at(w * 32 + j * _narrowest(WIDTHS), WIDTHS)
             c = tl.minimum(dim, C - 1)
             column = tl.load(basis + (pid_h * D + offs_d) * C + c, mask=mask_d, other=0.0)
             c += pid_h * C
             codes = _label_codes(tl.sum(keys * column[None, :], 1), tl.load(lo + c), tl.load(step + c), top)
-            word |= tl.where(dim < C, codes, 0) << (j * _narrowest(BITS))
+            word |= tl.where(dim < C, codes, 0) << (j * _narrowest(WIDTHS))
         tl.store(labels + pid_b * l_sb + pid_h * l_sh + w * l_sw + pos, word, mask=mask_t)
 
 
@@ -348,6 +348,13 @@ def live_range(seq_lens, window):
     return seq_lens - live, live
 
 
+def eligible_tokens(seq_lens, S, window):
+    """Which of S positions are eligible: [B, S] bool."""
+    start, _ = live_range(seq_lens, window)
+    position = torch.arange(S, device=seq_lens.device)
+    return (position >= start[:, None]) & (position < seq_lens[:, None])
+
+
 def score_ref(q, labels, label_map, seq_lens, window=None, pool="mean"):
     """Label scores of every cached token, in the units of q . k / sqrt(D) up to a constant per row and head.
 
@@ -362,10 +369,7 @@ def score_ref(q, labels, label_map, seq_lens, window=None, pool="mean"):
     operand = codes[0] if len(codes) < len(q) else codes
     scores = torch.einsum(f"bhpc,{'hsc' if operand.ndim == 3 else 'bhsc'}->bhps", q_codes, operand)
     scores = ((scores + bias[..., None]).amax(2) * unit[..., None]).float()  # [B, HKV, S]
-    start, _ = live_range(seq_lens, window)
-    position = torch.arange(S, device=q.device)
-    eligible = (position >= start[:, None]) & (position < seq_lens[:, None])  # [B, S]
-    return scores.masked_fill(~eligible[:, None], float("-inf"))
+    return scores.masked_fill(~eligible_tokens(seq_lens, S, window)[:, None], float("-inf"))
 
 
 # ---------------------------------------------------------------- select
@@ -376,9 +380,8 @@ def forced_ref(seq_lens, n_tokens, S, sink, recent, window):
 
     seq_lens [B], n_tokens [B, HKV]: the newest `recent`, then the first `sink` tokens, as far as n_tokens goes.
     """
-    start, _ = live_range(seq_lens, window)
+    eligible = eligible_tokens(seq_lens, S, window)[:, None]
     position = torch.arange(S, device=seq_lens.device)
-    eligible = ((position >= start[:, None]) & (position < seq_lens[:, None]))[:, None]
     n_recent = n_tokens.clamp(max=recent)
     n_sink = (n_tokens - n_recent).clamp(max=sink)
     newest = position >= (seq_lens[:, None] - n_recent)[..., None]
@@ -452,9 +455,9 @@ def _dot4(a, b, acc, PTX: tl.constexpr):
 
 
 @triton.jit
-def _readable(end, row_words):
-    """The first position not to read for tokens up to `end`: a multiple of 16 where row_words is, so that loads take four words."""
-    return tl.minimum(tl.cdiv(end, 16) * 16, row_words)
+def _readable(end, row_tokens):
+    """The first position not to read for tokens up to `end`: a multiple of 16 where row_tokens is: loads then take four words."""
+    return tl.minimum(tl.cdiv(end, 16) * 16, row_tokens)
 
 
 @triton.jit
@@ -467,40 +470,40 @@ def _load_words(labels, offs_s, mask, l_sw, W: tl.constexpr):
 
 
 @triton.constexpr_function
-def _slices(BITS):
-    """T: byte-wise slices of a label word, in each of which a byte has one dim at most."""
-    return 2 if BITS[0][1] == 16 else 8 // _narrowest(BITS)
+def _slices(WIDTHS):
+    """SLICES: byte-wise slices of a label word, in each of which a byte has one dim at most."""
+    return 2 if WIDTHS[0][1] == 16 else 8 // _narrowest(WIDTHS)
 
 
 @triton.constexpr_function
-def _slice(BITS, w, t):
+def _slice(WIDTHS, w, t):
     """The bits of a label word, as an int32, that are its t-th slice: of each byte the dim that begins there. 0: none does."""
-    if BITS[0][1] == 16:
+    if WIDTHS[0][1] == 16:
         return 0x00FF00FF  # of the word shifted: low bytes, then high bytes
-    of_bytes = [bits for dims, bits in BITS for _ in range(dims * bits // 8)][4 * w : 4 * w + 4]
-    begin = t * _narrowest(BITS)
+    of_bytes = [bits for dims, bits in WIDTHS for _ in range(dims * bits // 8)][4 * w : 4 * w + 4]
+    begin = t * _narrowest(WIDTHS)
     mask = sum((2**bits - 1 << begin) << 8 * i for i, bits in enumerate(of_bytes) if begin % bits == 0)
     return (mask + 2**31) % 2**32 - 2**31
 
 
 @triton.jit
-def _token_scores(words, query, W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr):
+def _token_scores(words, query, W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr):
     """Integer scores of tokens with W label words: max over P of (codes . 8-bit query codes + bias).
 
-    query: one row's [P, W * T + 1] int32 words, T a label word, then the bias.
+    query: one row's [P, W * SLICES + 1] int32 words, SLICES for each label word, then the bias.
     """
-    T: tl.constexpr = _slices(BITS)
+    SLICES: tl.constexpr = _slices(WIDTHS)
     for p in tl.static_range(P):
-        score = tl.zeros_like(words[0]) + tl.load(query + p * (W * T + 1) + W * T)
-        for t in tl.static_range(T):
+        score = tl.zeros_like(words[0]) + tl.load(query + p * (W * SLICES + 1) + W * SLICES)
+        for t in tl.static_range(SLICES):
             part = tl.zeros_like(score)
             for w in tl.static_range(W):
-                if _slice(BITS, w, t) != 0:
-                    q = tl.load(query + p * (W * T + 1) + w * T + t) + tl.zeros_like(score)
-                    word = words[w] >> (8 * t) if BITS[0][1] == 16 else words[w]
-                    part = _dot4(word & _slice(BITS, w, t), q, part, PTX)
+                if _slice(WIDTHS, w, t) != 0:
+                    q = tl.load(query + p * (W * SLICES + 1) + w * SLICES + t) + tl.zeros_like(score)
+                    word = words[w] >> (8 * t) if WIDTHS[0][1] == 16 else words[w]
+                    part = _dot4(word & _slice(WIDTHS, w, t), q, part, PTX)
             # a slice stays where it is in its bytes, and its sum is shifted instead
-            score += part << (8 * t) if BITS[0][1] == 16 else part >> (_narrowest(BITS) * t)
+            score += part << (8 * t) if WIDTHS[0][1] == 16 else part >> (_narrowest(WIDTHS) * t)
         best = score if p == 0 else tl.maximum(best, score)
     return best
 
@@ -596,20 +599,20 @@ def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, B
 
 
 @triton.jit
-def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_words, q_sh, l_sw, G: tl.constexpr,
-             P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr,
+def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_tokens, q_sh, l_sw, G: tl.constexpr,
+             P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr, M: tl.constexpr,
              RUN: tl.constexpr, MARGIN: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
     """Writes the label codes of a row's query. From a sample of M tokens, returns a lower bracket of its n-th best score, for
     TOP_P the best score seen, and the largest of the query's labels, which is 127 in the codes."""
-    T: tl.constexpr = _slices(BITS)
-    C: tl.constexpr = _total(BITS)
+    SLICES: tl.constexpr = _slices(WIDTHS)
+    C: tl.constexpr = _dims(WIDTHS)
     live = seq_len - start
     # the sample: aligned runs of RUN tokens, spread over the live ones
     RUNS: tl.constexpr = M // RUN
     run = tl.arange(0, M) // RUN
     sampled = (start + run * (live // RUNS) + run * (live % RUNS) // RUNS) // RUN * RUN + tl.arange(0, M) % RUN
     inside = (sampled < seq_len) & (sampled >= start)
-    words = _load_words(labels, sampled, sampled < _readable(seq_len, row_words), l_sw, W)
+    words = _load_words(labels, sampled, sampled < _readable(seq_len, row_tokens), l_sw, W)
     # the query's label codes, laid out as the label words are sliced: byte b of word (w, t) is of the dim that begins there in
     # slice t of label word w; where none does the byte is not written, and meets a zero of the slice
     largest = 0.0
@@ -619,30 +622,30 @@ def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, 
         largest = tl.maximum(largest, tl.max(tl.abs(dots * steps), 0))
         top_bias = tl.maximum(top_bias, tl.sum(dots * lows))
     scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
-    bit, _ = _dim_bits(offs_c, BITS)
-    place = (bit // 32 * T + bit % 8 // _narrowest(BITS)) * 4 + bit // 8 % 4
+    bit, _ = _dim_bits(offs_c, WIDTHS)
+    place = (bit // 32 * SLICES + bit % 8 // _narrowest(WIDTHS)) * 4 + bit // 8 % 4
     for p in tl.static_range(P):
         if P > 1:
             dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
         codes = tl.floor(dots * steps * scale + 0.5).to(tl.int8)  # [BLOCK_C] in [-127, 127]
-        of_head = (query + p * (W * T + 1)).to(tl.pointer_type(tl.int8), bitcast=True) + place
+        of_head = (query + p * (W * SLICES + 1)).to(tl.pointer_type(tl.int8), bitcast=True) + place
         tl.store(of_head, codes, mask=offs_c < C)
-        if BITS[0][1] == 16:  # the dims meet the low bytes of their codes, and again the high bytes
+        if WIDTHS[0][1] == 16:  # the dims meet the low bytes of their codes, and again the high bytes
             tl.store(of_head + 4, codes, mask=offs_c < C)
         bias = scale * 0.0  # the same for all tokens: it matters only between the heads of a group
         if P > 1:
             bias = tl.maximum(tl.floor((tl.sum(dots * lows) - top_bias) * scale + 0.5), -(2.0**30))
-        tl.store(query + p * (W * T + 1) + W * T, bias.to(tl.int32))
+        tl.store(query + p * (W * SLICES + 1) + W * SLICES, bias.to(tl.int32))
     tl.debug_barrier()  # the query words are read back in another order
     bracket = DEAD + 1
     peak = 0
     share = M * (n.to(tl.float32) / live)
     wanted = (share + MARGIN * tl.sqrt(share)).to(tl.int32) + 1
     if TOP_P:
-        keys = _token_scores(words, query, W, BITS, P, PTX)
+        keys = _token_scores(words, query, W, WIDTHS, P, PTX)
         peak = tl.max(tl.where(inside & (sampled < seq_len - 1), keys, -FORCED))
     if (wanted < M // 2) & (live >= M):
-        keys = tl.where(inside, _token_scores(words, query, W, BITS, P, PTX), DEAD)
+        keys = tl.where(inside, _token_scores(words, query, W, WIDTHS, P, PTX), DEAD)
         low, high = tl.min(tl.where(inside, keys, FORCED)), tl.max(keys)
         bracket = _search(keys, M, low, high, wanted, wanted // 32, 0, 0.0, False, 0)
     return bracket, peak, largest
@@ -733,18 +736,18 @@ def _take_best(entries, total, n, needed, peak, unit, n_tokens, indices, TOP_P: 
 
 
 @triton.jit
-def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_words, sink, recent,
-          l_sw, W: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, TOP_P: tl.constexpr,
+def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_tokens, sink,
+          recent, l_sw, W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, TOP_P: tl.constexpr,
           PTX: tl.constexpr):
     """Scores a row's tokens from begin to end, the first block of which is in `words`, and lists, block by block, the
     candidates: those at or above the bracket. TOP_P: returns top_p of the tokens' weight less that of the forced ones."""
     needed = 0.0
-    readable = _readable(end, row_words)
+    readable = _readable(end, row_tokens)
     offs_s = tl.arange(0, BLOCK_S)
     group = tl.arange(0, BLOCK_S // 4)
     for s in range(begin, end, BLOCK_S):
         following = _load_words(labels, s + BLOCK_S + offs_s, s + BLOCK_S + offs_s < readable, l_sw, W)
-        scores = _token_scores(words, query, W, BITS, P, PTX)
+        scores = _token_scores(words, query, W, WIDTHS, P, PTX)
         block = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
         if TOP_P:  # without the newest token, whose label may not be there yet
             counts_for = (s + offs_s >= start) & (s + offs_s < seq_len - 1)
@@ -795,7 +798,7 @@ def _take_listed(entries, counts, before, total, groups, n, bracket, needed, pea
 
 @triton.jit
 def _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len,
-            start, n, bracket, peak, unit, sink, recent, l_sw, part, W: tl.constexpr, BITS: tl.constexpr,
+            start, n, bracket, peak, unit, sink, recent, l_sw, part, W: tl.constexpr, WIDTHS: tl.constexpr,
             P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PLACERS: tl.constexpr,
             TILE: tl.constexpr, TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr,
             PTX: tl.constexpr):
@@ -837,7 +840,7 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
             for s in range(first, seq_len, BLOCK_S):
                 offs_s = s + tl.arange(0, BLOCK_S)
                 words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W)
-                scores = _token_scores(words, query, W, BITS, P, PTX)
+                scores = _token_scores(words, query, W, WIDTHS, P, PTX)
                 key = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
                 tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
             tl.debug_barrier()
@@ -847,9 +850,9 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
 
 @triton.jit
 def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts,
-                   before, long_entries, indices, pending, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_words, longest, max_tokens, window,
+                   before, long_entries, indices, pending, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens, window,
                    n_fixed, min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr,
-                   G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+                   G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
                    M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
                    BRACKET: tl.constexpr, EMIT: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr,
                    TILE: tl.constexpr, TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr,
@@ -858,10 +861,10 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     its list. Unless it is the LAST launch, rows with long lists are left to _choose_left_kernel."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
-    T: tl.constexpr = _slices(BITS)
+    SLICES: tl.constexpr = _slices(WIDTHS)
     BLOCKS: tl.constexpr = 2**LOG_BLOCKS
     if BRACKET:
-        C: tl.constexpr = _total(BITS)
+        C: tl.constexpr = _dims(WIDTHS)
         offs_c = tl.arange(0, triton.next_power_of_2(C))
         steps = tl.load(step + pid_h * C + offs_c, mask=offs_c < C, other=1.0)
         lows = tl.load(lo + pid_h * C + offs_c, mask=offs_c < C, other=0.0)
@@ -870,7 +873,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
     labels += pid_b * l_sb + pid_h * l_sh
-    query += row.to(tl.int64) * P * (W * T + 1)
+    query += row.to(tl.int64) * P * (W * SLICES + 1)
     entries += row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S
     counts += row.to(tl.int64) * BLOCKS
     seq_len = tl.load(seq_lens + pid_b)
@@ -879,7 +882,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
     if BRACKET:
         bracket, peak, largest = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, offs_c, labels, query,
-                                          seq_len, start, n, row_words, q_sh, l_sw, G, P, D, BLOCK_D, W, BITS, M, RUN, MARGIN,
+                                          seq_len, start, n, row_tokens, q_sh, l_sw, G, P, D, BLOCK_D, W, WIDTHS, M, RUN, MARGIN,
                                           TOP_P, PTX)
         unit = largest * unit_per_label
         tl.store(n_tokens + row, n)
@@ -892,7 +895,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         begin = first + segment * span
         end = tl.minimum(begin + span, seq_len)
         offs_s = begin + tl.arange(0, BLOCK_S)
-        words = _load_words(labels, offs_s, offs_s < _readable(end, row_words), l_sw, W)
+        words = _load_words(labels, offs_s, offs_s < _readable(end, row_tokens), l_sw, W)
     if not BRACKET:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -902,15 +905,15 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         if TOP_P:
             peak, unit = tl.load(peaks + row), tl.load(units + row)
     if EMIT:
-        needed = _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_words,
-                       sink, recent, l_sw, W, BITS, P, BLOCK_S, TOP_P, PTX)
+        needed = _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_tokens,
+                       sink, recent, l_sw, W, WIDTHS, P, BLOCK_S, TOP_P, PTX)
         if TOP_P:
             tl.store(needs + row * PARTS + segment, needed)
     if CHOOSE:
         if EMIT:
             tl.debug_barrier()
         left = _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens,
-                       seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, segment, W, BITS, P, BLOCK_S, LOG_BLOCKS,
+                       seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, segment, W, WIDTHS, P, BLOCK_S, LOG_BLOCKS,
                        PARTS, SEGMENTS, TILE, TIERS, LAST, TILE_LONG, TOP_P, PTX)
         if not LAST:
             tl.store(pending + row, left.to(tl.int32))
@@ -919,7 +922,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
 @triton.jit
 def _choose_left_kernel(labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts, before, long_entries,
                         indices, pending, l_sb, l_sh, l_sw, S, longest, max_tokens, window, sink, recent, rows,
-                        HKV: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+                        HKV: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
                         BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
                         TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
                         PDL: tl.constexpr):
@@ -927,7 +930,7 @@ def _choose_left_kernel(labels, seq_lens, n_tokens, query, lower, peaks, units, 
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    T: tl.constexpr = _slices(BITS)
+    SLICES: tl.constexpr = _slices(WIDTHS)
     for i in range(ROWS):
         row = tl.program_id(0) * ROWS + i
         if tl.load(pending + row, mask=row < rows, other=0) != 0:
@@ -936,10 +939,10 @@ def _choose_left_kernel(labels, seq_lens, n_tokens, query, lower, peaks, units, 
             peak, unit = 0, 0.0
             if TOP_P:
                 peak, unit = tl.load(peaks + row), tl.load(units + row)
-            _choose(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * T + 1), needs,
+            _choose(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * SLICES + 1), needs,
                     entries + row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S, counts + row.to(tl.int64) * 2**LOG_BLOCKS, before,
                     long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len, tl.maximum(seq_len - window, 0), n,
-                    bracket, peak, unit, sink, recent, l_sw, 0, W, BITS, P, BLOCK_S, LOG_BLOCKS, PARTS, 1, TILE, TIERS,
+                    bracket, peak, unit, sink, recent, l_sw, 0, W, WIDTHS, P, BLOCK_S, LOG_BLOCKS, PARTS, 1, TILE, TIERS,
                     True, TILE_LONG, TOP_P, PTX)
 
 
@@ -1071,11 +1074,11 @@ class Selection:
             units=ws.unit, needs=ws.needed, entries=ws.entries, counts=ws.counts, before=ws.before, long_entries=ws.long_entries,
             indices=ws.indices, pending=ws.pending, S=S, longest=ws.longest, max_tokens=ws.indices.shape[2],
             window=NO_WINDOW if self.window is None else self.window, sink=c.sink, recent=c.recent, HKV=HKV,
-            P=1 if c.pool == "mean" else self.q.shape[1] // HKV, W=W, BITS=self.label_map.widths,
+            P=1 if c.pool == "mean" else self.q.shape[1] // HKV, W=W, WIDTHS=self.label_map.widths,
             BLOCK_S=ws.block, LOG_BLOCKS=ws.blocks.bit_length() - 1, PARTS=ws.segments, TOP_P=c.top_p is not None, PTX=self.nvidia,
             PDL=self.overlapped, **(dict(launch_pdl=True) if self.overlapped else {}))
 
-    def row_words(self):
+    def readable_tokens(self):
         """Tokens that may be read of a row of label words: up to the next multiple of 16, if the memory goes on so far."""
         S, offset = self.labels.shape[3], self.labels.storage_offset()
         last = offset + sum((n - 1) * stride for n, stride in zip(self.labels.shape, self.labels.stride()))
@@ -1089,7 +1092,7 @@ class Selection:
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
             **self.arguments(), q=self.q, basis_q=m.basis_q, step=m.step, lo=m.lo, q_sb=self.q.stride(0), q_sh=self.q.stride(1),
-            row_words=self.row_words(), n_fixed=c.n_tokens or 0, min_tokens=c.min_tokens, share_num=share_num,
+            row_tokens=self.readable_tokens(), n_fixed=c.n_tokens or 0, min_tokens=c.min_tokens, share_num=share_num,
             share_den=share_den, top_p=c.top_p or 0.0, unit_per_label=math.log2(math.e) / 127 / math.sqrt(D),
             G=self.q.shape[1] // self.labels.shape[1], D=D, BLOCK_D=triton.next_power_of_2(D), M=SAMPLE, RUN=RUN,
             MARGIN=MARGIN, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, CHOOSE=choose, TILE=TILE,
@@ -1137,9 +1140,7 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     if indices is None:
-        start, _ = live_range(seq_lens, window)
-        position = torch.arange(S, device=q.device)
-        valid = ((position >= start[:, None]) & (position < seq_lens[:, None]))[:, None]  # [B, 1, S]
+        valid = eligible_tokens(seq_lens, S, window)[:, None]  # [B, 1, S]
     else:
         valid = torch.arange(indices.shape[-1], device=q.device) < per_head(n_tokens, HKV)[..., None]  # [B, HKV, N]
         rows = indices.clamp(min=0).long()[..., None].expand(-1, -1, -1, D)
@@ -1156,14 +1157,14 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
 
 @triton.jit
 def _label_newest(key, basis, step, lo, labels, l_sw, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr,
-                  BLOCK_W: tl.constexpr, BITS: tl.constexpr):
+                  BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr):
     """Writes the label of one key [D]: W words, l_sw apart."""
-    C: tl.constexpr = _total(BITS)
+    C: tl.constexpr = _dims(WIDTHS)
     offs_d, offs_c, offs_w = tl.arange(0, BLOCK_D), tl.arange(0, triton.next_power_of_2(C)), tl.arange(0, BLOCK_W)
     newest = tl.load(key + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
     dots = tl.sum(_columns(basis, C, offs_c, D, BLOCK_D) * newest[:, None], 0)
     lows = tl.load(lo + offs_c, mask=offs_c < C, other=0.0)
-    bit, top = _dim_bits(offs_c, BITS)
+    bit, top = _dim_bits(offs_c, WIDTHS)
     codes = _label_codes(dots, lows, tl.load(step + offs_c, mask=offs_c < C, other=1.0), top) << (bit % 32)
     words = tl.sum(tl.where((bit // 32)[None, :] == offs_w[:, None], codes[None, :], 0), 1)
     tl.store(labels + offs_w * l_sw, words, mask=offs_w < W)
@@ -1174,7 +1175,7 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
                    max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw, n_sb, n_sh,
                    n_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
-                   BLOCK_W: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr):
+                   BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr):
     if PDL and not OVERLAP:
         tl.extra.cuda.gdc_wait()
     row, pid_split = tl.program_id(0), tl.program_id(1)
@@ -1190,10 +1191,10 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     v += pid_b * v_sb + pid_h * v_sh
     if W > 0:  # while the selection runs: whoever reads the newest label in this step overrides its key with FORCED
         if pid_split == 0:
-            C: tl.constexpr = _total(BITS)
+            C: tl.constexpr = _dims(WIDTHS)
             _label_newest(newest + pid_b * n_sb + pid_h * n_sh + (seq_len - 1).to(tl.int64) * n_ss, basis_k + pid_h * D * C,
                           step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D,
-                          W, BLOCK_W, BITS)
+                          W, BLOCK_W, WIDTHS)
     if PDL and OVERLAP:
         tl.extra.cuda.gdc_wait()
     begin = 0 if SPARSE else tl.maximum(seq_len - window, 0)

@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 import calibrate
 from ds_attention import (
-    DSConfig, Workspace, attend, attend_ref, bits_of, live_range, select_ref, select_tokens, top_p_ref, widths_name
+    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, live_range, select_ref, select_tokens, top_p_ref,
+    widths_name
 )
 from generate import (
     HERE, add_sparsity_arguments, default_dtype, label_bits, load, load_maps, pick_device, read_text, sparsity_from
@@ -138,10 +139,8 @@ class Sparse(LayerCache):
         S, (R, _, N) = int(seq_lens.max()), indices.shape
         grouped = q.float().unflatten(1, (self.kv.shape[1], -1))  # [R, HKV, G, D]
         logits = torch.einsum("rhgd,hsd->rhgs", grouped, self.past(S)[0][0].float()) / math.sqrt(q.shape[2])
-        start, _ = live_range(seq_lens, self.window)
-        position = torch.arange(S, device=q.device)
-        eligible = (position >= start[:, None]) & (position < seq_lens[:, None])  # [R, S]
-        weights = logits.masked_fill(~eligible[:, None, None], float("-inf")).softmax(-1)
+        eligible = eligible_tokens(seq_lens, S, self.window)[:, None, None]
+        weights = logits.masked_fill(~eligible, float("-inf")).softmax(-1)
         chosen = torch.arange(N, device=q.device) < n.view(R, -1, 1)  # [R, 1, N]; what lies past n is not written
         index = indices.long().where(chosen, 0)[:, :, None].expand(-1, -1, weights.shape[2], -1)
         return (weights.gather(3, index) * chosen[:, :, None]).sum((0, 3)).flatten().double()

@@ -334,7 +334,7 @@ def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, 
                    kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
                    UPCAST: tl.constexpr, PDL: tl.constexpr):
-    """x [B, K] times w [rows, K], then an epilogue: see the methods of Stream. A program owns BLOCK_N of N outputs, all of K.
+    """x [B, K] times w [rows, K], then an epilogue: see the methods of Residual. A program owns BLOCK_N of N outputs, all of K.
 
     "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie `half` apart.
     """
@@ -429,7 +429,7 @@ def _enter_kernel(table, tokens, gain, x, scaled, squares, dim, BLOCK: tl.conste
     tl.store(squares + pid_b, tl.sum(total, 0))
 
 
-class Stream:
+class Residual:
     """The residual stream of a decode step, one token for each of B sequences, and the fused linear layers that read it.
 
     Beside x [B, dim] stand x times the weight of the norm that comes next, and the sums of x**2 over parts of dim: the kernel
@@ -619,7 +619,7 @@ class MoEFeedForward(nn.Module):
         x = x.reshape(-1, shape[-1])  # [tokens, dim]
         logits, experts = self.router(x).topk(self.top, -1)  # [tokens, top]
         weights = logits.float().softmax(-1).to(x.dtype)
-        if x.is_cuda and (shape[-2] == 1 or len(x) <= Stream.MAX_ROWS):
+        if x.is_cuda and (shape[-2] == 1 or len(x) <= Residual.MAX_ROWS):
             return self.by_token(x, experts, weights).view(shape)
         out = torch.zeros_like(x)
         for e in range(len(self.w13)):
@@ -656,15 +656,15 @@ class Block(nn.Module):
         q, k, v = self.before(x, cos, sin)
         return self.after(x, self.attn.attend(q, k, v, cache, step))
 
-    def decode(self, stream, cos, sin, cache, seq_lens, next_gain):
+    def decode(self, residual, cos, sin, cache, seq_lens, next_gain):
         """`forward` of one new token per sequence by fused kernels. next_gain: the weight of the norm after this block."""
-        q = stream.heads(self.attn.wqkv.weight, cos, sin, cache.kv, seq_lens)
+        q = residual.heads(self.attn.wqkv.weight, cos, sin, cache.kv, seq_lens)
         y = cache.decode(q, seq_lens)  # [B, HQ, D]
-        stream.add(y.flatten(1), self.attn.wo.weight, self.ffn_norm.weight)
+        residual.add(y.flatten(1), self.attn.wo.weight, self.ffn_norm.weight)
         if isinstance(self.ffn, FeedForward):
-            stream.add(stream.swiglu(self.ffn.w13.weight), self.ffn.w2.weight, next_gain)
+            residual.add(residual.swiglu(self.ffn.w13.weight), self.ffn.w2.weight, next_gain)
         else:
-            stream.enter(stream.x + self.ffn(self.ffn_norm(stream.x)), next_gain)
+            residual.enter(residual.x + self.ffn(self.ffn_norm(residual.x)), next_gain)
 
 
 PREFILL_CHUNK = 8192  # tokens: enough for matrix products at full speed, few enough that activations stay below 2 GB at 7B
@@ -780,7 +780,7 @@ class Transformer(nn.Module):
         assert impl in ("auto", "torch", "triton"), f"impl={impl}"
         cache.seq_lens += grow
         positions = (cache.seq_lens - 1)[:, None]
-        fused = self.dtype.itemsize == 2 and self.device.type == "cuda" and len(tokens) <= Stream.MAX_ROWS
+        fused = self.dtype.itemsize == 2 and self.device.type == "cuda" and len(tokens) <= Residual.MAX_ROWS
         if impl == "triton" or (impl == "auto" and fused):
             return self._decode_fused(tokens, positions, cache)
         x = self._run(tokens[:, None], cache, Step(positions, row_lens=cache.seq_lens))
@@ -791,11 +791,11 @@ class Transformer(nn.Module):
         rope = self.rope(positions)
         cos, sin = (table.flatten(1) for table in rope)  # [B, D / 2]
         gains = [layer.attn_norm.weight for layer in self.layers] + [self.norm.weight]
-        stream = Stream(self.embed.weight, gains[0], self.config.norm_eps, tokens)
+        residual = Residual(self.embed.weight, gains[0], self.config.norm_eps, tokens)
         for i, (layer, layer_cache, next_gain) in enumerate(zip(self.layers, cache.layers, gains[1:])):
-            cache.foresee(i, stream.x[:, None], self.layers, *rope)
-            layer.decode(stream, cos, sin, layer_cache, cache.seq_lens, next_gain)
-        return stream.logits(self.head_weight)
+            cache.foresee(i, residual.x[:, None], self.layers, *rope)
+            layer.decode(residual, cos, sin, layer_cache, cache.seq_lens, next_gain)
+        return residual.logits(self.head_weight)
 
     @torch.inference_mode()
     def decode_rows(self, tokens, cache):

@@ -50,7 +50,7 @@ import generate
 import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
-    PRESETS, Attention, KVCache, LayerCache, ModelConfig, Stream, Transformer, check_memory, load_label_maps, load_model,
+    PRESETS, Attention, KVCache, LayerCache, ModelConfig, Residual, Transformer, check_memory, load_label_maps, load_model,
     memory_need, parameter_shapes
 )
 from offload import OffloadCache
@@ -376,9 +376,9 @@ def test_labels_are_not_read_past_their_memory():
     padded = torch.full((2, 2, 4, 208), -1, dtype=torch.int32, device=DEVICE)[..., :203]
     padded.copy_(p.labels)
     found = []
-    for labels, row_words in ((p.labels, 203), (padded, 208)):
+    for labels, row_tokens in ((p.labels, 203), (padded, 208)):
         workspace = ds.Workspace(2, 4, 2, 64, 203, torch.device(DEVICE), p.config)
-        assert ds.Selection(p.q, labels, p.map, p.seq_lens, p.config, workspace).row_words() == row_words
+        assert ds.Selection(p.q, labels, p.map, p.seq_lens, p.config, workspace).readable_tokens() == row_tokens
         indices, n = ds.select(p.q, labels, p.map, p.seq_lens, p.config, workspace=workspace)
         found.append([indices[b, h, : n[b, h]].tolist() for b in range(2) for h in range(2)])
     assert found[0] == found[1]
@@ -1013,9 +1013,9 @@ def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
     table, gain, w13, w2 = normal(9, 96), normal(96), normal(2 * 70, 96), normal(96, 70) / 8
     outs = []
     for more in ({}, tiles):
-        stream = Stream(table, gain, 1e-5)
-        stream.add(stream.swiglu(w13, **more), w2, gain, **more)
-        outs += [stream.x, stream.logits(w13, **more)]
+        residual = Residual(table, gain, 1e-5)
+        residual.add(residual.swiglu(w13, **more), w2, gain, **more)
+        outs += [residual.x, residual.logits(w13, **more)]
     for got, want in zip(outs[2:], outs):
         assert relative_error(got, want) < 1e-3
     gate, up = (torch.nn.functional.rms_norm(table.float(), (96,), gain.float(), 1e-5) @ w13.float().T).chunk(2, -1)
