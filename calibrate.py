@@ -243,7 +243,7 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     cos, sin = model.rope(torch.arange(context, device=device)[None])
     generator = torch.Generator().manual_seed(seed)
     if dims < ds.channels(config.head_dim):
-        ds = dataclasses.replace(ds, label_channels=dims)
+        ds = dataclasses.replace(ds, label_channels=dims // 8 * 8)  # whole words of 4 bits
     widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
     columns = {name: [] for name in ("basis_k", "basis_q", "mean", "std", "ranking", "agreement")}
     print(f"layer  mass kept by labels  by exact scores  agreement  overlap of two halves   ({widths_name(widths)} bit, "
@@ -308,7 +308,7 @@ def main():
                           "paper's), q and k by their mean size, variance by E[q_c^2] var(k_c), random (default %(default)s)")
     how.add_argument("--from_json", help="channel rankings in the authors' JSON format (.json or .json.xz) instead of "
                                          "--method; the text then only sets the label ranges")
-    parser.add_argument("--json_projection", choices=("qk", "q", "k"), default="qk", help="which of its rankings to take")
+    parser.add_argument("--json_projection", choices=("qk", "q", "k"), help="which of its rankings to take (default qk)")
     parser.add_argument("--samples", type=int, default=10, help="windows of text to calibrate on; about a quarter as many "
                                                                  "more are held out (default %(default)s)")
     parser.add_argument("--context", type=int, default=4096, help="tokens per window (default %(default)s)")
@@ -317,16 +317,18 @@ def main():
     parser.add_argument("--out", help="output file (default: channels.safetensors in the checkpoint)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
-    for name, low in [("samples", 3), ("context", 64), ("dims", 1)]:
+    for name, low in [("samples", 3), ("context", 64), ("dims", 8)]:
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least {low}")
+    if args.json_projection and not args.from_json:
+        raise ValueError(f"json_projection={args.json_projection}: says which rankings of --from_json to take; give that")
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"{args.out}: no such directory to write to")
     device = pick_device(args.device)
     ranking = None
     if args.from_json:
         ranking = load_rankings(args.from_json, ModelConfig.from_file(Path(args.checkpoint) / "config.json"),
-                                args.json_projection)
+                                args.json_projection or "qk")
     out = calibrate(args.checkpoint, read_text(args.data) if args.data else None,
                     "qk" if args.from_json else args.method, args.samples, args.context, args.dims, args.seed, ranking,
                     device, default_dtype(device), args.out,

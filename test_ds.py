@@ -1350,8 +1350,8 @@ def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", se
     """A DecodeStep of random_model with this type of cache, whose texts do not end."""
     model, maps, config = random_model(seed, **(dict(eos_ids=(), n_kv_heads=2, max_positions=4096) | more))
     HKV = model.config.n_kv_heads
-    maps = [LabelMap(*(t[:1].expand(HKV, *t.shape[1:]) for t in (m.basis_k, m.basis_q, m.lo, m.step)), m.widths) for m in maps]
-    maps = [LabelMap(*(t.contiguous() for t in (m.basis_k, m.basis_q, m.lo, m.step)), m.widths) for m in maps]
+    maps = [LabelMap(*(t[:1].repeat(HKV, *[1] * (t.ndim - 1)) for t in (m.basis_k, m.basis_q, m.lo, m.step)), m.widths)
+            for m in maps]
     config = replace(config, dense_below=below, impl=impl)
     cache = cache_type(model.config, batch, size, DEVICE, torch.float32, config, maps)
     return generate.DecodeStep(model.to(DEVICE), cache)
@@ -2029,8 +2029,8 @@ def test_greedy_continues_as_generate_does(tiny):
     want = generate.generate(step, [prompt], 12).token_ids[0]
     told = decoder(tiny, 64, None)
     assert told.greedy(prompt, 12) == want
-    told.model = SimpleNamespace(config=SimpleNamespace(eos_ids=[want[7]]), prefill=told.model.prefill, device=told.model.device,
-                                 decode_rows=told.model.decode_rows)
+    told.model = SimpleNamespace(config=SimpleNamespace(eos_ids=[want[7]], sliding_window=None), prefill=told.model.prefill,
+                                 device=told.model.device, decode_rows=told.model.decode_rows)
     assert told.greedy(prompt, 12) == want[: want.index(want[7])], "the end of text ends it"
 
 
