@@ -161,6 +161,7 @@ def naive_chain(x, config):
 
 
 def right(row):
+    """Whether what an attention row checked is as it should be."""
     return row["max_rel_err"] < 0.01 and row["selected_mass"] >= 0.999
 
 
@@ -616,6 +617,7 @@ class Prompts(RandomText):
 
     @staticmethod
     def of(args, device):
+        """The prompts that a command line asks for: cut from --data, or key-value questions."""
         model, tokenizer, checkpoint = load(args.checkpoint, device, default_dtype(device))
         model.config = replace(model.config, eos_ids=())  # all rows of a batch go on to the end
         sizes = parse_sizes("shapes", args.shapes or "32x4000", "32x4000")

@@ -456,7 +456,7 @@ def _dot4(a, b, acc, PTX: tl.constexpr):
 
 @triton.jit
 def _readable(end, row_tokens):
-    """The first position not to read for tokens up to `end`: a multiple of 16 where row_tokens is: loads then take four words."""
+    """The first position not to read for tokens up to `end`, rounded up to 16 if a row goes on: loads then take four words."""
     return tl.minimum(tl.cdiv(end, 16) * 16, row_tokens)
 
 

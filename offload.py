@@ -134,6 +134,7 @@ AGES = 64  # resolves since a slot was last used that replacement tells apart: t
 # tokens predicted, those selected thereafter, and those fetched ahead. Without the newest token; predicted and confirmed also
 # without the others that are attended in any case.
 COUNTS = ("selected", "fetched", "steps", "predicted", "confirmed", "prefetched")
+SELECTED, FETCHED, STEPS, PREDICTED, CONFIRMED, PREFETCHED = map(tl.constexpr, range(len(COUNTS)))
 
 
 class Resident:
@@ -274,14 +275,14 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
     tl.store(n_missing + row, misses)
     tl.store(clock + row, now)
     if AHEAD:
-        _count(counts, 3, rows, predicted)
-        _count(counts, 5, rows, fetched)
+        _count(counts, PREDICTED, rows, predicted)
+        _count(counts, PREFETCHED, rows, fetched)
     else:
-        _count(counts, 0, rows, n - 1)
-        _count(counts, 1, rows, fetched)
-        _count(counts, 2, rows, 1)
+        _count(counts, SELECTED, rows, n - 1)
+        _count(counts, FETCHED, rows, fetched)
+        _count(counts, STEPS, rows, 1)
     if FORESEEN:
-        _count(counts, 4, rows, confirmed)
+        _count(counts, CONFIRMED, rows, confirmed)
 
 
 def resolve(r, indices, n_tokens, seq_lens, ahead=False, foreseen=False, sink=0, recent=1, tile=None):
@@ -452,6 +453,7 @@ class OffloadedLayer(HostLayer):
         self.done = self.foresight.fetching.run(lambda: self.fetch(None, indices, seq_lens), after=self.done)
 
     def decode(self, q, seq_lens):
+        """As of any layer, over the resident tokens once those selected are among them; then the next layer's may be fetched."""
         r, k, v = self.resident, *self.resident.kv.unbind(3)
         newest_k = self.kv[..., 0, :]
         by_kernels = self.ds.use_triton(q)
@@ -557,7 +559,8 @@ class OffloadCache(KVCache):
         super().__init__(config, batch, max_seq_length, device, dtype, ds, label_maps)
 
     def make_layer(self, shape, dtype, device, settings):
-        if self.ds is not None and "ds" not in settings:  # of the first, dense layers
+        """As in KVCache; a layer with K and V in host memory, unless it is one of the first, dense ones."""
+        if self.ds is not None and "ds" not in settings:
             return super().make_layer(shape, dtype, device, settings)
         B, HKV, S, _, D = shape
         newest = torch.zeros(B, HKV, 2, D, dtype=dtype, device=device)
