@@ -149,9 +149,18 @@ def whole_words(words, bits, D):
 
 
 def default_widths(words, D):
-    """The label of this many 32-bit words: as many bits per dim, of 4, 2 and 1, as let a quarter of the head's D dims fit."""
-    bits = next((bits for bits in (4, 2) if words * (32 // bits) >= D / 4), 1)
-    return ((whole_words(words, bits, D), bits),)
+    """The label of this many 32-bit words: many dims at few bits (results/notes-quality.md says how they were chosen).
+
+    From a bit per dim of the head on, a quarter of the bits makes dims of 4 and the rest of 2, from half a bit on 5/8 makes dims
+    of 2 and the rest of 1; less is all dims of 1. Where that were more than D dims, they are D, and more of them wide.
+    """
+    bits = min(32 * words, 4 * D // 32 * 32)
+    wide, share = (4, 1 / 4) if bits >= D else (2, 5 / 8) if 2 * bits >= D else (1, 1)
+    narrow = max(1, wide // 2)
+    of_wide = round(bits * share / 8) * 8
+    if of_wide // wide + (bits - of_wide) // narrow > D:
+        of_wide = 2 * (bits - narrow * D)
+    return tuple((part // width, width) for part, width in ((of_wide, wide), (bits - of_wide, narrow)) if part)
 
 
 # Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a Gaussian.
@@ -850,13 +859,13 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
 
 @triton.jit
 def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts,
-                   before, long_entries, indices, pending, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens, window,
-                   n_fixed, min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr,
+                   before, long_entries, indices, pending, chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens,
+                   window, n_fixed, min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr,
                    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
                    M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
                    BRACKET: tl.constexpr, EMIT: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr,
                    TILE: tl.constexpr, TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr,
-                   PTX: tl.constexpr, PDL: tl.constexpr):
+                   PTX: tl.constexpr, PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
     """One, or all, of the three stages of a selection; SEGMENTS programs share a row and KV head: its tokens in EMIT, in CHOOSE
     its list. Unless it is the LAST launch, rows with long lists are left to _choose_left_kernel."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
@@ -917,6 +926,9 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
                        PARTS, SEGMENTS, TILE, TIERS, LAST, TILE_LONG, TOP_P, PTX)
         if not LAST:
             tl.store(pending + row, left.to(tl.int32))
+        if ANNOUNCE:
+            tl.debug_barrier()  # after all that the program wrote
+            tl.atomic_xchg(chosen + row, 1, sem="release")
 
 
 @triton.jit
@@ -982,7 +994,7 @@ class Workspace:
         self.splits = splits or shared
         self.partial = scratch(B * HQ, self.splits, D, dtype=torch.float32)
         self.partial_lse = scratch(B * HQ, self.splits, dtype=torch.float32)
-        self.arrived = torch.zeros(R, dtype=torch.int32, device=device)  # whoever arrives last resets it
+        self.arrived, self.chosen = torch.zeros(2, R, dtype=torch.int32, device=device)  # attend's last program resets both
         if config is not None:
             self.segments = segments or (1 if R >= FUSED_ROWS else shared)
             self.n_tokens, self.lower, self.peak = scratch(B, HKV), scratch(R), scratch(R)
@@ -998,6 +1010,8 @@ class Workspace:
             max_tokens = config.budget(S if window is None else min(S, window))
             self.tile = min(max(TILE, triton.next_power_of_2(max_tokens * 7 // 4)), MAX_TILE)
             self.placers = placers or (2 if R <= FEW_ROWS // 2 and self.tile > 2 * TILE else 1)
+            # whether attend may begin with a row while others are still being chosen: with few rows or long lists it gave nothing
+            self.announced = R >= FEW_ROWS and self.tile == TILE and self.placers == 1 and pdl(self.lower)
             self.longest = 4 * max_tokens  # candidates searched in memory
             self.long_entries = scratch(R, self.longest, dtype=torch.int64)
             self.indices = scratch(B, HKV, max_tokens)
@@ -1015,6 +1029,7 @@ class Selection:
     workspace: Workspace
     window: int | None = None
     portable: bool = False  # without PTX instructions, as on other vendors' GPUs
+    announced: bool = False  # what is chosen is announced to attend, called right after, row by row
 
     def __post_init__(self):
         widths = self.label_map.widths
@@ -1035,7 +1050,8 @@ class Selection:
         """What runs, in order: the three stages, or where one program a row fills the GPU, all in one launch."""
         return [self.at_once] if self.workspace.segments == 1 else [self.bracket, self.emit, self.choose]
 
-    def at_once(self, num_warps=8):
+    def at_once(self, num_warps=None):
+        num_warps = num_warps or (4 if self.labels.shape[2] <= 2 else 8)
         # so many registers that a multiprocessor holds four rows
         self.launch(bracket=True, emit=True, choose=True, num_warps=num_warps, registers=512 // num_warps)
         self.choose_left()
@@ -1095,19 +1111,20 @@ class Selection:
             row_tokens=self.readable_tokens(), n_fixed=c.n_tokens or 0, min_tokens=c.min_tokens, share_num=share_num,
             share_den=share_den, top_p=c.top_p or 0.0, unit_per_label=math.log2(math.e) / 127 / math.sqrt(D),
             G=self.q.shape[1] // self.labels.shape[1], D=D, BLOCK_D=triton.next_power_of_2(D), M=SAMPLE, RUN=RUN,
-            MARGIN=MARGIN, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, CHOOSE=choose, TILE=TILE,
-            TIERS=1 if self.apart else max(1, (ws.tile // TILE).bit_length()), LAST=not self.apart, TILE_LONG=256 * num_warps,
-            num_warps=num_warps, enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
+            MARGIN=MARGIN, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, CHOOSE=choose, chosen=ws.chosen,
+            ANNOUNCE=choose and self.announced, TILE=TILE, TIERS=1 if self.apart else max(1, (ws.tile // TILE).bit_length()),
+            LAST=not self.apart, TILE_LONG=256 * num_warps, num_warps=num_warps,
+            enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
             **limits)
 
 
-def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False):
+def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False, announced=False):
     """select_tokens by kernels, in at most four launches, without writing the scores: what comes back is in the workspace, and
     indices past n_tokens are not written."""
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
     workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-    for stage in Selection(q, labels, label_map, seq_lens, config, workspace, window, portable).stages():
+    for stage in Selection(q, labels, label_map, seq_lens, config, workspace, window, portable, announced).stages():
         stage()
     return workspace.indices, workspace.n_tokens
 
@@ -1171,11 +1188,12 @@ def _label_newest(key, basis, step, lo, labels, l_sw, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, out, basis_k, step, lo, labels, newest,
-                   max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw, n_sb, n_sh,
-                   n_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
+def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, chosen, out, basis_k, step, lo, labels,
+                   newest, max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw, n_sb,
+                   n_sh, n_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
-                   BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr):
+                   BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr,
+                   ANNOUNCED: tl.constexpr):
     if PDL and not OVERLAP:
         tl.extra.cuda.gdc_wait()
     row, pid_split = tl.program_id(0), tl.program_id(1)
@@ -1195,7 +1213,13 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
             _label_newest(newest + pid_b * n_sb + pid_h * n_sh + (seq_len - 1).to(tl.int64) * n_ss, basis_k + pid_h * D * C,
                           step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D,
                           W, BLOCK_W, WIDTHS)
-    if PDL and OVERLAP:
+    if ANNOUNCED:  # what ran before the selection has ended: all its programs waited for that before this one could begin
+        if tl.atomic_add(chosen + row, 0, sem="acquire") == 0:
+            done = 0
+            while done == 0:  # relaxed: to acquire is to drop the multiprocessor's L1 cache, which the selection uses
+                done = tl.atomic_add(chosen + row, 0, sem="relaxed")
+            tl.atomic_add(chosen + row, 0, sem="acquire")
+    elif PDL and OVERLAP:
         tl.extra.cuda.gdc_wait()
     begin = 0 if SPARSE else tl.maximum(seq_len - window, 0)
     end = tl.load(n_tokens + row) if SPARSE else seq_len
@@ -1250,15 +1274,17 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
             result = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
             tl.store(out + (row.to(tl.int64) * G + g) * D + offs_d, result.to(out.dtype.element_ty), mask=mask_d)
         tl.store(arrived + row, 0)
+        if ANNOUNCED:
+            tl.store(chosen + row, 0)
 
 
 def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, labels=None, label_map=None,
-           newest=None, overlap=False, block_n=None, num_warps=None, stages=2):
+           newest=None, overlap=False, announced=False, block_n=None, num_warps=None, stages=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts.
 
     labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too; the key is read at
     seq_lens - 1 in `newest` [B, HKV, S, D], by default k. overlap: read q, k and seq_lens while `select`, called right before,
-    ends; they must be older than that.
+    ends; they must be older than that. announced: that call announced each row, and they are attended to as they are chosen.
     """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
@@ -1277,14 +1303,14 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     splits = max(1, ws.splits // 2) if wide else ws.splits
     num_warps = num_warps or ((2 if wide else 1) if q.element_size() == 2 else 4)
     _attend_kernel[(B * HKV, splits)](
-        q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, out,
+        q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, ws.chosen, out,
         *((m.basis_k, m.step, m.lo, labels, newest) if W else (None,) * 5), S if indices is None else indices.shape[-1],
         NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],
         *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3], indices is not None, HKV, G,
         max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), splits, block_n or (64 if wide else 32), stages, W,
         triton.next_power_of_2(W), m.widths if W else (),
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
-        PDL=overlapped, OVERLAP=overlap, num_warps=num_warps,
+        PDL=overlapped, OVERLAP=overlap, ANNOUNCED=announced, num_warps=num_warps,
         **(dict(launch_pdl=True) if overlapped else {}))
     return out
 
@@ -1330,9 +1356,10 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
         B, HQ, D = q.shape
         HKV, S = k.shape[1:3]
         workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
-        indices, n_tokens = select_tokens(q, labels, label_map, seq_lens, config, window, workspace)
+        announced = dict(workspace=workspace, announced=workspace.announced)
+        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, **announced)
         newest = dict(labels=labels, label_map=label_map) if label_newest else {}
-        return attend(q, k, v, seq_lens, indices, n_tokens, workspace=workspace, overlap=True, **newest)
+        return attend(q, k, v, seq_lens, indices, n_tokens, overlap=True, **newest, **announced)
     if label_newest:
         label_newest_ref(k, seq_lens, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length

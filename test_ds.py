@@ -544,9 +544,9 @@ def test_label_dims_follow_from_sparsity():
 
 
 def test_default_label_widths():
-    """A quarter of the head's dims or more, at 4 bits if they fit, else at 2 or 1; whole words of any head's."""
+    """Those of notes-quality.md at 16, 8 and 4 bytes of 128 dims; whole words of any head's, and no more dims than it has."""
     assert [ds.widths_name(DSConfig(sparsity=s).widths(128)) for s in (4, 8, 16, 32, 64)] == [
-        "128 x 4", "64 x 4", "32 x 4", "32 x 2", "32 x 1"]
+        "128 x 4", "16 x 4, 96 x 2", "8 x 4, 48 x 2", "20 x 2, 24 x 1", "32 x 1"]
     for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 80, 96, 100, 128)):
         config = DSConfig(sparsity=sparsity)
         assert config.channels(D) <= D and config.words(D) * 32 <= max(32, 16 * D / sparsity)
@@ -2170,7 +2170,7 @@ def test_saved_rows_are_taken_and_only_new_settings_measured(evaluate, tmp_path)
     common = ("lines", "--lengths", 300, "--limit", 2, "--methods", "ds", "streaming")
     rows, _, _ = evaluate(*common, "--budgets", "n=40")
     assert [(row["method"], row["budget"]) for row in rows] == [("dense", "all"), ("ds", "n=40"), ("streaming", "n=40")]
-    assert rows[1]["mean_tokens"] == 40 and rows[1]["labels"] == "32 x 4 bit" and rows[1]["calibration"]["method"] == "joint"
+    assert rows[1]["mean_tokens"] == 40 and rows[1]["labels"] == "8 x 4, 48 x 2 bit" and rows[1]["calibration"]["method"] == "joint"
     assert rows[1]["dense_score"] == rows[0]["score"] == 100 and "labels" not in rows[2] and rows[2]["calibration"] is None
     again, out, err = evaluate(*common, "--budgets", "n=40", "n=30")
     assert again[:3] == rows and [row["budget"] for row in again[3:]] == ["n=30", "n=30"]
@@ -2195,7 +2195,7 @@ def test_labels_of_other_calibrations_are_made_once(evaluate, tmp_path, monkeypa
     common = ("perplexity", "--context", 300, "--limit", 1, "--n_tokens", 40, "--methods", "ds:qk", "ds:random/2")
     rows, _, err = evaluate(*common)
     assert calls == ["qk", "random"] and "the text is Python language reference" in err
-    assert [row.get("labels") for row in rows] == [None, "32 x 4 bit", "64 x 2 bit"], "as many bytes"
+    assert [row.get("labels") for row in rows] == [None, "8 x 4, 48 x 2 bit", "64 x 2 bit"], "as many bytes"
     assert [row["calibration"]["method"] for row in rows[1:]] == ["qk", "random"]
     assert all(row["calibration"]["text"] == row["data"] == evaluation.BUILTIN for row in rows[1:])
     assert rows[0]["score"] < rows[1]["score"] < rows[2]["score"], "random dims lose most"
