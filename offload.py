@@ -313,47 +313,52 @@ def fetch_ref(r, host, newest, indices, seq_lens):
 
 
 @triton.jit
-def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing, token_slot, max_tokens, S, R,
-                  HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing, token_slot, max_tokens, S, R, rows,
+                  HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
     """A token's row is its K and V, ROW elements. Without `missing`: kv is all of a layer's, as host is. Without `newest`:
-    those are not there yet."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    base = row.to(tl.int64)
-    host += base * S * ROW
-    kv += base * R * ROW
-    offs = tl.arange(0, BLOCK)
-    last = tl.load(seq_lens + row // HKV) - 1
-    slot = last
+    those are not there yet. The programs share out what is missing, TOKENS rows at a time, one head after the other."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    offs, each = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     if missing is not None:
-        indices += base * max_tokens
-        slots += base * R
-        missing += base * R
-        count = tl.load(n_missing + row)
-        for first in range(part * TOKENS, count, tl.num_programs(1) * TOKENS):
-            mask = first + tl.arange(0, TOKENS) < count
-            i = tl.load(missing + first + tl.arange(0, TOKENS), mask=mask, other=0)
-            token = tl.load(indices + i, mask=mask, other=0)
-            to = tl.load(slots + i, mask=mask, other=0)
+        count = tl.load(n_missing + each, mask=each < rows, other=0)
+        parts = tl.cdiv(count, TOKENS)
+        end = tl.cumsum(parts, 0)
+        for part in range(program, tl.sum(parts), programs):
+            row = tl.sum((end <= part).to(tl.int32))
+            first = part - tl.sum(tl.where(each == row, end - parts, 0))
+            nth = first * TOKENS + tl.arange(0, TOKENS)
+            mask = nth < tl.sum(tl.where(each == row, count, 0))
+            last = tl.load(seq_lens + row // HKV) - 1
+            base = row.to(tl.int64)
+            i = tl.load(missing + base * R + nth, mask=mask, other=0)
+            token = tl.load(indices + base * max_tokens + i, mask=mask, other=0)
+            to = tl.load(slots + base * R + i, mask=mask, other=0)
             mask = (mask & (token != last))[:, None] & (offs < ROW)[None, :]
-            rows = tl.load(host + token.to(tl.int64)[:, None] * ROW + offs[None, :], mask=mask, other=0.0)
-            tl.store(kv + to.to(tl.int64)[:, None] * ROW + offs[None, :], rows, mask=mask)
-        slot = tl.load(token_slot + base * S + last)
+            fetched = tl.load(host + (base * S + token)[:, None] * ROW + offs[None, :], mask=mask, other=0.0)
+            tl.store(kv + (base * R + to)[:, None] * ROW + offs[None, :], fetched, mask=mask)
     if newest is not None:
-        if part == 0:
-            fresh = tl.load(newest + base * ROW + offs, mask=offs < ROW, other=0.0)
-            tl.store(kv + slot.to(tl.int64) * ROW + offs, fresh, mask=offs < ROW)
-            tl.store(host + last.to(tl.int64) * ROW + offs, fresh, mask=offs < ROW)
+        for first in range(program * 16, rows, programs * 16):
+            row = first + tl.arange(0, 16)
+            base = row.to(tl.int64)
+            last = tl.load(seq_lens + row // HKV, mask=row < rows, other=1) - 1
+            slot = last
+            if missing is not None:
+                slot = tl.load(token_slot + base * S + last, mask=row < rows, other=0)
+            mask = (row < rows)[:, None] & (offs < ROW)[None, :]
+            fresh = tl.load(newest + base[:, None] * ROW + offs[None, :], mask=mask, other=0.0)
+            tl.store(kv + (base * R + slot)[:, None] * ROW + offs[None, :], fresh, mask=mask)
+            tl.store(host + (base * S + last)[:, None] * ROW + offs[None, :], fresh, mask=mask)
 
 
-def fetch(r, host, newest, indices, seq_lens, programs=64, tokens=64, num_warps=8):
-    """As fetch_ref: one launch of about `programs` programs, which read `tokens` rows at a time: many rows, so that one head
-    with most of the misses has enough on their way; few programs, since others run beside that take whole multiprocessors."""
+def fetch(r, host, newest, indices, seq_lens, programs=8, tokens=128, num_warps=32):
+    """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows on their way, which is
+    enough for PCIe. Whatever shares a multiprocessor with loads from the host waits as long as they do."""
     B, HKV, R = r.slots.shape
     S, ROW = host.shape[2], 2 * host.shape[4]
     assert host.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
-    _fetch_kernel[(B * HKV, triton.cdiv(programs, B * HKV))](
-        host, newest, r.kv, seq_lens, indices, r.slots, r.missing, r.n_missing, r.token_slot, indices.shape[2], S, R, HKV,
-        ROW, triton.next_power_of_2(ROW), tokens, num_warps=num_warps)
+    _fetch_kernel[(programs,)](
+        host, newest, r.kv, seq_lens, indices, r.slots, r.missing, r.n_missing, r.token_slot, indices.shape[2], S, R, B * HKV,
+        HKV, ROW, triton.next_power_of_2(ROW), triton.next_power_of_2(B * HKV), tokens, num_warps=num_warps)
 
 
 # ---------------------------------------------------------------- the cache
@@ -507,8 +512,8 @@ class StreamedLayer(HostLayer):
         stream.side.wait(stream.copied[self.number])
         buffer = stream.buffers[self.number % 2]
         if q.is_cuda:
-            _fetch_kernel[(B * HKV, 1)](self.host, self.newest, buffer, seq_lens, None, None, None, None, None, 0, S, S,
-                                        HKV, 2 * D, triton.next_power_of_2(2 * D), 1)
+            _fetch_kernel[(triton.cdiv(B * HKV, 16),)](self.host, self.newest, buffer, seq_lens, None, None, None, None, None, 0, S,
+                                                       S, B * HKV, HKV, 2 * D, triton.next_power_of_2(2 * D), 1, 1)
         else:
             for rows in (self.host, buffer):
                 rows[torch.arange(B), :, (seq_lens - 1).long()] = self.newest
