@@ -482,6 +482,25 @@ def test_decode_step_by_kernels_equals_reference(case):
     assert torch.equal(outs[1], outs[-1]), "the same inputs gave other bits"
 
 
+@pytest.mark.parametrize("case", ["bf16", "top-p-window-mixed"])
+@pytest.mark.parametrize("segments", [None, 1], ids=["three-launches", "one-launch"])
+def test_rows_attended_to_while_others_are_chosen(case, segments):
+    """The same bits as when attend waits for all rows, step after step: what announces a row is taken back."""
+    p = Problem(CASES[case])
+    config = replace(p.config, impl="triton")
+
+    def decode(workspace):
+        return ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window, workspace)
+
+    patient, eager = (ds.Workspace(p.B, p.HQ, p.HKV, p.D, p.S, torch.device(DEVICE), config, p.window, segments=segments, placers=1)
+                      for _ in range(2))
+    patient.announced, eager.announced = False, True
+    for _ in range(2):
+        want, got = decode(patient), decode(eager)
+        assert torch.equal(want, got) and not eager.chosen.any()
+        p.seq_lens -= 1
+
+
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 def test_lengths_change_inside_a_cuda_graph():
     p = Problem(shapes(B=2, S=5000), seq_lens=[5000, 4000])
