@@ -46,7 +46,7 @@ RESULTS = HERE / "results"
 # B, S, HQ, HKV
 SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536, 32, 32), (16, 16384, 32, 32),
           (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8)]
-UNIFORM = "32x4"  # the paper's width of a label; all shapes are timed with it, too
+UNIFORM = 4  # the paper's bits per label dim; all shapes are timed with them, too, in as many bytes
 MORE_LABELS = ["48x2", "20x2,24x1", "32x2", "8x4", "32x1"]  # further ones, at (16, 16384)
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
 

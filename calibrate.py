@@ -243,7 +243,8 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     cos, sin = model.rope(torch.arange(context, device=device)[None])
     generator = torch.Generator().manual_seed(seed)
     if dims < ds.channels(config.head_dim):
-        ds = dataclasses.replace(ds, label_channels=dims // 8 * 8)  # whole words of 4 bits
+        uniform = dataclasses.replace(ds, label_bits=4)  # whole words of it, and no more than the default's
+        ds = dataclasses.replace(uniform, label_channels=min(dims // 8 * 8, uniform.channels(config.head_dim)))
     widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
     columns = {name: [] for name in ("basis_k", "basis_q", "mean", "std", "ranking", "agreement")}
     print(f"layer  mass kept by labels  by exact scores  agreement  overlap of two halves   ({widths_name(widths)} bit, "

@@ -34,7 +34,8 @@ class DSConfig:
     top_p: float | None = None  # of them only as many as hold this share of the attention, estimated from the labels
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
     label_channels: int | None = None  # label dims per KV head; None: as many as 1/sparsity of a 16-bit K's bytes hold
-    label_bits: int | str | None = None  # bits per label dim, or dims x bits of each width: "8x4,48x2"; None: default_widths
+    label_bits: int | str | None = None  # bits per label dim, or dims x bits of each width: "8x4,48x2"; None: default_widths, or
+    # 4 with label_channels
     # these two by the caller, in what it asks ds_decode for: see model.py and sparse_at
     dense_layers: int = 2  # the first layers attend to everything: their attention is diffuse
     dense_below: int = 3072  # a step whose longest row has fewer live tokens attends to everything: it could not win
@@ -157,10 +158,10 @@ def default_widths(words, D):
     bits = min(32 * words, 4 * D // 32 * 32)
     wide, share = (4, 1 / 4) if bits >= D else (2, 5 / 8) if 2 * bits >= D else (1, 1)
     narrow = max(1, wide // 2)
-    of_wide = round(bits * share / 8) * 8
-    if of_wide // wide + (bits - of_wide) // narrow > D:
-        of_wide = 2 * (bits - narrow * D)
-    return tuple((part // width, width) for part, width in ((of_wide, wide), (bits - of_wide, narrow)) if part)
+    wide_bits = round(bits * share / 8) * 8
+    if wide_bits // wide + (bits - wide_bits) // narrow > D:
+        wide_bits = 2 * (bits - narrow * D)
+    return tuple((part // width, width) for part, width in ((wide_bits, wide), (bits - wide_bits, narrow)) if part)
 
 
 # Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a Gaussian.
@@ -1214,11 +1215,10 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
                           step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D,
                           W, BLOCK_W, WIDTHS)
     if ANNOUNCED:  # what ran before the selection has ended: all its programs waited for that before this one could begin
-        if tl.atomic_add(chosen + row, 0, sem="acquire") == 0:
+        while tl.atomic_add(chosen + row, 0, sem="acquire") == 0:  # its result is used, else Triton 3.6 leaves it out
             done = 0
             while done == 0:  # relaxed: to acquire is to drop the multiprocessor's L1 cache, which the selection uses
                 done = tl.atomic_add(chosen + row, 0, sem="relaxed")
-            tl.atomic_add(chosen + row, 0, sem="acquire")
     elif PDL and OVERLAP:
         tl.extra.cuda.gdc_wait()
     begin = 0 if SPARSE else tl.maximum(seq_len - window, 0)
@@ -1357,9 +1357,13 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
         HKV, S = k.shape[1:3]
         workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
         announced = dict(workspace=workspace, announced=workspace.announced)
-        indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, **announced)
         newest = dict(labels=labels, label_map=label_map) if label_newest else {}
-        return attend(q, k, v, seq_lens, indices, n_tokens, overlap=True, **newest, **announced)
+        try:
+            indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, **announced)
+            return attend(q, k, v, seq_lens, indices, n_tokens, overlap=True, **newest, **announced)
+        except BaseException:  # rows announced to nobody
+            workspace.chosen.zero_()
+            raise
     if label_newest:
         label_newest_ref(k, seq_lens, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length

@@ -877,6 +877,7 @@ class Evaluation:
                 if name == "perplexity":
                     row["dense_bits_per_byte"] = (dense_row or row)["bits_per_byte"]
                 append_json(self.path, row)
+                self.saved[key] = row
                 partial.unlink()
             dense_row = dense_row or row
             yield row
@@ -963,8 +964,8 @@ def plot(rows, path):
 
 
 def default_run(ds, context, evaluation):
-    """[(task, items at most, [(method, budget)])]: all methods that can run at one budget, ds and exact_topk at more, slow ones
-    on fewer items."""
+    """[(task, items at most, [(method, budget)])]: all methods that can run at one budget, ds and exact_topk at more; without
+    --limit slow ones on fewer items."""
     share, n = f"1/{ds.sparsity:g}", max(1, round(context / ds.sparsity))
     # 1/16 of a text is N = context / 16 at every position, as in the paper; the stricter reading stands beside it. Retrieval
     # needs few tokens: its budgets go far down, towards where it breaks.
@@ -1055,7 +1056,10 @@ def evaluate(args):
     if args.task == "all":
         runs = default_run(ds or DSConfig(), args.context, evaluation)
         if ds is None or args.methods or args.budgets or args.n_tokens or args.top_p:
-            runs = [(task, limit, settings) for task, limit, _ in runs if ds or task != "agreement"]
+            limits = {}
+            for task, limit, _ in runs:
+                limits.setdefault(task, limit)
+            runs = [(task, limit, settings) for task, limit in limits.items() if ds or task != "agreement"]
     rows = []
     for task, limit, settings in tqdm(runs, desc="tasks", unit="task", leave=False, disable=len(runs) == 1):
         data = None if args.task == "all" and task in ("kv_retrieval", "lines") else args.data

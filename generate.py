@@ -476,7 +476,7 @@ def add_sparsity_arguments(parser):
     parser.add_argument("--label_channels", type=int, metavar="C", help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=label_bits, metavar="BITS",
                         help="bits per label dim: 1, 2, 4, 8 or 16; or dims x bits of each width, the most important first, as "
-                             "8x4,48x2 (default: the smaller the labels, the fewer)")
+                             "8x4,48x2 (default: many dims of few bits, as 8x4,48x2 in 16 bytes; 4 with --label_channels)")
     parser.add_argument("--channels", metavar="FILE", help="label maps of calibrate.py --out (default: the checkpoint's own)")
     parser.add_argument("--dense_layers", type=int, default=default.dense_layers,
                         help="first layers that attend to everything (default %(default)s)")

@@ -937,7 +937,7 @@ def load_label_maps(checkpoint, config, ds, path=None):
                              f"{config.n_kv_heads}, {config.head_dim}; run calibrate.py --checkpoint {checkpoint}")
         C = ds.channels(D)
         if C > available:
-            raise ValueError(f"{path}: holds {available} label dims, {C} wanted; take fewer (--label_channels) or run "
+            raise ValueError(f"{path}: holds {available} label dims, {C} wanted; take fewer (--label_bits 32x4, say) or run "
                              f"calibrate.py --checkpoint {checkpoint} --dims {C}")
         basis_k, basis_q = (file.get_tensor(name)[..., :C] for name in ("basis_k", "basis_q"))
         mean, std = (file.get_tensor(name)[..., :C] for name in ("mean", "std"))
