@@ -12,7 +12,7 @@ HQ / HKV query / KV heads, G = HQ // HKV, D head dim, C label dims, W 32-bit wor
 N attended tokens. In a decode call q has no T: its rows are one token each.
 
 Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref (and top_p_ref for budgets by mass). The Triton
-kernels do the same with fewer bytes: `label`, `select` (scores and selection in one to four launches: full scores are never
+kernels do the same with fewer bytes: `label`, `select` (scores and selection in one or three launches: full scores are never
 written) and `attend`. They run on a GPU and, with TRITON_INTERPRET=1 set before triton is imported, on a CPU.
 Last run on: H200 with torch 2.11 / triton 3.6; CPU with torch 2.13 / triton 3.9.
 """
@@ -561,6 +561,32 @@ def _reach(keys, total, at, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
     return reached
 
 
+BINS = tl.constexpr(256)  # parts of a range of keys that are counted at a time, the last for those above it
+
+
+@triton.jit
+def _nth_best(entries, total, low, high, n, TILE: tl.constexpr):
+    """(the n-th best key of a list in memory, how many are better). low: one that n keys reach; high: the largest below FORCED."""
+    above = 0
+    shift = 31
+    bins = tl.arange(0, BINS)
+    while shift > 0:
+        shift = 0
+        while (high - low) >> shift >= BINS - 1:
+            shift += 1
+        count = tl.zeros([BINS], tl.int32)
+        for s in range(0, total, TILE):
+            key, _ = _listed(entries, s, total, TILE)
+            part = tl.where(key > high, BINS - 1, (tl.minimum(tl.maximum(key, low), high) - low) >> shift)
+            count += tl.histogram(tl.ravel(part), BINS)
+        reached = tl.sum(count) - tl.cumsum(count, 0) + count
+        best = tl.minimum(tl.max(tl.where(reached >= n, bins, 0)), (high - low) >> shift)
+        above = tl.sum(tl.where(bins > best, count, 0))
+        low += best << shift
+        high = tl.minimum(low + (1 << shift) - 1, high)
+    return low, above
+
+
 @triton.jit
 def _search(keys, total, low, high, wanted, slack, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
     """The largest value in [low, high] whose _reach is `wanted` at least, as low's is, or one with `wanted` to `wanted` + slack."""
@@ -578,8 +604,12 @@ def _cut(keys, total, low, high, n, needed, peak, unit, TOP_P: tl.constexpr, TIL
 
     TOP_P: only as many of the keys that are not FORCED as weigh `needed`, the best first. high: the largest of these.
     """
-    threshold = _search(keys, total, low, high, n, 0, peak, unit, False, TILE)
-    room = n - _reach(keys, total, threshold + 1, peak, unit, False, TILE)
+    if TILE:
+        threshold, above = _nth_best(keys, total, low, high, n, TILE)
+    else:
+        threshold = _search(keys, total, low, high, n, 0, peak, unit, False, TILE)
+        above = _reach(keys, total, threshold + 1, peak, unit, False, TILE)
+    room = n - above
     if TOP_P:
         mass = _reach(keys, total, threshold, peak, unit, True, TILE)
         if (mass > needed) & (threshold < FORCED):
@@ -727,14 +757,8 @@ def _place(key, position, threshold, room, above, ties, indices):
 
 
 @triton.jit
-def _take_best(entries, total, n, needed, peak, unit, n_tokens, indices, TOP_P: tl.constexpr, TILE: tl.constexpr):
+def _take_best(entries, total, low, high, n, needed, peak, unit, n_tokens, indices, TOP_P: tl.constexpr, TILE: tl.constexpr):
     """The positions of the best of a list in memory (see _cut), in its order, which is that of positions."""
-    low = FORCED + 0
-    high = DEAD + 0
-    for s in range(0, total, TILE):
-        key, _ = _listed(entries, s, total, TILE)
-        low = tl.minimum(low, tl.min(tl.where(key > DEAD, key, FORCED)))
-        high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
     threshold, room = _cut(entries, total, low, high, n, needed, peak, unit, TOP_P, TILE)
     above = 0
     ties = 0
@@ -810,11 +834,9 @@ def _take_listed(entries, counts, before, total, groups, n, bracket, needed, pea
 def _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len,
             start, n, bracket, peak, unit, sink, recent, l_sw, part, W: tl.constexpr, WIDTHS: tl.constexpr,
             P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PLACERS: tl.constexpr,
-            TILE: tl.constexpr, TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr,
-            PTX: tl.constexpr):
+            TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
     """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, by each of
-    PLACERS programs of a row, and for LAST longer ones in memory, by the first; returns whether the row is left to another
-    launch. labels, query, entries, counts: the row's."""
+    PLACERS programs of a row, longer ones in memory, by the first. labels, query, entries, counts: the row's."""
     before += row.to(tl.int64) * 2**LOG_BLOCKS
     long_entries += row.to(tl.int64) * longest
     indices += row.to(tl.int64) * max_tokens
@@ -836,39 +858,44 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
         if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)) & (not missed):
             _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens, indices, part, BLOCK_S,
                          LOG_BLOCKS, PLACERS, TOP_P, TILE << i)
-    left = (missed | (groups * 4 > TILE << (TIERS - 1))) & (part == 0)
-    if LAST:
-        if left & (groups * 4 <= longest) & (not missed):
+    if (missed | (groups * 4 > TILE << (TIERS - 1))) & (part == 0):
+        low = tl.maximum(bracket, -FORCED)
+        high = low
+        if (groups * 4 <= longest) & (not missed):
             # in memory, the blocks' lists one behind the other
             for s in range(0, groups * 4, TILE_LONG):
                 offset, listed, inside = _sources(counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
                 entry = tl.where(listed, tl.load(entries + offset, mask=inside, other=0), NO_ENTRY)
                 tl.store(long_entries + _fours(s, TILE_LONG), entry, mask=inside)
+                key = (entry >> 32).to(tl.int32)
+                high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
             tl.debug_barrier()
-            _take_best(long_entries, groups * 4, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
-        elif left:  # rare: all tokens are candidates
+            _take_best(long_entries, groups * 4, low, high, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
+        else:  # rare: all tokens are candidates
+            low = -FORCED + 0
+            high = -FORCED + 0
             for s in range(first, seq_len, BLOCK_S):
                 offs_s = s + tl.arange(0, BLOCK_S)
                 words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W)
                 scores = _token_scores(words, query, W, WIDTHS, P, PTX)
                 key = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
                 tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
+                high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
             tl.debug_barrier()
-            _take_best(entries + first, seq_len - first, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
-    return left
+            _take_best(entries + first, seq_len - first, low, high, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
 
 
 @triton.jit
 def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts,
-                   before, long_entries, indices, pending, chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens,
+                   before, long_entries, indices, chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens,
                    window, n_fixed, min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr,
                    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
                    M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
                    BRACKET: tl.constexpr, EMIT: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr,
-                   TILE: tl.constexpr, TIERS: tl.constexpr, LAST: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr,
-                   PTX: tl.constexpr, PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
+                   TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
+                   PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
     """One, or all, of the three stages of a selection; SEGMENTS programs share a row and KV head: its tokens in EMIT, in CHOOSE
-    its list. Unless it is the LAST launch, rows with long lists are left to _choose_left_kernel."""
+    its list."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     SLICES: tl.constexpr = _slices(WIDTHS)
@@ -922,41 +949,12 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     if CHOOSE:
         if EMIT:
             tl.debug_barrier()
-        left = _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens,
-                       seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, segment, W, WIDTHS, P, BLOCK_S, LOG_BLOCKS,
-                       PARTS, SEGMENTS, TILE, TIERS, LAST, TILE_LONG, TOP_P, PTX)
-        if not LAST:
-            tl.store(pending + row, left.to(tl.int32))
+        _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens,
+                seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, segment, W, WIDTHS, P, BLOCK_S, LOG_BLOCKS,
+                PARTS, SEGMENTS, TILE, TIERS, TILE_LONG, TOP_P, PTX)
         if ANNOUNCE:
             tl.debug_barrier()  # after all that the program wrote
             tl.atomic_xchg(chosen + row, 1, sem="release")
-
-
-@triton.jit
-def _choose_left_kernel(labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts, before, long_entries,
-                        indices, pending, l_sb, l_sh, l_sw, S, longest, max_tokens, window, sink, recent, rows,
-                        HKV: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
-                        BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-                        TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
-                        PDL: tl.constexpr):
-    """The rows that are pending, of ROWS a program: few large programs, which mostly find none."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    SLICES: tl.constexpr = _slices(WIDTHS)
-    for i in range(ROWS):
-        row = tl.program_id(0) * ROWS + i
-        if tl.load(pending + row, mask=row < rows, other=0) != 0:
-            pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
-            seq_len, n, bracket = tl.load(seq_lens + pid_b), tl.load(n_tokens + row), tl.load(lower + row)
-            peak, unit = 0, 0.0
-            if TOP_P:
-                peak, unit = tl.load(peaks + row), tl.load(units + row)
-            _choose(labels + pid_b * l_sb + pid_h * l_sh, query + row.to(tl.int64) * P * (W * SLICES + 1), needs,
-                    entries + row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S, counts + row.to(tl.int64) * 2**LOG_BLOCKS, before,
-                    long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len, tl.maximum(seq_len - window, 0), n,
-                    bracket, peak, unit, sink, recent, l_sw, 0, W, WIDTHS, P, BLOCK_S, LOG_BLOCKS, PARTS, 1, TILE, TIERS,
-                    True, TILE_LONG, TOP_P, PTX)
 
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
@@ -967,7 +965,7 @@ BLOCK = 1024  # tokens that emit scores at a time; twice as many of one word eac
 TILE = 2048  # candidates that choose searches in registers; doubled for long contexts, up to MAX_TILE
 MAX_TILE = 16384
 FEW_ROWS = 128  # up to so many leave multiprocessors idle
-MANY_ROWS = 256  # with more, lists of TILE candidates at most are searched by small programs, longer ones apart
+MANY_ROWS = 256  # with more, small programs search lists of up to 2 * TILE in registers, longer ones in memory
 PROGRAMS = 1024  # that fill the GPU: fewer rows are shared by so many
 FUSED_ROWS = 512  # from here on one program a row fills the GPU: one launch selects
 
@@ -1007,12 +1005,11 @@ class Workspace:
             self.blocks = triton.next_power_of_2(triton.cdiv(S, self.block))
             self.entries = scratch(R, triton.cdiv(S, self.block) * self.block, dtype=torch.int64)
             self.counts, self.before = scratch(R, self.blocks), scratch(R, self.blocks)
-            self.pending = scratch(R)
             max_tokens = config.budget(S if window is None else min(S, window))
-            self.tile = min(max(TILE, triton.next_power_of_2(max_tokens * 7 // 4)), MAX_TILE)
+            self.tile = min(max(TILE, triton.next_power_of_2(max_tokens * 7 // 4)), 2 * TILE if R > MANY_ROWS else MAX_TILE)
             self.placers = placers or (2 if R <= FEW_ROWS // 2 and self.tile > 2 * TILE else 1)
             # whether attend may begin with a row while others are still being chosen: with few rows or long lists it gave nothing
-            self.announced = R >= FEW_ROWS and self.tile == TILE and self.placers == 1 and pdl(self.lower)
+            self.announced = (R >= FEW_ROWS and (self.tile == TILE or R > MANY_ROWS) and self.placers == 1 and pdl(self.lower))
             self.longest = 4 * max_tokens  # candidates searched in memory
             self.long_entries = scratch(R, self.longest, dtype=torch.int64)
             self.indices = scratch(B, HKV, max_tokens)
@@ -1043,7 +1040,6 @@ class Selection:
         assert self.config.budget(S if self.window is None else min(S, self.window)) <= self.workspace.indices.shape[2], (
             "a workspace for fewer tokens")
         self.rows = B * HKV
-        self.apart = self.rows > MANY_ROWS and self.workspace.tile > TILE
         self.nvidia = not self.portable and self.q.is_cuda and torch.version.cuda is not None
         self.overlapped = not self.portable and pdl(self.q)
 
@@ -1055,7 +1051,6 @@ class Selection:
         num_warps = num_warps or (4 if self.labels.shape[2] <= 2 else 8)
         # so many registers that a multiprocessor holds four rows
         self.launch(bracket=True, emit=True, choose=True, num_warps=num_warps, registers=512 // num_warps)
-        self.choose_left()
 
     def bracket(self, num_warps=None):
         """The query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
@@ -1069,31 +1064,7 @@ class Selection:
     def choose(self, num_warps=None):
         """Exactly n of them, into workspace.indices."""
         per_warp = 256 if self.rows <= MANY_ROWS else 512  # few rows leave multiprocessors idle: more warps to each
-        longest, placers = (TILE, 1) if self.apart else (self.workspace.tile, self.workspace.placers)
-        self.launch(placers, choose=True, num_warps=num_warps or max(1, min(16, longest // per_warp)))
-        self.choose_left()
-
-    def choose_left(self, num_warps=8):
-        """The rows whose lists are too long for small programs, where there are many rows and some may have such lists."""
-        if self.apart:
-            rows_each = triton.cdiv(self.rows, 128)
-            tiers = max(1, (self.workspace.tile // (2 * TILE)).bit_length())
-            _choose_left_kernel[(triton.cdiv(self.rows, rows_each),)](
-                **self.arguments(), rows=self.rows, ROWS=rows_each, TILE=2 * TILE, TIERS=tiers, TILE_LONG=256 * num_warps,
-                num_warps=num_warps)
-
-    def arguments(self):
-        """What all launches have in common."""
-        ws, c, (HKV, W, S) = self.workspace, self.config, self.labels.shape[1:]
-        strides = dict(zip(("l_sb", "l_sh", "l_sw"), self.labels.stride()))
-        return strides | dict(
-            labels=self.labels, seq_lens=self.seq_lens, n_tokens=ws.n_tokens, query=ws.query, lower=ws.lower, peaks=ws.peak,
-            units=ws.unit, needs=ws.needed, entries=ws.entries, counts=ws.counts, before=ws.before, long_entries=ws.long_entries,
-            indices=ws.indices, pending=ws.pending, S=S, longest=ws.longest, max_tokens=ws.indices.shape[2],
-            window=NO_WINDOW if self.window is None else self.window, sink=c.sink, recent=c.recent, HKV=HKV,
-            P=1 if c.pool == "mean" else self.q.shape[1] // HKV, W=W, WIDTHS=self.label_map.widths,
-            BLOCK_S=ws.block, LOG_BLOCKS=ws.blocks.bit_length() - 1, PARTS=ws.segments, TOP_P=c.top_p is not None, PTX=self.nvidia,
-            PDL=self.overlapped, **(dict(launch_pdl=True) if self.overlapped else {}))
+        self.launch(self.workspace.placers, choose=True, num_warps=num_warps or max(1, min(16, self.workspace.tile // per_warp)))
 
     def readable_tokens(self):
         """Tokens that may be read of a row of label words: up to the next multiple of 16, if the memory goes on so far."""
@@ -1104,23 +1075,25 @@ class Selection:
 
     def launch(self, segments=1, bracket=False, emit=False, choose=False, num_warps=4, registers=None):
         """Some stages in one launch, of `segments` programs a row. registers: at most so many per thread."""
-        m, ws, c, D = self.label_map, self.workspace, self.config, self.q.shape[2]
-        share_num, share_den = c.share()
+        m, ws, c, (HKV, W, S), D = self.label_map, self.workspace, self.config, self.labels.shape[1:], self.q.shape[2]
+        G, (share_num, share_den) = self.q.shape[1] // HKV, c.share()
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
-            **self.arguments(), q=self.q, basis_q=m.basis_q, step=m.step, lo=m.lo, q_sb=self.q.stride(0), q_sh=self.q.stride(1),
-            row_tokens=self.readable_tokens(), n_fixed=c.n_tokens or 0, min_tokens=c.min_tokens, share_num=share_num,
-            share_den=share_den, top_p=c.top_p or 0.0, unit_per_label=math.log2(math.e) / 127 / math.sqrt(D),
-            G=self.q.shape[1] // self.labels.shape[1], D=D, BLOCK_D=triton.next_power_of_2(D), M=SAMPLE, RUN=RUN,
-            MARGIN=MARGIN, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, CHOOSE=choose, chosen=ws.chosen,
-            ANNOUNCE=choose and self.announced, TILE=TILE, TIERS=1 if self.apart else max(1, (ws.tile // TILE).bit_length()),
-            LAST=not self.apart, TILE_LONG=256 * num_warps, num_warps=num_warps,
+            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, ws.peak, ws.unit, ws.needed,
+            ws.entries, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2],
+            *self.labels.stride()[:3], S, self.readable_tokens(), ws.longest, ws.indices.shape[2],
+            NO_WINDOW if self.window is None else self.window, c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink, c.recent,
+            c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV, G,
+            1 if c.pool == "mean" else G, D, triton.next_power_of_2(D), W, m.widths, SAMPLE, RUN, MARGIN, ws.block,
+            ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose, TILE=TILE,
+            TIERS=max(1, (ws.tile // TILE).bit_length()), TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, PTX=self.nvidia,
+            PDL=self.overlapped, ANNOUNCE=choose and self.announced, num_warps=num_warps,
             enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
-            **limits)
+            **limits, **(dict(launch_pdl=True) if self.overlapped else {}))
 
 
 def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False, announced=False):
-    """select_tokens by kernels, in at most four launches, without writing the scores: what comes back is in the workspace, and
+    """select_tokens by kernels, in at most three launches, without writing the scores: what comes back is in the workspace, and
     indices past n_tokens are not written."""
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
@@ -1199,6 +1172,14 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         tl.extra.cuda.gdc_wait()
     row, pid_split = tl.program_id(0), tl.program_id(1)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
+    if W > 0:  # a program of its own: it takes as long as a short row's attention
+        if pid_split == SPLITS:
+            C: tl.constexpr = _dims(WIDTHS)
+            last = tl.load(seq_lens + pid_b) - 1  # whoever reads this label in this step overrides its key with FORCED
+            _label_newest(newest + pid_b * n_sb + pid_h * n_sh + last.to(tl.int64) * n_ss, basis_k + pid_h * D * C,
+                          step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + last, l_sw, D, BLOCK_D,
+                          W, BLOCK_W, WIDTHS)
+            return
     offs_d, offs_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
     mask_d, mask_g = offs_d < D, offs_g < G
     query = tl.load(q + pid_b * q_sb + (pid_h * G + offs_g[:, None]) * q_sh + offs_d[None, :],
@@ -1208,12 +1189,6 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     seq_len = tl.load(seq_lens + pid_b)
     k += pid_b * k_sb + pid_h * k_sh
     v += pid_b * v_sb + pid_h * v_sh
-    if W > 0:  # while the selection runs: whoever reads the newest label in this step overrides its key with FORCED
-        if pid_split == 0:
-            C: tl.constexpr = _dims(WIDTHS)
-            _label_newest(newest + pid_b * n_sb + pid_h * n_sh + (seq_len - 1).to(tl.int64) * n_ss, basis_k + pid_h * D * C,
-                          step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + seq_len - 1, l_sw, D, BLOCK_D,
-                          W, BLOCK_W, WIDTHS)
     if ANNOUNCED:  # what ran before the selection has ended: all its programs waited for that before this one could begin
         while tl.atomic_add(chosen + row, 0, sem="acquire") == 0:  # its result is used, else Triton 3.6 leaves it out
             done = 0
@@ -1302,7 +1277,7 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     wide = indices is not None and G > 1 and B * HKV <= FEW_ROWS  # many parts to combine: fewer of more warps each
     splits = max(1, ws.splits // 2) if wide else ws.splits
     num_warps = num_warps or ((2 if wide else 1) if q.element_size() == 2 else 4)
-    _attend_kernel[(B * HKV, splits)](
+    _attend_kernel[(B * HKV, splits + (W > 0))](
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, ws.chosen, out,
         *((m.basis_k, m.step, m.lo, labels, newest) if W else (None,) * 5), S if indices is None else indices.shape[-1],
         NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],

@@ -417,7 +417,7 @@ class OffloadedLayer(HostLayer):
     predicted: bool  # what was chosen ahead is attended to
     following: "OffloadedLayer | None" = None
     # of the latest prediction
-    input: torch.Tensor | None = None  # [B, 1, dim], the normed input of the layer before; held while another stream reads it
+    foreseen: tuple | None = None  # what it is made of, see choose_ahead; held while another stream reads it
     chosen: tuple | None = None  # (indices, n_tokens), until `decode` has come
     done: torch.cuda.Event | None = None  # of its latest work
 
@@ -441,13 +441,13 @@ class OffloadedLayer(HostLayer):
         run = fetch if self.ds.use_triton(seq_lens) else fetch_ref
         run(self.resident, self.host, newest, indices, seq_lens)
 
-    def choose_ahead(self, x, block, cos, sin, seq_lens):
-        """Predicts this layer's query from x [B, 1, dim], the input of the layer before, and gives slots to what it selects.
-        block: this layer's of the model; cos, sin [B, 1, 1, D / 2] of the newest positions."""
-        self.input = block.attn_norm(x)  # here: the layer before changes x in place
+    def choose_ahead(self, seq_lens):
+        """Predicts this layer's query and gives slots to what it selects. foreseen: this layer's block of the model, the input
+        of the layer before after this block's norm [B, 1, dim], and cos, sin [B, 1, 1, D / 2] of the newest positions."""
+        block, x, cos, sin = self.foreseen
 
         def choose():
-            q = block.attn.queries(self.input, cos, sin).squeeze(2)  # [B, HQ, D]
+            q = block.attn.queries(x, cos, sin).squeeze(2)  # [B, HQ, D]
             workspace = self.foresight.workspaces[self.number % 2]
             self.chosen = select_tokens(q, self.labels, self.label_map, seq_lens, self.ahead, self.window, workspace)
             self.resolve(*self.chosen, seq_lens, ahead=True)
@@ -470,10 +470,14 @@ class OffloadedLayer(HostLayer):
         indices, n_tokens = chosen if chosen and self.predicted else self.selected(q, seq_lens)
         if chosen:
             self.foresight.fetching.wait(self.done)
+            self.foreseen = None
         self.resolve(indices, n_tokens, seq_lens, foreseen=chosen is not None and not self.predicted)
+        following = self.following if self.following and self.following.foreseen else None
+        if following and not following.chosen:  # beside this layer's fetch, which it would delay if it were earlier
+            following.choose_ahead(seq_lens)
         self.fetch(self.newest, indices, seq_lens)
-        if self.following and self.following.chosen:
-            self.following.fetch_ahead(seq_lens)
+        if following:
+            following.fetch_ahead(seq_lens)
         if not by_kernels:
             return attend_ref(q, k, v, seq_lens, r.slots, n_tokens)
         return attend(q, k, v, seq_lens, r.slots, n_tokens, workspace=self.workspace, labels=self.labels,
@@ -585,11 +589,13 @@ class OffloadCache(KVCache):
         return layer
 
     def foresee(self, i, x, blocks, cos, sin):
-        """The next layer's tokens are chosen while layer i runs; they are fetched once this layer's own have been, or at once
-        if it has none to fetch."""
+        """The next layer's tokens are chosen and fetched while layer i runs: once its own have been, or at once if it has none."""
         layer, following = self.layers[i], self.layers[i + 1] if i + 1 < len(self.layers) else None
         if isinstance(following, OffloadedLayer) and following.ahead and not following.all_tokens:
-            following.choose_ahead(x, blocks[i + 1], cos, sin, self.seq_lens)
+            block = blocks[i + 1]
+            following.foreseen = block, block.attn_norm(x), cos, sin  # the norm here: layer i changes x in place
+            if following.predicted or not isinstance(layer, OffloadedLayer):
+                following.choose_ahead(self.seq_lens)
             if not isinstance(layer, OffloadedLayer):
                 following.fetch_ahead(self.seq_lens)
 

@@ -263,10 +263,10 @@ def check_selection(p):
 
 def launched(how, monkeypatch):
     """The ways to launch a selection: three stages, the last by four programs a row ("shared"), all in one program ("fused"),
-    long and short lists chosen apart."""
+    lists of more than 512 searched in memory."""
     if how in ("shared", "fused"):
         monkeypatch.setattr(ds, "Workspace", partial(ds.Workspace, **{"shared": dict(placers=4), "fused": dict(segments=1)}[how]))
-    if how == "by-length":
+    if how == "in-memory":
         for name, value in dict(TILE=256, MANY_ROWS=0).items():
             monkeypatch.setattr(ds, name, value)
 
@@ -313,7 +313,7 @@ def adversarial(crowd, **more):
 @pytest.mark.parametrize("crowd, window, portable, how", [
     *((crowd, window, True, "staged") for crowd, window in zip(CROWDS, 4 * [None, 4500])),
     *((crowd, None, False, "staged") for crowd in CROWDS if GPU),  # the interpreter takes the portable branch anyway
-    *((crowd, None, True, how) for how in ("shared", "fused", "by-length") for crowd in ("many-ties", "descending", "sample-sees-the-best"))])
+    *((crowd, None, True, how) for how in ("shared", "fused", "in-memory") for crowd in ("many-ties", "descending", "sample-sees-the-best"))])
 def test_kernel_selection_of_adversarial_scores(crowd, window, portable, how, monkeypatch):
     """Rows long enough for the sampled bracket: exactly n tokens, and the same as the reference's, ties included."""
     launched(how, monkeypatch)
@@ -323,7 +323,7 @@ def test_kernel_selection_of_adversarial_scores(crowd, window, portable, how, mo
 
 
 @pytest.mark.parametrize("crowd, how, top_p", [
-    ("many-ties", "by-length", 0.5), ("descending", "fused", 0.01), ("descending", "fused", 0.5), ("best-in-one-place", "shared", 1.0),
+    ("many-ties", "in-memory", 0.5), ("descending", "fused", 0.01), ("descending", "fused", 0.5), ("best-in-one-place", "shared", 1.0),
     ("best-in-one-place", "shared", 0.01), ("sample-sees-the-best", "staged", 0.5)])
 def test_top_p_of_adversarial_scores(crowd, how, top_p, monkeypatch):
     """From hardly more than the forced tokens to all n, in registers, in memory and with a bracket that missed."""
@@ -482,23 +482,52 @@ def test_decode_step_by_kernels_equals_reference(case):
     assert torch.equal(outs[1], outs[-1]), "the same inputs gave other bits"
 
 
-@pytest.mark.parametrize("case", ["bf16", "top-p-window-mixed"])
-@pytest.mark.parametrize("segments", [None, 1], ids=["three-launches", "one-launch"])
-def test_rows_attended_to_while_others_are_chosen(case, segments):
+@pytest.mark.parametrize("how, case", [
+    *(pytest.param(how, CASES[case], id=f"{how}-{case}") for how in ("staged", "fused") for case in ("bf16", "top-p-window-mixed")),
+    pytest.param("in-memory", shapes(B=3, HQ=2, HKV=1, S=6000), id="in-memory-6000")])
+def test_rows_attended_to_while_others_are_chosen(how, case, monkeypatch):
     """The same bits as when attend waits for all rows, step after step: what announces a row is taken back."""
-    p = Problem(CASES[case])
+    launched(how, monkeypatch)
+    p = Problem(case, seq_lens=[6000, 200, 4000] if case["S"] == 6000 else None)
     config = replace(p.config, impl="triton")
 
     def decode(workspace):
         return ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window, workspace)
 
-    patient, eager = (ds.Workspace(p.B, p.HQ, p.HKV, p.D, p.S, torch.device(DEVICE), config, p.window, segments=segments, placers=1)
-                      for _ in range(2))
+    patient, eager = (ds.Workspace(p.B, p.HQ, p.HKV, p.D, p.S, torch.device(DEVICE), config, p.window) for _ in range(2))
     patient.announced, eager.announced = False, True
     for _ in range(2):
         want, got = decode(patient), decode(eager)
         assert torch.equal(want, got) and not eager.chosen.any()
         p.seq_lens -= 1
+
+
+@pytest.mark.skipif(not GPU, reason="rows that wait for others need a GPU")
+@pytest.mark.parametrize("S", [4096, 40000])
+def test_announced_rows_of_a_full_gpu(S):
+    """More rows than run at a time, of all lengths, steps back to back in one graph."""
+    B, HKV = 40, 16
+    p = Problem(shapes(B=B, HQ=HKV, HKV=HKV, D=128, S=S, dtype=torch.bfloat16))
+    config = replace(p.config, impl="triton")
+    patient, eager = (ds.Workspace(B, HKV, HKV, 128, S, torch.device(DEVICE), config) for _ in range(2))
+    assert eager.announced
+    patient.announced = False
+    steps = torch.randint(1, S, (12, B), device=DEVICE, dtype=torch.int32)
+
+    def decode(workspace):
+        return torch.stack([ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, lens, config, workspace=workspace, label_newest=False)
+                            for lens in steps])
+
+    want = decode(patient)
+    decode(eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = decode(eager)
+    for _ in range(20):
+        got.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(got, want)
+    assert not eager.chosen.any()
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
