@@ -521,7 +521,7 @@ def mode_name(r):
     """A row's mode, and what else tells it from others of its shape."""
     layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
     resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
-    ahead = f", {r['prefetch_tokens']} ahead" if r.get("prefetch_tokens") else ""
+    ahead = f", {r['prefetch_heads']} heads ahead" if r.get("prefetch_heads") else ""
     return r["mode"] + layers + resident + ahead
 
 
@@ -649,19 +649,19 @@ class Prompts(RandomText):
 
 def offload_rows(source, modes, configs, budgets, ahead, steps):
     """The rows of results/offload.jsonl of one source of K and V. configs: a row of gpu and of each way to offload for each;
-    budgets: resident tokens, a row for each, in multiples of the tokens attended; ahead: tokens prefetched, likewise."""
+    budgets: resident tokens, a row for each, in multiples of the tokens attended; ahead: KV heads prefetched, likewise."""
     model, B, S, device = source.model, source.B, source.S, source.device
     c, size = model.config, S + steps + WARM_UP
     runs = [("flexgen", None, {})] + [("gpu", config, {}) for config in configs]
     for config, budget in itertools.product(configs, budgets):
         resident = {"resident_tokens": math.ceil(budget * config.budget(size))}
-        runs += [("offload", config, resident | {"prefetch_tokens": tokens}) for tokens in ahead]
+        runs += [("offload", config, resident | {"prefetch_heads": heads}) for heads in ahead]
         runs += [("offload_predicted", config, resident | {"mode": "predicted"})]
     rows, outs, host, copy_speed = [], {}, None, None
     for mode, config, options in [run for run in runs if run[0] in modes]:
         row = {"bench": "offload", "model": source.name, "weights": source.weights, "data": source.data, "B": B, "S": S,
                "mode": mode, "config": config and asdict(config), "resident_tokens": options.get("resident_tokens"),
-               "prefetch_tokens": None, "ms_per_step": None,
+               "prefetch_heads": options.get("prefetch_heads"), "ms_per_step": None,
                "dtype": str(model.dtype).removeprefix("torch."), "steps": min(steps, 10) if mode == "flexgen" else steps}
         with measured(row, device):
             cache_type = KVCache if mode == "gpu" else partial(OffloadCache, **options, predictable=source.predictable)
@@ -678,8 +678,6 @@ def offload_rows(source, modes, configs, budgets, ahead, steps):
                     "gpu_label_bytes": cache.label_bytes()} | cache.statistics()
             if mode == "gpu":
                 outs[config.dense_layers] = out
-            if mode == "offload":
-                row["prefetch_tokens"] = cache.prefetch_tokens
             if config and mode != "gpu" and config.dense_layers in outs:  # of the predicted mode, too: how far it is from exact
                 tokens, logits = outs[config.dense_layers]
                 row["same_tokens"] = torch.equal(out[0], tokens)
@@ -700,7 +698,7 @@ def run_offload(args, device):
     """Yields the rows of the shapes asked for, one shape's at a time."""
     modes = args.modes or OFFLOAD_MODES
     configs = [DSConfig(dense_layers=n, dense_below=0) for n in args.dense_layers]
-    options = args.budgets, args.prefetch_tokens, args.steps
+    options = args.budgets, args.prefetch_heads, args.steps
     if args.checkpoint:
         yield offload_rows(Prompts.of(args, device), modes, configs, *options)
         return
@@ -840,8 +838,8 @@ def main():
     steps.add_argument("--budgets", type=float, nargs="+", default=[1, 2], metavar="X",
                        help="of offload: tokens resident on the GPU, in multiples of those attended, a row for each (default "
                             "%(default)s)")
-    steps.add_argument("--prefetch_tokens", type=int, nargs="+", default=[0], metavar="TOKENS",
-                       help="of offload: tokens fetched ahead, a row for each (default %(default)s)")
+    steps.add_argument("--prefetch_heads", type=int, nargs="+", default=[0], metavar="HEADS",
+                       help="of offload: KV heads whose tokens are fetched ahead, a row for each (default %(default)s)")
     steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
     steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
     steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")
@@ -861,8 +859,8 @@ def main():
             raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the first includes the prefill")
         if args.data and not args.checkpoint:
             raise ValueError(f"data={args.data}: random weights have no use for text; give a --checkpoint")
-        if min(args.prefetch_tokens) < 0:
-            raise ValueError(f"prefetch_tokens={min(args.prefetch_tokens)}: must be at least 0")
+        if min(args.prefetch_heads) < 0:
+            raise ValueError(f"prefetch_heads={min(args.prefetch_heads)}: must be at least 0")
         if min(args.budgets) < 1:
             raise ValueError(f"budgets={min(args.budgets):g}: must be at least 1, what a step attends to")
         known = {"generate": MODES, "offload": OFFLOAD_MODES}.get(args.what, ())

@@ -197,6 +197,10 @@ class LabelMap:
     def to(self, device):
         return LabelMap(*(t.to(device) for t in (self.basis_k, self.basis_q, self.lo, self.step)), self.widths)
 
+    def first(self, heads):
+        """That of the first so many KV heads."""
+        return LabelMap(*(t[:heads] for t in (self.basis_k, self.basis_q, self.lo, self.step)), self.widths)
+
     def query_codes(self, q, pool):
         """q [B, HQ, D] -> (codes [B, HKV, P, C], bias [B, HKV, P], unit [B, HKV]), so that a token's score is
 

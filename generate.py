@@ -496,7 +496,7 @@ def sparsity_from(args):
     return DSConfig(**chosen)
 
 
-OFFLOAD_OPTIONS = ("resident_tokens", "prefetch_tokens", "offload_mode", "min_agreement")
+OFFLOAD_OPTIONS = ("resident_tokens", "prefetch_heads", "offload_mode", "min_agreement")
 
 
 def parse_arguments():
@@ -522,15 +522,15 @@ def parse_arguments():
                              "attended to; with --sparsity 1 all of K and V is streamed in each step")
     parser.add_argument("--resident_tokens", type=int, metavar="TOKENS",
                         help="with --offload: tokens per sequence and KV head kept on the GPU (default: the most that a step "
-                             "attends to, dense steps below --dense_below included, and --prefetch_tokens)")
-    parser.add_argument("--prefetch_tokens", type=int, default=0, metavar="TOKENS",
-                        help="with --offload: tokens per sequence and KV head fetched ahead of each layer, as the layer before "
-                             "predicts them (default %(default)s: none)")
+                             "attends to, dense steps below --dense_below included)")
+    parser.add_argument("--prefetch_heads", type=int, default=0, metavar="HEADS",
+                        help="with --offload: KV heads of each layer whose tokens are fetched while the layer before computes, as "
+                             "its input predicts them (default %(default)s)")
     parser.add_argument("--offload_mode", choices=MODES, default=MODES[0],
                         help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
                              "predicted tokens, so that fetches hide behind compute (default %(default)s)")
     parser.add_argument("--min_agreement", type=float, default=MIN_AGREEMENT, metavar="SHARE",
-                        help="with --prefetch_tokens or --offload_mode predicted: of layers where calibration foresaw a smaller "
+                        help="with --prefetch_heads or --offload_mode predicted: of layers where calibration foresaw a smaller "
                              "share of the selection, nothing is predicted (default %(default)g)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--no_compile", action="store_true", help="on a GPU, leave blocks out of torch.compile")
@@ -544,7 +544,7 @@ def parse_arguments():
     parser.add_argument("--json", metavar="FILE", help="write tokens, texts and statistics to this file")
     args = parser.parse_args()
     for name, low in [("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("max_seq_length", 2), ("resident_tokens", 1),
-                      ("prefetch_tokens", 0), ("min_agreement", 0)]:
+                      ("prefetch_heads", 0), ("min_agreement", 0)]:
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value}: must be at least {low}")
@@ -668,7 +668,7 @@ def main():
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:
         cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens,
-                                       prefetch_tokens=args.prefetch_tokens, mode=args.offload_mode)
+                                       prefetch_heads=args.prefetch_heads, mode=args.offload_mode)
     for config_ds in (None, ds) if args.compare else (ds,):
         if args.offload:
             check_host_memory(free_host_bytes(), *needs, config_ds)

@@ -6,10 +6,11 @@ recent steps selected. A step gives the tokens it selects slots among these rows
 PCIe and attends to the slots; the host is not asked. Shapes follow the key at the top of ds_attention.py; R resident
 tokens.
 
-While a layer attends and runs its linear layers, PCIe idles. With `prefetch_tokens` the next layer's query is predicted from
-this layer's input, and so many of the best tokens by that query are fetched ahead: a wrong prediction costs time, and changes
-nothing else. (On an H200 it costs more than it gains so far, so the default is none.) In the mode "predicted" layers attend to
-what the predicted query selects, all of it fetched ahead: the paper's way, which is not exact.
+While a layer attends and runs its linear layers, PCIe idles. With `prefetch_heads` the next layer's queries are predicted from
+this layer's input, and what those of so many KV heads select is fetched ahead: a wrong prediction costs time, and changes
+nothing else. (Whole heads: a few tokens of every head would lie in as many pages of host memory as all of them do, and finding
+a page costs the GPU more than a row.) In the mode "predicted" layers attend to what the predicted queries select, all of it
+fetched ahead: the paper's way, which is not exact.
 
 Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention (as FlexGen does): the
 baseline.
@@ -164,14 +165,22 @@ class Resident:
     def map_bytes(self):
         return sum(x.nbytes for x in vars(self).values()) - self.kv.nbytes
 
+    def first(self, heads):
+        """What there is of the first so many KV heads, as a view."""
+        view = copy(self)
+        vars(view).update((name, x[:, :, :heads] if name == "counts" else x[:, :heads]) for name, x in vars(self).items())
+        return view
 
-def resolve_ref(r, indices, n_tokens, seq_lens, ahead=False, foreseen=False, sink=0, recent=1):
+
+def resolve_ref(r, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sink=0, recent=1):
     """Gives every selected token a slot: those held keep theirs, the others take the slots that were not used for longest (of
     equals the first), none of this call's; both in ascending order. Sets r.slots, r.missing, r.n_missing and the maps.
 
-    indices [B, HKV, any] int32, distinct tokens, of which the first n_tokens [B, HKV] count, at most R; seq_lens [B].
-    ahead: the tokens are a prediction. foreseen: the call before was the prediction of this one. sink, recent: see COUNTS.
+    indices [B, heads, any] int32, distinct tokens of the first KV heads, or of all, of which the first n_tokens [B, heads] count,
+    at most R; seq_lens [B]. ahead: the tokens are a prediction. foreseen: of so many heads the call before was the prediction of
+    this one. sink, recent: see COUNTS.
     """
+    r = r.first(indices.shape[1])
     valid = torch.arange(indices.shape[2], device=indices.device) < n_tokens[..., None]
     tokens = torch.where(valid, indices, 0).long()
     slots = r.token_slot.gather(2, tokens).long()
@@ -187,6 +196,7 @@ def resolve_ref(r, indices, n_tokens, seq_lens, ahead=False, foreseen=False, sin
     if foreseen:
         latest = r.last_used.gather(2, slots) == r.clock[..., None]
         counted["confirmed"] = (uncertain & hit & latest).sum(2)
+        counted["confirmed"][:, foreseen:] = 0
     for name, count in counted.items():
         r.counts[COUNTS.index(name)] += count
     r.clock += 1
@@ -212,14 +222,15 @@ def _count(counts, i, rows, more):
 
 @triton.jit
 def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_used, clock, counts, slots, missing, n_missing,
-                    max_tokens, S, R, rows, sink, recent, HKV: tl.constexpr, AGES: tl.constexpr, AHEAD: tl.constexpr,
-                    FORESEEN: tl.constexpr, TILE: tl.constexpr):
-    row = tl.program_id(0)
-    n = tl.load(n_tokens + row)
+                    max_tokens, S, R, rows, sink, recent, HEADS: tl.constexpr, HKV: tl.constexpr, AGES: tl.constexpr,
+                    AHEAD: tl.constexpr, FORESEEN: tl.constexpr, TILE: tl.constexpr):
+    given = tl.program_id(0)  # of the rows with tokens
+    row = given // HEADS * HKV + given % HEADS  # of all
+    n = tl.load(n_tokens + given)
     newest = tl.load(seq_lens + row // HKV) - 1
     now = tl.load(clock + row) + 1
     base = row.to(tl.int64)
-    indices += base * max_tokens
+    indices += given.to(tl.int64) * max_tokens
     token_slot += base * S
     slot_token += base * R
     last_used += base * R
@@ -237,8 +248,8 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
         hit = (i < n) & (tl.load(slot_token + slot, mask=i < n, other=-1) == token)
         uncertain = (i < n) & (token >= sink) & (token <= newest - recent)
         predicted += tl.sum(uncertain.to(tl.int32), 0)
-        if FORESEEN:
-            latest = tl.load(last_used + slot, mask=hit, other=0) == now - 1
+        if FORESEEN > 0:
+            latest = (tl.load(last_used + slot, mask=hit, other=0) == now - 1) & (row % HKV < FORESEEN)
             confirmed += tl.sum((uncertain & hit & latest).to(tl.int32), 0)
         tl.store(slots + i, slot, mask=hit)
         tl.store(last_used + slot, now, mask=hit)
@@ -281,24 +292,25 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
         _count(counts, SELECTED, rows, n - 1)
         _count(counts, FETCHED, rows, fetched)
         _count(counts, STEPS, rows, 1)
-    if FORESEEN:
+    if FORESEEN > 0:
         _count(counts, CONFIRMED, rows, confirmed)
 
 
-def resolve(r, indices, n_tokens, seq_lens, ahead=False, foreseen=False, sink=0, recent=1, tile=None):
+def resolve(r, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sink=0, recent=1, tile=None):
     """As resolve_ref, in one launch; all tensors contiguous. tile: tokens or slots that a row's program looks at at once."""
-    B, HKV, R = r.slots.shape
+    (B, HKV, R), heads = r.slots.shape, indices.shape[1]
     tile = tile or min(4096, triton.next_power_of_2(R))
     assert indices.is_contiguous() and n_tokens.is_contiguous()
-    _resolve_kernel[(B * HKV,)](
+    _resolve_kernel[(B * heads,)](
         indices, n_tokens, seq_lens, r.slot_token, r.token_slot, r.last_used, r.clock, r.counts, r.slots, r.missing,
-        r.n_missing, indices.shape[2], r.token_slot.shape[2], R, B * HKV, sink, recent, HKV, AGES, ahead, foreseen, tile,
+        r.n_missing, indices.shape[2], r.token_slot.shape[2], R, B * HKV, sink, recent, heads, HKV, AGES, ahead, foreseen, tile,
         num_warps=max(1, tile // 256))  # PCIe waits for the last of the programs: each is as wide as fits a multiprocessor
 
 
 def fetch_ref(r, host, newest, indices, seq_lens):
-    """Copies what `resolve` found missing from host [B, HKV, S, 2, D] to its slots, and the newest tokens' K and V, newest
-    [B, HKV, 2, D], to theirs and to the host. newest None: they are not known yet, and their slots stay as they are."""
+    """Copies what `resolve` found missing of indices from host [B, HKV, S, 2, D] to its slots, and the newest tokens' K and V,
+    newest [B, HKV, 2, D], to theirs and to the host. newest None: they are not known yet, and their slots stay as they are."""
+    r = r.first(indices.shape[1])
     b, h, j = (torch.arange(r.missing.shape[2], device=indices.device) < r.n_missing[..., None]).nonzero(as_tuple=True)
     i = r.missing[b, h, j].long()
     last = (seq_lens - 1).long()
@@ -314,24 +326,26 @@ def fetch_ref(r, host, newest, indices, seq_lens):
 
 @triton.jit
 def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing, token_slot, max_tokens, S, R, rows,
-                  HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+                  HEADS: tl.constexpr, HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+                  TOKENS: tl.constexpr):
     """A token's row is its K and V, ROW elements. Without `missing`: kv is all of a layer's, as host is. Without `newest`:
     those are not there yet. The programs share out what is missing, TOKENS rows at a time, one head after the other."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     offs, each = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     if missing is not None:
-        count = tl.load(n_missing + each, mask=each < rows, other=0)
+        count = tl.load(n_missing + each // HEADS * HKV + each % HEADS, mask=each < rows // HKV * HEADS, other=0)
         parts = tl.cdiv(count, TOKENS)
         end = tl.cumsum(parts, 0)
         for part in range(program, tl.sum(parts), programs):
-            row = tl.sum((end <= part).to(tl.int32))
-            of_row = part - tl.sum(tl.where(each == row, end - parts, 0))
+            given = tl.sum((end <= part).to(tl.int32))  # of the rows with tokens
+            of_row = part - tl.sum(tl.where(each == given, end - parts, 0))
             nth = of_row * TOKENS + tl.arange(0, TOKENS)
-            mask = nth < tl.sum(tl.where(each == row, count, 0))
+            mask = nth < tl.sum(tl.where(each == given, count, 0))
+            row = given // HEADS * HKV + given % HEADS  # of all
             last = tl.load(seq_lens + row // HKV) - 1
             base = row.to(tl.int64)
             i = tl.load(missing + base * R + nth, mask=mask, other=0)
-            token = tl.load(indices + base * max_tokens + i, mask=mask, other=0)
+            token = tl.load(indices + given.to(tl.int64) * max_tokens + i, mask=mask, other=0)
             to = tl.load(slots + base * R + i, mask=mask, other=0)
             mask = (mask & (token != last))[:, None] & (offs < ROW)[None, :]
             fetched = tl.load(host + (base * S + token)[:, None] * ROW + offs[None, :], mask=mask, other=0.0)
@@ -354,13 +368,13 @@ def fetch(r, host, newest, indices, seq_lens, programs=None, tokens=128, num_war
     """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows on their way, which is
     enough for PCIe. Whatever shares a multiprocessor with loads from the host waits as long as they do. More programs for
     more heads, which may miss few tokens each."""
-    B, HKV, R = r.slots.shape
-    programs = programs or min(64, max(8, B * HKV // 4))
+    (B, HKV, R), heads = r.slots.shape, indices.shape[1]
+    programs = programs or min(64, max(8, B * heads // 4))
     S, ROW = host.shape[2], 2 * host.shape[4]
     assert host.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
     _fetch_kernel[(programs,)](
         host, newest, r.kv, seq_lens, indices, r.slots, r.missing, r.n_missing, r.token_slot, indices.shape[2], S, R, B * HKV,
-        HKV, ROW, triton.next_power_of_2(ROW), triton.next_power_of_2(B * HKV), tokens, num_warps=num_warps)
+        heads, HKV, ROW, triton.next_power_of_2(ROW), triton.next_power_of_2(B * heads), tokens, num_warps=num_warps)
 
 
 # ---------------------------------------------------------------- the cache
@@ -413,7 +427,7 @@ class OffloadedLayer(HostLayer):
     resident: Resident
     foresight: Foresight
     number: int  # of this layer
-    ahead: DSConfig | None  # of what is chosen ahead; None: nothing
+    ahead: int  # KV heads, the first ones, whose tokens are chosen and fetched ahead
     predicted: bool  # what was chosen ahead is attended to
     following: "OffloadedLayer | None" = None
     # of the latest prediction
@@ -442,14 +456,14 @@ class OffloadedLayer(HostLayer):
         run(self.resident, self.host, newest, indices, seq_lens)
 
     def choose_ahead(self, seq_lens):
-        """Predicts this layer's query and gives slots to what it selects. foreseen: this layer's block of the model, the input
+        """Predicts this layer's queries and gives slots to what they select. foreseen: this layer's block of the model, the input
         of the layer before after this block's norm [B, 1, dim], and cos, sin [B, 1, 1, D / 2] of the newest positions."""
         block, x, cos, sin = self.foreseen
 
         def choose():
-            q = block.attn.queries(x, cos, sin).squeeze(2)  # [B, HQ, D]
-            workspace = self.foresight.workspaces[self.number % 2]
-            self.chosen = select_tokens(q, self.labels, self.label_map, seq_lens, self.ahead, self.window, workspace)
+            q = block.attn.queries(x, cos, sin, self.ahead).squeeze(2)  # [B, HQ of these heads, D]
+            labels, workspace = self.labels[:, : self.ahead], self.foresight.workspaces[self.number % 2]
+            self.chosen = select_tokens(q, labels, self.label_map.first(self.ahead), seq_lens, self.ds, self.window, workspace)
             self.resolve(*self.chosen, seq_lens, ahead=True)
 
         self.done = self.foresight.choosing.run(choose)
@@ -471,7 +485,7 @@ class OffloadedLayer(HostLayer):
         if chosen:
             self.foresight.fetching.wait(self.done)
             self.foreseen = None
-        self.resolve(indices, n_tokens, seq_lens, foreseen=chosen is not None and not self.predicted)
+        self.resolve(indices, n_tokens, seq_lens, foreseen=self.ahead if chosen and not self.predicted else 0)
         following = self.following if self.following and self.following.foreseen else None
         if following and not following.chosen:  # beside this layer's fetch, which it would delay if it were earlier
             following.choose_ahead(seq_lens)
@@ -519,7 +533,7 @@ class StreamedLayer(HostLayer):
         buffer = stream.buffers[self.number % 2]
         if q.is_cuda:
             _fetch_kernel[(triton.cdiv(B * HKV, 16),)](self.host, self.newest, buffer, seq_lens, None, None, None, None, None, 0, S,
-                                                       S, B * HKV, HKV, 2 * D, triton.next_power_of_2(2 * D), 1, 1)
+                                                       S, B * HKV, HKV, HKV, 2 * D, triton.next_power_of_2(2 * D), 1, 1)
         else:
             for rows in (self.host, buffer):
                 rows[torch.arange(B), :, (seq_lens - 1).long()] = self.newest
@@ -532,33 +546,32 @@ class OffloadCache(KVCache):
     """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds of all."""
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None, resident_tokens=None,
-                 prefetch_tokens=0, mode="exact", predictable=None, host=None):
+                 prefetch_heads=0, mode="exact", predictable=None, host=None):
         """resident_tokens: GPU rows per sequence and KV head, at least what a step may attend to: the budget at max_seq_length,
-        and ds.dense_below for the dense steps before; by default as many, and those fetched ahead. prefetch_tokens: how many
-        tokens are fetched ahead, beside those attended in any case. mode: of MODES; "predicted" fetches and attends to all that
-        is predicted. predictable: numbers of the layers of which anything is predicted, by default all that have a layer before
-        them. host: tensors to use, of the last layers, [B, HKV, S, 2, D] each.
+        and ds.dense_below for the dense steps before; by default as many. prefetch_heads: of so many KV heads of each layer what
+        is predicted is fetched ahead. mode: of MODES; "predicted" fetches all that is predicted, and attends to it. predictable:
+        numbers of the layers of which anything is predicted, by default all that have a layer before them. host: tensors to use,
+        of the last layers, [B, HKV, S, 2, D] each.
         """
         if mode not in MODES:
             raise ValueError(f"mode={mode}: must be one of {', '.join(MODES)}")
+        if prefetch_heads > config.n_kv_heads:
+            raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {config.n_kv_heads}, the model's KV heads")
         device, count = torch.device(device), offloaded_layers(config, ds)
         longest = min(max_seq_length, config.sliding_window or max_seq_length)
         budget, dense = (ds.budget(longest), min(longest, ds.dense_below)) if ds else (0, 0)
         least = max(budget, dense)
-        self.resident_tokens = min(longest, resident_tokens or max(budget + prefetch_tokens, dense))
+        self.resident_tokens = min(longest, resident_tokens or least)
         if self.resident_tokens < least:
             raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step may attend "
                              f"to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower --dense_below")
-        self.prefetch_tokens = prefetch_tokens
-        self.ahead = ds if mode == "predicted" else None
-        if ds and mode == "exact" and self.prefetch_tokens:
-            self.ahead = replace(ds, n_tokens=min(budget, ds.sink + ds.recent + self.prefetch_tokens), top_p=None)
+        self.ahead = (config.n_kv_heads if mode == "predicted" else prefetch_heads) if ds else 0
         self.n_layers, self.mode = config.n_layers, mode
         self.predictable = range(1, config.n_layers) if predictable is None else predictable
         self.foresight = Foresight(SideStream(device), SideStream(device), [None, None])
         if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
-            even = Workspace(batch, config.n_heads, config.n_kv_heads, config.head_dim, max_seq_length, device, ds,
-                             config.sliding_window)
+            heads = self.ahead * config.n_heads // config.n_kv_heads
+            even = Workspace(batch, heads, self.ahead, config.head_dim, max_seq_length, device, ds, config.sliding_window)
             odd = copy(even)  # all but what comes out is scratch of one stream
             odd.indices, odd.n_tokens = torch.empty_like(even.indices), torch.empty_like(even.n_tokens)
             self.foresight.workspaces = [even, odd]
@@ -580,10 +593,10 @@ class OffloadCache(KVCache):
         settings |= dict(kv=newest[:, :, None].expand(shape), host=host, newest=newest, number=number)
         if self.ds is None:
             return StreamedLayer(**settings, streaming=self.streaming)
-        ahead = self.ahead if number in self.predictable else None
+        ahead = self.ahead if number in self.predictable else 0
         layer = OffloadedLayer(
             **settings, resident=Resident(B, HKV, S, self.resident_tokens, D, dtype, device), foresight=self.foresight,
-            ahead=ahead, predicted=ahead is not None and self.mode == "predicted")
+            ahead=ahead, predicted=ahead > 0 and self.mode == "predicted")
         if number and isinstance(self.layers[-1], OffloadedLayer):
             self.layers[-1].following = layer
         return layer
