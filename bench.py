@@ -258,16 +258,12 @@ def attention_table(rows):
 
 
 def draw_attention(rows, axes):
-    """Speedup over S, a line for each B, head count and kind of label."""
-    lines = {}
-    for r in rows:
-        if r.get("speedup"):
-            lines.setdefault((r["B"], f"{r['HQ']}/{r['HKV']}", labels_name(r)), []).append(r)
-    for (B, heads, labels), found in sorted(lines.items()):
-        found.sort(key=lambda r: r["S"])
-        axes.plot([r["S"] for r in found], [r["speedup"] for r in found], "o-", label=f"B = {B}, {heads} heads, {labels}")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="live tokens S", ylabel="speedup over the fastest dense kernel")
+    """Speedup, a bar for each row."""
+    rows = [r for r in rows if r.get("speedup")]
+    axes.barh([f"{r['B']} x {r['S']}, {r['HQ']}/{r['HKV']} heads, {labels_name(r)}" for r in rows], [r["speedup"] for r in rows])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="speedup over the fastest dense kernel")
+    axes.invert_yaxis()
 
 
 def run_attention(args, device):
@@ -521,7 +517,7 @@ def mode_name(r):
     """A row's mode, and what else tells it from others of its shape."""
     layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
     resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
-    ahead = f", {r['prefetch_heads']} heads ahead" if r.get("prefetch_heads") else ""
+    ahead = f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead" if r.get("prefetch_heads") else ""
     return r["mode"] + layers + resident + ahead
 
 
@@ -577,6 +573,7 @@ def draw_generate(rows, axes):
         axes.bar(at, [r["tokens_per_s"] for r in found], width, label=mode)
     axes.set_xticks(range(len(shapes)), [f"{model}\n{B} x {S}" for model, B, S in shapes], rotation=90, fontsize="small")
     axes.set(yscale="log", ylabel="tokens/s")
+    axes.legend(fontsize="small")
 
 
 # ---------------------------------------------------------------- offload
@@ -760,9 +757,17 @@ def offload_setting(r):
     return [*(r[key] for key in ("gpu", "model", "data", "B", "S", "dtype")), mode_name(r)]
 
 
+def draw_offload(rows, axes):
+    """Tokens per second, a bar for each row."""
+    rows = [r for r in rows if r["ms_per_step"]]
+    axes.barh([f"{r['model']} {r['B']} x {r['S']}, {mode_name(r)}" for r in rows], [r["tokens_per_s"] for r in rows])
+    axes.set(xscale="log", xlabel="tokens/s")
+    axes.invert_yaxis()
+
+
 BENCHES = {"attention": Bench(run_attention, attention_setting, attention_table, draw_attention),
            "generate": Bench(run_generate, generate_setting, generate_table, draw_generate),
-           "offload": Bench(run_offload, offload_setting, offload_table, draw_generate)}
+           "offload": Bench(run_offload, offload_setting, offload_table, draw_offload)}
 
 
 def newest_rows(name):
@@ -787,10 +792,8 @@ def plot(rows, draw, path):
     """An image file of the rows. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    draw(rows, axes)
-    axes.legend(fontsize="small")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    draw(rows, figure.subplots())
     figure.savefig(path, dpi=150)
 
 

@@ -954,8 +954,10 @@ def plot(rows, path):
         for name, points in lines.items():
             axes.plot(*zip(*sorted(points)), "o-", label=name)
         axes.axhline(1 if task == "perplexity" else found[0]["dense_score"], color="black", linewidth=0.8)
-        axes.set(title=f"{task}, {data}, context {context}", xscale="log", xlabel="tokens attended in a sparse layer, mean",
+        axes.set(title=f"{task}, {data}, context {context}", xlabel="tokens attended in a sparse layer, mean",
                  ylabel={"perplexity": "perplexity over dense", "agreement": "KL to dense, nats"}.get(task, "percent"))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 

@@ -2160,8 +2160,9 @@ def test_plot_where_matplotlib_is(tmp_path):
             run = command(script, "table", *["attention"] * (script == "bench.py"), "--plot", tmp_path / "x.png")
             assert run.returncode == 2 and run.stderr == "error: --plot needs matplotlib: pip install matplotlib\n"
         pytest.skip("no matplotlib")
-    bench.plot(bench.newest_rows("attention"), bench.draw_attention, tmp_path / "speedup.png")
-    assert (tmp_path / "speedup.png").exists()
+    for name, of in bench.BENCHES.items():
+        bench.plot(bench.newest_rows(name), of.draw, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").exists()
     rows = [ROW, ROW | {"budget": "n=32", "mean_tokens": 32}, ROW | {"method": "quest"}]
     evaluation.plot(rows, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").exists()
@@ -2386,7 +2387,7 @@ def test_bench_generate_table_shows_its_newest_rows(generate_run, tmp_path, monk
         assert f"| {row['ms_per_step']:.2f} ms, {row['speedup_vs_dense']:.2f}x over dense |" in line
     assert "| out of memory |" in full
     drawn = SimpleNamespace(bars=[], bar=lambda at, heights, width, label: drawn.bars.append((label, heights)),
-                            set_xticks=lambda *_, **__: None, set=lambda **_: None)
+                            set_xticks=lambda *_, **__: None, set=lambda **_: None, legend=lambda **_: None)
     bench.draw_generate(generate_run, drawn)
     assert drawn.bars[0] == ("dense", [dense["tokens_per_s"]]) and len(drawn.bars) == 3
 
@@ -2428,7 +2429,7 @@ def test_bench_offload_rows(monkeypatch):
     assert tight_predicted["agreement"] is None and tight_predicted["predicted_layers"] == c.n_layers - 1
     assert tight_predicted["logit_error"] > 1e-3 and tight_predicted["speedup_vs_flexgen"] > 0  # of other tokens, and says so
     table = bench.offload_table(rows)
-    assert f"| offload, 0 dense layers, {budget} resident, 1 heads ahead | {tight['ms_per_step']:.2f} |" in table
+    assert f"| offload, 0 dense layers, {budget} resident, 1 head ahead | {tight['ms_per_step']:.2f} |" in table
     assert "| yes, 0e+00 |" in table and f", {tight_predicted['logit_error']:.0e} |" in table
     monkeypatch.setattr(offload, "fetch_ref", lambda *_: None)  # what is attended is not there: found out, and no speedup told
     *_, wrong = offload_run(budgets=[1], modes=["flexgen", "gpu", "offload"])
