@@ -1083,12 +1083,12 @@ class Selection:
         G, (share_num, share_den) = self.q.shape[1] // HKV, c.share()
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
-            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, ws.peak, ws.unit, ws.needed,
-            ws.entries, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2],
+            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, ws.peak, ws.unit,
+            ws.needed, ws.entries, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2],
             *self.labels.stride()[:3], S, self.readable_tokens(), ws.longest, ws.indices.shape[2],
-            NO_WINDOW if self.window is None else self.window, c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink, c.recent,
-            c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV, G,
-            1 if c.pool == "mean" else G, D, triton.next_power_of_2(D), W, m.widths, SAMPLE, RUN, MARGIN, ws.block,
+            NO_WINDOW if self.window is None else self.window, c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink,
+            c.recent, c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV, G, 1 if c.pool == "mean" else G, D,
+            triton.next_power_of_2(D), W, m.widths, SAMPLE, RUN, MARGIN, ws.block,
             ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose, TILE=TILE,
             TIERS=max(1, (ws.tile // TILE).bit_length()), TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, PTX=self.nvidia,
             PDL=self.overlapped, ANNOUNCE=choose and self.announced, num_warps=num_warps,

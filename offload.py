@@ -20,7 +20,7 @@ import mmap
 import weakref
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ import triton.language as tl
 from tqdm import tqdm
 
 from ds_attention import (
-    DSConfig, Workspace, attend, attend_ref, dense_decode, label_newest_ref, live_range, per_head, select_tokens)
+    Workspace, attend, attend_ref, dense_decode, label_newest_ref, live_range, per_head, select_tokens)
 from model import KVCache, LayerCache, open_tensors
 
 # ---------------------------------------------------------------- host memory

@@ -313,7 +313,8 @@ def adversarial(crowd, **more):
 @pytest.mark.parametrize("crowd, window, portable, how", [
     *((crowd, window, True, "staged") for crowd, window in zip(CROWDS, 4 * [None, 4500])),
     *((crowd, None, False, "staged") for crowd in CROWDS if GPU),  # the interpreter takes the portable branch anyway
-    *((crowd, None, True, how) for how in ("shared", "fused", "in-memory") for crowd in ("many-ties", "descending", "sample-sees-the-best"))])
+    *((crowd, None, True, how) for how in ("shared", "fused", "in-memory")
+      for crowd in ("many-ties", "descending", "sample-sees-the-best"))])
 def test_kernel_selection_of_adversarial_scores(crowd, window, portable, how, monkeypatch):
     """Rows long enough for the sampled bracket: exactly n tokens, and the same as the reference's, ties included."""
     launched(how, monkeypatch)
