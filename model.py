@@ -548,9 +548,9 @@ class Attention(nn.Module):
         q, k, v = heads.split(self.heads, 1)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def queries(self, x, cos, sin, kv_heads):
-        """As `project`, of the q of the first so many KV heads alone."""
-        n = self.heads[0] // self.heads[1] * kv_heads * self.head_dim
+    def queries(self, x, cos, sin, kv_heads=None):
+        """As `project`, of the q alone of the first so many KV heads, or of all."""
+        n = self.heads[0] // self.heads[1] * (kv_heads or self.heads[1]) * self.head_dim
         heads = F.linear(x, self.wqkv.weight[:n]).unflatten(-1, (-1, self.head_dim))
         return apply_rope(heads.transpose(1, 2), cos, sin)
 

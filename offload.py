@@ -607,6 +607,7 @@ class OffloadCache(KVCache):
         if isinstance(following, OffloadedLayer) and following.ahead and not following.all_tokens:
             block = blocks[i + 1]
             following.foreseen = block, block.attn_norm(x), cos, sin  # the norm here: layer i changes x in place
+            following.chosen = None  # were it that of a step that did not end
             if following.predicted or not isinstance(layer, OffloadedLayer):
                 following.choose_ahead(self.seq_lens)
             if not isinstance(layer, OffloadedLayer):
