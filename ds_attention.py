@@ -1012,8 +1012,9 @@ class Workspace:
             max_tokens = config.budget(S if window is None else min(S, window))
             self.tile = min(max(TILE, triton.next_power_of_2(max_tokens * 7 // 4)), 2 * TILE if R > MANY_ROWS else MAX_TILE)
             self.placers = placers or (2 if R <= FEW_ROWS // 2 and self.tile > 2 * TILE else 1)
-            # whether attend may begin with a row while others are still being chosen: with few rows or long lists it gave nothing
-            self.announced = (R >= FEW_ROWS and (self.tile == TILE or R > MANY_ROWS) and self.placers == 1 and pdl(self.lower))
+            # whether attend may begin with a row while others are still being chosen: with few rows, or not many and long lists,
+            # it gave nothing
+            self.announced = R >= FEW_ROWS and (self.tile == TILE or R > MANY_ROWS) and self.placers == 1 and pdl(self.lower)
             self.longest = 4 * max_tokens  # candidates searched in memory
             self.long_entries = scratch(R, self.longest, dtype=torch.int64)
             self.indices = scratch(B, HKV, max_tokens)
