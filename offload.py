@@ -151,8 +151,6 @@ class Resident:
         self.last_used = table(B, HKV, R)  # by this clock, of resolves since forget()
         self.clock = table(B, HKV)
         self.counts = table(len(COUNTS), B, HKV, dtype=torch.int64)
-        # of the latest resolve: slots of the tokens in their order, and which of them (as indices into it) were missing
-        self.slots, self.missing, self.n_missing = table(B, HKV, R), table(B, HKV, R), table(B, HKV)
         self.forget()
 
     def forget(self):
@@ -172,9 +170,17 @@ class Resident:
         return view
 
 
-def resolve_ref(r, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sink=0, recent=1):
+class Placement:
+    """What `resolve` says of the tokens it was given: their slots, in their order, and which of them (as indices) were missing."""
+
+    def __init__(self, B, heads, R, device):
+        self.slots, self.missing = torch.zeros(2, B, heads, R, dtype=torch.int32, device=device)
+        self.n_missing = torch.zeros(B, heads, dtype=torch.int32, device=device)
+
+
+def resolve_ref(r, placed, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sink=0, recent=1):
     """Gives every selected token a slot: those held keep theirs, the others take the slots that were not used for longest (of
-    equals the first), none of this call's; both in ascending order. Sets r.slots, r.missing, r.n_missing and the maps.
+    equals the first), none of this call's; both in ascending order. Sets `placed`, a Placement, and the maps of r, a Resident.
 
     indices [B, heads, any] int32, distinct tokens of the first KV heads, or of all, of which the first n_tokens [B, heads] count,
     at most R; seq_lens [B]. ahead: the tokens are a prediction. foreseen: of so many heads the call before was the prediction of
@@ -202,15 +208,15 @@ def resolve_ref(r, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sink=0,
     r.clock += 1
     now = r.clock[..., None].expand_as(slots)
     r.last_used.scatter_reduce_(2, slots, torch.where(hit, now, -AGES), "amax")
-    r.n_missing.copy_(missed.sum(2))
+    placed.n_missing.copy_(missed.sum(2))
     age = (r.clock[..., None] - r.last_used).clamp(max=AGES - 1)
     rank = age.sort(dim=2, descending=True, stable=True).indices.argsort(2)  # of each slot among all, the oldest first
-    b, h, slot = (rank < r.n_missing[..., None]).nonzero(as_tuple=True)  # [misses of all rows]
+    b, h, slot = (rank < placed.n_missing[..., None]).nonzero(as_tuple=True)  # [misses of all rows]
     i = missed.nonzero(as_tuple=True)[2]  # as many of each row and head, in the same order
     token = tokens[b, h, i]
     slots[b, h, i] = slot
-    r.slots[..., : slots.shape[2]] = slots
-    r.missing[b, h, (missed.cumsum(2) - 1)[b, h, i]] = i.int()
+    placed.slots[..., : slots.shape[2]] = slots
+    placed.missing[b, h, (missed.cumsum(2) - 1)[b, h, i]] = i.int()
     r.slot_token[b, h, slot], r.token_slot[b, h, token], r.last_used[b, h, slot] = token.int(), slot.int(), r.clock[b, h]
 
 
@@ -234,8 +240,8 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
     token_slot += base * S
     slot_token += base * R
     last_used += base * R
-    slots += base * R
-    missing += base * R
+    slots += given.to(tl.int64) * R
+    missing += given.to(tl.int64) * R
     counts += row
     misses = 0
     fetched = 0
@@ -283,7 +289,7 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
             tl.store(last_used + slot, now, mask=take > 0)
             taken += tl.sum(take, 0)
             tied += tl.sum(tie, 0)
-    tl.store(n_missing + row, misses)
+    tl.store(n_missing + given, misses)
     tl.store(clock + row, now)
     if AHEAD:
         _count(counts, PREDICTED, rows, predicted)
@@ -296,27 +302,27 @@ def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_us
         _count(counts, CONFIRMED, rows, confirmed)
 
 
-def resolve(r, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sink=0, recent=1, tile=None):
+def resolve(r, placed, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sink=0, recent=1, tile=None):
     """As resolve_ref, in one launch; all tensors contiguous. tile: tokens or slots that a row's program looks at at once."""
-    (B, HKV, R), heads = r.slots.shape, indices.shape[1]
+    (B, HKV, R), heads = r.slot_token.shape, indices.shape[1]
     tile = tile or min(4096, triton.next_power_of_2(R))
     assert indices.is_contiguous() and n_tokens.is_contiguous()
     _resolve_kernel[(B * heads,)](
-        indices, n_tokens, seq_lens, r.slot_token, r.token_slot, r.last_used, r.clock, r.counts, r.slots, r.missing,
-        r.n_missing, indices.shape[2], r.token_slot.shape[2], R, B * HKV, sink, recent, heads, HKV, AGES, ahead, foreseen, tile,
-        num_warps=max(1, tile // 256))  # PCIe waits for the last of the programs: each is as wide as fits a multiprocessor
+        indices, n_tokens, seq_lens, r.slot_token, r.token_slot, r.last_used, r.clock, r.counts, placed.slots, placed.missing,
+        placed.n_missing, indices.shape[2], r.token_slot.shape[2], R, B * HKV, sink, recent, heads, HKV, AGES, ahead, foreseen,
+        tile, num_warps=max(1, tile // 256))  # PCIe waits for the last of the programs: each is as wide as fits a multiprocessor
 
 
-def fetch_ref(r, host, newest, indices, seq_lens):
+def fetch_ref(r, placed, host, newest, indices, seq_lens):
     """Copies what `resolve` found missing of indices from host [B, HKV, S, 2, D] to its slots, and the newest tokens' K and V,
     newest [B, HKV, 2, D], to theirs and to the host. newest None: they are not known yet, and their slots stay as they are."""
-    r = r.first(indices.shape[1])
-    b, h, j = (torch.arange(r.missing.shape[2], device=indices.device) < r.n_missing[..., None]).nonzero(as_tuple=True)
-    i = r.missing[b, h, j].long()
+    R = placed.missing.shape[2]
+    b, h, j = (torch.arange(R, device=indices.device) < placed.n_missing[..., None]).nonzero(as_tuple=True)
+    i = placed.missing[b, h, j].long()
     last = (seq_lens - 1).long()
     known = indices[b, h, i] != last[b]
     b, h, i = b[known], h[known], i[known]
-    r.kv[b, h, r.slots[b, h, i].long()] = host[b, h, indices[b, h, i].long()]
+    r.kv[b, h, placed.slots[b, h, i].long()] = host[b, h, indices[b, h, i].long()]
     if newest is None:
         return
     last = last[:, None, None].expand(-1, newest.shape[1], 1)  # [B, HKV, 1]
@@ -333,7 +339,7 @@ def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing
     program, programs = tl.program_id(0), tl.num_programs(0)
     offs, each = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     if missing is not None:
-        count = tl.load(n_missing + each // HEADS * HKV + each % HEADS, mask=each < rows // HKV * HEADS, other=0)
+        count = tl.load(n_missing + each, mask=each < rows // HKV * HEADS, other=0)
         parts = tl.cdiv(count, TOKENS)
         end = tl.cumsum(parts, 0)
         for part in range(program, tl.sum(parts), programs):
@@ -343,10 +349,10 @@ def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing
             mask = nth < tl.sum(tl.where(each == given, count, 0))
             row = given // HEADS * HKV + given % HEADS  # of all
             last = tl.load(seq_lens + row // HKV) - 1
-            base = row.to(tl.int64)
-            i = tl.load(missing + base * R + nth, mask=mask, other=0)
-            token = tl.load(indices + given.to(tl.int64) * max_tokens + i, mask=mask, other=0)
-            to = tl.load(slots + base * R + i, mask=mask, other=0)
+            base, given = row.to(tl.int64), given.to(tl.int64)
+            i = tl.load(missing + given * R + nth, mask=mask, other=0)
+            token = tl.load(indices + given * max_tokens + i, mask=mask, other=0)
+            to = tl.load(slots + given * R + i, mask=mask, other=0)
             mask = (mask & (token != last))[:, None] & (offs < ROW)[None, :]
             fetched = tl.load(host + (base * S + token)[:, None] * ROW + offs[None, :], mask=mask, other=0.0)
             tl.store(kv + (base * R + to)[:, None] * ROW + offs[None, :], fetched, mask=mask)
@@ -364,17 +370,17 @@ def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing
             tl.store(host + (base * S + last)[:, None] * ROW + offs[None, :], fresh, mask=mask)
 
 
-def fetch(r, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
+def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
     """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows on their way, which is
     enough for PCIe. Whatever shares a multiprocessor with loads from the host waits as long as they do. More programs for
     more heads, which may miss few tokens each."""
-    (B, HKV, R), heads = r.slots.shape, indices.shape[1]
+    (B, HKV, R), heads = r.slot_token.shape, indices.shape[1]
     programs = programs or min(64, max(8, B * heads // 4))
     S, ROW = host.shape[2], 2 * host.shape[4]
     assert host.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
     _fetch_kernel[(programs,)](
-        host, newest, r.kv, seq_lens, indices, r.slots, r.missing, r.n_missing, r.token_slot, indices.shape[2], S, R, B * HKV,
-        heads, HKV, ROW, triton.next_power_of_2(ROW), triton.next_power_of_2(B * heads), tokens, num_warps=num_warps)
+        host, newest, r.kv, seq_lens, indices, placed.slots, placed.missing, placed.n_missing, r.token_slot, indices.shape[2], S,
+        R, B * HKV, heads, HKV, ROW, triton.next_power_of_2(ROW), triton.next_power_of_2(B * heads), tokens, num_warps=num_warps)
 
 
 # ---------------------------------------------------------------- the cache
@@ -415,16 +421,19 @@ class HostLayer(LayerCache):
 @dataclass
 class Foresight:
     """What the layers of a cache choose and fetch tokens ahead with: two streams, so that one layer's tokens are chosen while
-    those of the layer before it are still on their way."""
+    those of the layer before it are still on their way. Of even and of odd layers, since a prediction is read while the next
+    one is made: workspaces of select_tokens, and Placements."""
 
     choosing: SideStream
     fetching: SideStream
-    workspaces: list  # of even and odd layers: a prediction is read while the next one is made
+    workspaces: list
+    placements: list
 
 
 @dataclass(kw_only=True)
 class OffloadedLayer(HostLayer):
     resident: Resident
+    placed: Placement  # of what is selected; layers share it
     foresight: Foresight
     number: int  # of this layer
     ahead: int  # KV heads, the first ones, whose tokens are chosen and fetched ahead
@@ -433,7 +442,8 @@ class OffloadedLayer(HostLayer):
     # of the latest prediction
     foreseen: tuple | None = None  # what it is made of, see choose_ahead; held while another stream reads it
     chosen: tuple | None = None  # (indices, n_tokens), until `decode` has come
-    done: torch.cuda.Event | None = None  # of its latest work
+    slots_known: torch.cuda.Event | None = None
+    rows_there: torch.cuda.Event | None = None
 
     def kv_bytes(self):
         return self.resident.kv.nbytes + self.newest.nbytes
@@ -442,40 +452,41 @@ class OffloadedLayer(HostLayer):
         """(indices, n_tokens) as from select_tokens; the newest of all tokens, as many as there are slots, for all_tokens."""
         if not self.all_tokens:
             return select_tokens(q, self.labels, self.label_map, seq_lens, self.ds, self.window, self.workspace)
-        B, HKV, R = self.resident.slots.shape
+        B, HKV, R = self.resident.slot_token.shape
         n = live_range(seq_lens, self.window)[1].clamp(max=R)
         positions = (seq_lens - n)[:, None] + torch.arange(R, device=q.device, dtype=torch.int32)
         return positions[:, None].expand(B, HKV, R).contiguous(), per_head(n, HKV).contiguous()
 
-    def resolve(self, indices, n_tokens, seq_lens, **kind):
+    def resolve(self, placed, indices, n_tokens, seq_lens, **kind):
         run = resolve if self.ds.use_triton(seq_lens) else resolve_ref
-        run(self.resident, indices, n_tokens, seq_lens, sink=self.ds.sink, recent=self.ds.recent, **kind)
+        run(self.resident, placed, indices, n_tokens, seq_lens, sink=self.ds.sink, recent=self.ds.recent, **kind)
 
-    def fetch(self, newest, indices, seq_lens):
+    def fetch(self, placed, newest, indices, seq_lens):
         run = fetch if self.ds.use_triton(seq_lens) else fetch_ref
-        run(self.resident, self.host, newest, indices, seq_lens)
+        run(self.resident, placed, self.host, newest, indices, seq_lens)
 
     def choose_ahead(self, seq_lens):
         """Predicts this layer's queries and gives slots to what they select. foreseen: this layer's block of the model, the input
         of the layer before after this block's norm [B, 1, dim], and cos, sin [B, 1, 1, D / 2] of the newest positions."""
         block, x, cos, sin = self.foreseen
+        workspace, placed = self.foresight.workspaces[self.number % 2], self.foresight.placements[self.number % 2]
 
         def choose():
             q = block.attn.queries(x, cos, sin, self.ahead).squeeze(2)  # [B, HQ of these heads, D]
-            labels, workspace = self.labels[:, : self.ahead], self.foresight.workspaces[self.number % 2]
-            self.chosen = select_tokens(q, labels, self.label_map.first(self.ahead), seq_lens, self.ds, self.window, workspace)
-            self.resolve(*self.chosen, seq_lens, ahead=True)
+            labels, label_map = self.labels[:, : self.ahead], self.label_map.first(self.ahead)
+            self.chosen = select_tokens(q, labels, label_map, seq_lens, self.ds, self.window, workspace)
+            self.resolve(placed, *self.chosen, seq_lens, ahead=True)
 
-        self.done = self.foresight.choosing.run(choose)
+        self.slots_known = self.foresight.choosing.run(choose)
 
     def fetch_ahead(self, seq_lens):
         """Fetches what was chosen, once the current stream has done what it was given: until then PCIe is another layer's."""
-        indices, _ = self.chosen
-        self.done = self.foresight.fetching.run(lambda: self.fetch(None, indices, seq_lens), after=self.done)
+        (indices, _), placed = self.chosen, self.foresight.placements[self.number % 2]
+        self.rows_there = self.foresight.fetching.run(lambda: self.fetch(placed, None, indices, seq_lens), after=self.slots_known)
 
     def decode(self, q, seq_lens):
         """As of any layer, over the resident tokens once those selected are among them; then the next layer's may be fetched."""
-        r, k, v = self.resident, *self.resident.kv.unbind(3)
+        k, v = self.resident.kv.unbind(3)
         newest_k = self.kv[..., 0, :]
         by_kernels = self.ds.use_triton(q)
         if not by_kernels:
@@ -483,18 +494,20 @@ class OffloadedLayer(HostLayer):
         chosen, self.chosen = self.chosen, None
         indices, n_tokens = chosen if chosen and self.predicted else self.selected(q, seq_lens)
         if chosen:
-            self.foresight.fetching.wait(self.done)
-            self.foreseen = None
-        self.resolve(indices, n_tokens, seq_lens, foreseen=self.ahead if chosen and not self.predicted else 0)
+            self.foresight.choosing.wait(self.slots_known)
+        self.resolve(self.placed, indices, n_tokens, seq_lens, foreseen=self.ahead if chosen and not self.predicted else 0)
         following = self.following if self.following and self.following.foreseen else None
         if following and not following.chosen:  # beside this layer's fetch, which it would delay if it were earlier
             following.choose_ahead(seq_lens)
-        self.fetch(self.newest, indices, seq_lens)
+        if chosen:  # some of the slots may be those that rows are being fetched to
+            self.foresight.fetching.wait(self.rows_there)
+            self.foreseen = None
+        self.fetch(self.placed, self.newest, indices, seq_lens)
         if following:
             following.fetch_ahead(seq_lens)
         if not by_kernels:
-            return attend_ref(q, k, v, seq_lens, r.slots, n_tokens)
-        return attend(q, k, v, seq_lens, r.slots, n_tokens, workspace=self.workspace, labels=self.labels,
+            return attend_ref(q, k, v, seq_lens, self.placed.slots, n_tokens)
+        return attend(q, k, v, seq_lens, self.placed.slots, n_tokens, workspace=self.workspace, labels=self.labels,
                       label_map=self.label_map, newest=newest_k)
 
 
@@ -568,7 +581,9 @@ class OffloadCache(KVCache):
         self.ahead = (config.n_kv_heads if mode == "predicted" else prefetch_heads) if ds else 0
         self.n_layers, self.mode = config.n_layers, mode
         self.predictable = range(1, config.n_layers) if predictable is None else predictable
-        self.foresight = Foresight(SideStream(device), SideStream(device), [None, None])
+        self.placed, *ahead = [Placement(batch, heads, self.resident_tokens, device)
+                               for heads in (config.n_kv_heads if ds else 0, self.ahead, self.ahead)]
+        self.foresight = Foresight(SideStream(device), SideStream(device), [None, None], ahead)
         if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
             heads = self.ahead * config.n_heads // config.n_kv_heads
             even = Workspace(batch, heads, self.ahead, config.head_dim, max_seq_length, device, ds, config.sliding_window)
@@ -595,8 +610,8 @@ class OffloadCache(KVCache):
             return StreamedLayer(**settings, streaming=self.streaming)
         ahead = self.ahead if number in self.predictable else 0
         layer = OffloadedLayer(
-            **settings, resident=Resident(B, HKV, S, self.resident_tokens, D, dtype, device), foresight=self.foresight,
-            ahead=ahead, predicted=ahead > 0 and self.mode == "predicted")
+            **settings, resident=Resident(B, HKV, S, self.resident_tokens, D, dtype, device), placed=self.placed,
+            foresight=self.foresight, ahead=ahead, predicted=ahead > 0 and self.mode == "predicted")
         if number and isinstance(self.layers[-1], OffloadedLayer):
             self.layers[-1].following = layer
         return layer
@@ -643,18 +658,22 @@ class OffloadCache(KVCache):
     def workspaces(self):
         return super().workspaces() + [workspace for workspace in self.foresight.workspaces if workspace]
 
+    def slot_map_bytes(self):
+        placements = [self.placed, *self.foresight.placements]
+        return sum(r.map_bytes() for r in self.residents()) + sum(x.nbytes for placed in placements for x in vars(placed).values())
+
     def gpu_bytes(self):
         staging = 2 * self.host[0][0].nbytes  # prefill's
         if self.streaming:
             staging += sum(buffer.nbytes for buffer in self.streaming.buffers)
-        return super().gpu_bytes() | {"slot maps": sum(r.map_bytes() for r in self.residents()), "staging": staging}
+        return super().gpu_bytes() | {"slot maps": self.slot_map_bytes(), "staging": staging}
 
     def statistics(self):
         """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead; the
         share of selected tokens that was resident once the selection was known, and the share of predicted tokens that were
         among them, in all and by layer; and where K and V lie."""
         host_bytes = sum(host.nbytes for host in self.host)
-        found = {"host_bytes": host_bytes, "slot_map_bytes": sum(r.map_bytes() for r in self.residents())}
+        found = {"host_bytes": host_bytes, "slot_map_bytes": self.slot_map_bytes()}
         if self.streaming:
             return found | {"pcie_bytes_per_step": host_bytes}
         counts = torch.stack([r.counts for r in self.residents()]).sum((2, 3)).double().cpu()  # [layers, COUNTS]

@@ -1348,8 +1348,9 @@ def test_residency_is_as_stated(impl, R):
             indices[b, h, : len(tokens[b, h])] = torch.tensor(tokens[b, h])
         n = torch.tensor([[len(tokens[b, h]) for h in range(heads)] for b in range(B)], dtype=torch.int32, device=device)
         on_device, seq_lens = indices.to(device), torch.tensor(lens, dtype=torch.int32, device=device)
-        resolve(r, on_device, n, seq_lens, sink=sink, recent=recent, **kind)
-        fetch(r, host, newest, on_device, seq_lens)
+        placed = offload.Placement(B, heads, R, device)
+        resolve(r, placed, on_device, n, seq_lens, sink=sink, recent=recent, **kind)
+        fetch(r, placed, host, newest, on_device, seq_lens)
         if GPU:
             torch.cuda.synchronize()
         for b, h in tokens:
@@ -1357,8 +1358,8 @@ def test_residency_is_as_stated(impl, R):
             slots, misses = replaced(held[row], last_used[row], wanted, clock[row])
             if newest is not None:
                 truth[b, h, last] = newest[b, h].cpu()
-            assert r.slots[b, h, : len(wanted)].tolist() == slots and len(set(slots)) == len(slots)
-            assert r.missing[b, h, : r.n_missing[b, h]].tolist() == misses
+            assert placed.slots[b, h, : len(wanted)].tolist() == slots and len(set(slots)) == len(slots)
+            assert placed.missing[b, h, : placed.n_missing[b, h]].tolist() == misses
             assert r.slot_token[b, h].tolist() == [-1 if token is None else token for token in held[row]]
             filled = [(slot, token) for slot, token in zip(slots, wanted) if newest is not None or token != last]
             assert all(torch.equal(r.kv[b, h, slot].cpu(), truth[b, h, token]) for slot, token in filled), "another token's"
