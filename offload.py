@@ -420,9 +420,9 @@ class HostLayer(LayerCache):
 
 @dataclass
 class Foresight:
-    """What the layers of a cache choose and fetch tokens ahead with: two streams, so that one layer's tokens are chosen while
-    those of the layer before it are still on their way. Of even and of odd layers, since a prediction is read while the next
-    one is made: workspaces of select_tokens, and Placements."""
+    """What the layers of a cache choose and fetch tokens ahead with. In the mode "predicted" the streams are two, so that one
+    layer's tokens are chosen while those of the layer before it are still on their way. Of even and of odd layers, since then
+    a prediction is read while the next one is made: workspaces of select_tokens, and Placements."""
 
     choosing: SideStream
     fetching: SideStream
@@ -583,7 +583,9 @@ class OffloadCache(KVCache):
         self.predictable = range(1, config.n_layers) if predictable is None else predictable
         self.placed, *ahead = [Placement(batch, heads, self.resident_tokens, device)
                                for heads in (config.n_kv_heads if ds else 0, self.ahead, self.ahead)]
-        self.foresight = Foresight(SideStream(device), SideStream(device), [None, None], ahead)
+        fetching = SideStream(device)
+        choosing = SideStream(device) if mode == "predicted" else fetching
+        self.foresight = Foresight(choosing, fetching, [None, None], ahead)
         if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
             heads = self.ahead * config.n_heads // config.n_kv_heads
             even = Workspace(batch, heads, self.ahead, config.head_dim, max_seq_length, device, ds, config.sliding_window)
