@@ -646,7 +646,8 @@ class Prompts(RandomText):
 
 def offload_rows(source, modes, configs, budgets, ahead, steps):
     """The rows of results/offload.jsonl of one source of K and V. configs: a row of gpu and of each way to offload for each;
-    budgets: resident tokens, a row for each, in multiples of the tokens attended; ahead: KV heads prefetched, likewise."""
+    budgets: resident tokens, a row for each, in multiples of the tokens attended; ahead: KV heads prefetched, likewise, None for
+    OffloadCache's default."""
     model, B, S, device = source.model, source.B, source.S, source.device
     c, size = model.config, S + steps + WARM_UP
     runs = [("flexgen", None, {})] + [("gpu", config, {}) for config in configs]
@@ -679,6 +680,8 @@ def offload_rows(source, modes, configs, budgets, ahead, steps):
                 tokens, logits = outs[config.dense_layers]
                 row["same_tokens"] = torch.equal(out[0], tokens)
                 row["logit_error"] = ((out[1] - logits).float().norm() / logits.float().norm()).item()
+            if mode == "offload":
+                row["prefetch_heads"] = cache.ahead
             if mode != "gpu":
                 row |= {"pcie_gbps": row["pcie_bytes_per_step"] / seconds / 1e9,
                         "pcie_copy_gbps": copy_speed and copy_speed / 1e9}
@@ -695,7 +698,7 @@ def run_offload(args, device):
     """Yields the rows of the shapes asked for, one shape's at a time."""
     modes = args.modes or OFFLOAD_MODES
     configs = [DSConfig(dense_layers=n, dense_below=0) for n in args.dense_layers]
-    options = args.budgets, args.prefetch_heads, args.steps
+    options = args.budgets, args.prefetch_heads or [None], args.steps
     if args.checkpoint:
         yield offload_rows(Prompts.of(args, device), modes, configs, *options)
         return
@@ -841,8 +844,8 @@ def main():
     steps.add_argument("--budgets", type=float, nargs="+", default=[1, 2], metavar="X",
                        help="of offload: tokens resident on the GPU, in multiples of those attended, a row for each (default "
                             "%(default)s)")
-    steps.add_argument("--prefetch_heads", type=int, nargs="+", default=[0], metavar="HEADS",
-                       help="of offload: KV heads whose tokens are fetched ahead, a row for each (default %(default)s)")
+    steps.add_argument("--prefetch_heads", type=int, nargs="+", metavar="HEADS",
+                       help="of offload: KV heads whose tokens are fetched ahead, a row for each (default: generate.py's)")
     steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
     steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
     steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")
@@ -862,7 +865,7 @@ def main():
             raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the first includes the prefill")
         if args.data and not args.checkpoint:
             raise ValueError(f"data={args.data}: random weights have no use for text; give a --checkpoint")
-        if min(args.prefetch_heads) < 0:
+        if args.prefetch_heads and min(args.prefetch_heads) < 0:
             raise ValueError(f"prefetch_heads={min(args.prefetch_heads)}: must be at least 0")
         if min(args.budgets) < 1:
             raise ValueError(f"budgets={min(args.budgets):g}: must be at least 1, what a step attends to")

@@ -523,9 +523,9 @@ def parse_arguments():
     parser.add_argument("--resident_tokens", type=int, metavar="TOKENS",
                         help="with --offload: tokens per sequence and KV head kept on the GPU (default: the most that a step "
                              "attends to, dense steps below --dense_below included)")
-    parser.add_argument("--prefetch_heads", type=int, default=0, metavar="HEADS",
+    parser.add_argument("--prefetch_heads", type=int, metavar="HEADS",
                         help="with --offload: KV heads of each layer whose tokens are fetched while the layer before computes, as "
-                             "its input predicts them (default %(default)s)")
+                             "its input predicts them (default: as many as PCIe then has time for; on a CPU 0)")
     parser.add_argument("--offload_mode", choices=MODES, default=MODES[0],
                         help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
                              "predicted tokens, so that fetches hide behind compute (default %(default)s)")

@@ -1522,6 +1522,17 @@ class Late:
             self.overdue += 1
 
 
+@pytest.mark.parametrize("preset, batch, size, heads", [
+    ("Llama-2-7B", 1, 131072, 3), ("Llama-2-7B", 4, 32768, 3), ("Llama-3.1-8B", 1, 262144, 2), ("Llama-2-7B", 1, 4096, 8)])
+def test_as_many_heads_are_prefetched_as_there_is_time_for(preset, batch, size, heads):
+    """Those that were fastest when measured, a quarter at most."""
+    assert offload.idle_heads(PRESETS[preset], batch, DSConfig().budget(size), torch.bfloat16) == heads
+
+
+def test_nothing_is_prefetched_on_a_cpu_by_default():
+    assert offload_step(OffloadCache, n_kv_heads=4).cache.ahead == (1 if GPU else 0)
+
+
 @pytest.mark.skipif(GPU, reason="a GPU has streams")
 @pytest.mark.parametrize("mode", offload.MODES)
 def test_what_is_fetched_aside_is_waited_for(mode):
