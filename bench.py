@@ -31,13 +31,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import ds_attention as ds
-from ds_attention import DSConfig, LabelMap, Selection, Workspace, bits_of, write_labels
+from ds_attention import DSConfig, LabelMap, Selection, Workspace, bits_of, parse_widths, write_labels
 from eval import generated_items, kv_document, need_matplotlib, provenance, text_windows, texts_of
 from generate import (
     HERE, DecodeStep, copy_bandwidth, default_dtype, generate, label_bits, load, load_maps, now, pick_device
 )
 from model import PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes, run_command
-from offload import MIN_AGREEMENT, OffloadCache, check_host_memory, free_host_bytes, host_layers, predictable_layers
+from offload import (
+    MIN_AGREEMENT, OffloadCache, check_host_memory, free_host_bytes, host_layers, idle_heads, predictable_layers
+)
 
 RESULTS = HERE / "results"
 
@@ -271,7 +273,8 @@ def run_attention(args, device):
     config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels, label_bits=args.label_bits)
     settings = [(shape, config) for shape in SHAPES]
     if args.label_bits is None and args.label_channels is None:
-        others = [(shape, UNIFORM) for shape in SHAPES] + [((16, 16384, 32, 32), labels) for labels in MORE_LABELS]
+        more = [labels for labels in MORE_LABELS if sum(dims for dims, _ in parse_widths(labels)) <= args.head_dim]
+        others = [(shape, UNIFORM) for shape in SHAPES] + [((16, 16384, 32, 32), labels) for labels in more]
         settings += [(shape, replace(config, label_bits=labels)) for shape, labels in others]
     if device == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -647,13 +650,15 @@ class Prompts(RandomText):
 def offload_rows(source, modes, configs, budgets, ahead, steps):
     """The rows of results/offload.jsonl of one source of K and V. configs: a row of gpu and of each way to offload for each;
     budgets: resident tokens, a row for each, in multiples of the tokens attended; ahead: KV heads prefetched, likewise, None for
-    OffloadCache's default."""
+    the default."""
     model, B, S, device = source.model, source.B, source.S, source.device
     c, size = model.config, S + steps + WARM_UP
     runs = [("flexgen", None, {})] + [("gpu", config, {}) for config in configs]
     for config, budget in itertools.product(configs, budgets):
         resident = {"resident_tokens": math.ceil(budget * config.budget(size))}
-        runs += [("offload", config, resident | {"prefetch_heads": heads}) for heads in ahead]
+        for heads in ahead:
+            heads = idle_heads(c, B, config.budget(size), model.dtype, device) if heads is None else heads
+            runs += [("offload", config, resident | {"prefetch_heads": heads})]
         runs += [("offload_predicted", config, resident | {"mode": "predicted"})]
     rows, outs, host, copy_speed = [], {}, None, None
     for mode, config, options in [run for run in runs if run[0] in modes]:
@@ -680,8 +685,6 @@ def offload_rows(source, modes, configs, budgets, ahead, steps):
                 tokens, logits = outs[config.dense_layers]
                 row["same_tokens"] = torch.equal(out[0], tokens)
                 row["logit_error"] = ((out[1] - logits).float().norm() / logits.float().norm()).item()
-            if mode == "offload":
-                row["prefetch_heads"] = cache.ahead
             if mode != "gpu":
                 row |= {"pcie_gbps": row["pcie_bytes_per_step"] / seconds / 1e9,
                         "pcie_copy_gbps": copy_speed and copy_speed / 1e9}

@@ -156,6 +156,8 @@ def default_widths(words, D):
     of 2 and the rest of 1; less is all dims of 1. Where that were more than D dims, they are D, and more of them wide.
     """
     bits = min(32 * words, 4 * D // 32 * 32)
+    if not bits:
+        raise ValueError(f"head_dim={D}: a label is 32-bit words of at most 4 bits per dim, so a head needs 8 dims")
     wide, share = (4, 1 / 4) if bits >= D else (2, 5 / 8) if 2 * bits >= D else (1, 1)
     narrow = max(1, wide // 2)
     wide_bits = round(bits * share / 8) * 8

@@ -524,14 +524,15 @@ def parse_arguments():
                         help="with --offload: tokens per sequence and KV head kept on the GPU (default: the most that a step "
                              "attends to, dense steps below --dense_below included)")
     parser.add_argument("--prefetch_heads", type=int, metavar="HEADS",
-                        help="with --offload: KV heads of each layer whose tokens are fetched while the layer before computes, as "
-                             "its input predicts them (default: as many as PCIe then has time for; on a CPU 0)")
+                        help="with --offload in the exact mode: KV heads of each layer whose tokens are fetched while the layer "
+                             "before computes, as its input predicts them (default: as many as PCIe then has time for if none is "
+                             "resident, at most a quarter; on a CPU 0)")
     parser.add_argument("--offload_mode", choices=MODES, default=MODES[0],
                         help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
                              "predicted tokens, so that fetches hide behind compute (default %(default)s)")
     parser.add_argument("--min_agreement", type=float, default=MIN_AGREEMENT, metavar="SHARE",
-                        help="with --prefetch_heads or --offload_mode predicted: of layers where calibration foresaw a smaller "
-                             "share of the selection, nothing is predicted (default %(default)g)")
+                        help="with --offload: of layers where calibration foresaw a smaller share of the selection, nothing is "
+                             "predicted (default %(default)g)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--no_compile", action="store_true", help="on a GPU, leave blocks out of torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),

@@ -127,6 +127,11 @@ class SideStream:
         if done is not None:
             torch.cuda.current_stream().wait_event(done)
 
+    def join(self):
+        """What the current stream is given from now on comes after every `run`."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
 
 # ---------------------------------------------------------------- resident tokens
 
@@ -306,7 +311,7 @@ def resolve(r, placed, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sin
     """As resolve_ref, in one launch; all tensors contiguous. tile: tokens or slots that a row's program looks at at once."""
     (B, HKV, R), heads = r.slot_token.shape, indices.shape[1]
     tile = tile or min(4096, triton.next_power_of_2(R))
-    assert indices.is_contiguous() and n_tokens.is_contiguous()
+    assert indices.is_contiguous() and n_tokens.is_contiguous() and placed.slots.shape == (B, heads, R)
     _resolve_kernel[(B * heads,)](
         indices, n_tokens, seq_lens, r.slot_token, r.token_slot, r.last_used, r.clock, r.counts, placed.slots, placed.missing,
         placed.n_missing, indices.shape[2], r.token_slot.shape[2], R, B * HKV, sink, recent, heads, HKV, AGES, ahead, foreseen,
@@ -378,6 +383,7 @@ def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128,
     programs = programs or min(64, max(8, B * heads // 4))
     S, ROW = host.shape[2], 2 * host.shape[4]
     assert host.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
+    assert placed.slots.shape == (B, heads, R)
     _fetch_kernel[(programs,)](
         host, newest, r.kv, seq_lens, indices, placed.slots, placed.missing, placed.n_missing, r.token_slot, indices.shape[2], S,
         R, B * HKV, heads, HKV, ROW, triton.next_power_of_2(ROW), triton.next_power_of_2(B * heads), tokens, num_warps=num_warps)
@@ -386,7 +392,7 @@ def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128,
 # ---------------------------------------------------------------- the cache
 
 MODES = ("exact", "predicted")
-MIN_AGREEMENT = 0.7  # of tiny's layers all reach it (0.74 to 0.82) but the one predicted from embeddings (0.11)
+MIN_AGREEMENT = 0.7  # of tiny's layers all reach it (0.77 to 0.84) but the one predicted from embeddings (0.13)
 
 
 def predictable_layers(channels, min_agreement, mode):
@@ -409,8 +415,11 @@ def predictable_layers(channels, min_agreement, mode):
 IDLE_BYTES = 14e6
 
 
-def idle_heads(config, batch, tokens, dtype):
-    """Of how many KV heads so many tokens are fetched in that time; at most a quarter of them, as was measured."""
+def idle_heads(config, batch, tokens, dtype, device):
+    """Of how many KV heads so many tokens, none of them resident, are fetched in that time; none on a CPU. At most a quarter of
+    them: more was not measured."""
+    if torch.device(device).type == "cpu":
+        return 0
     head_bytes = batch * tokens * 2 * config.head_dim * dtype.itemsize
     return min(round(IDLE_BYTES / head_bytes), config.n_kv_heads // 4)
 
@@ -430,9 +439,12 @@ class HostLayer(LayerCache):
 
 @dataclass
 class Foresight:
-    """What the layers of a cache choose and fetch tokens ahead with. In the mode "predicted" the streams are two, so that one
-    layer's tokens are chosen while those of the layer before it are still on their way. Of even and of odd layers, since then
-    a prediction is read while the next one is made: workspaces of select_tokens, and Placements."""
+    """What the layers of a cache choose and fetch tokens ahead with.
+
+    In the mode "exact" both streams are one: a third branch made some of a step's CUDA graphs slower by 4%. In "predicted" they
+    are two, so that one layer's tokens are chosen while those of the layer before are still on their way, and a prediction is
+    read while the next one is made: hence workspaces of select_tokens, and Placements, of even and of odd layers.
+    """
 
     choosing: SideStream
     fetching: SideStream
@@ -572,9 +584,9 @@ class OffloadCache(KVCache):
                  prefetch_heads=None, mode="exact", predictable=None, host=None):
         """resident_tokens: GPU rows per sequence and KV head, at least what a step may attend to: the budget at max_seq_length,
         and ds.dense_below for the dense steps before; by default as many. prefetch_heads: of so many KV heads of each layer what
-        is predicted is fetched ahead; by default none on a CPU, else see idle_heads. mode: of MODES; "predicted" fetches all that is predicted, and attends to it. predictable:
-        numbers of the layers of which anything is predicted, by default all that have a layer before them. host: tensors to use,
-        of the last layers, [B, HKV, S, 2, D] each.
+        is predicted is fetched ahead, by default idle_heads. mode: of MODES; "predicted" fetches all that is predicted, and attends
+        to it. predictable: numbers of the layers of which anything is predicted, by default all that have a layer before them.
+        host: tensors to use, of the last layers, [B, HKV, S, 2, D] each.
         """
         if mode not in MODES:
             raise ValueError(f"mode={mode}: must be one of {', '.join(MODES)}")
@@ -587,7 +599,7 @@ class OffloadCache(KVCache):
             raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step may attend "
                              f"to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower --dense_below")
         if prefetch_heads is None:
-            prefetch_heads = 0 if ds is None or device.type == "cpu" else idle_heads(config, batch, budget, dtype)
+            prefetch_heads = idle_heads(config, batch, budget, dtype, device) if ds else 0
         if prefetch_heads > config.n_kv_heads:
             raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {config.n_kv_heads}, the model's KV heads")
         self.ahead = (config.n_kv_heads if mode == "predicted" else prefetch_heads) if ds else 0
@@ -636,7 +648,6 @@ class OffloadCache(KVCache):
         if isinstance(following, OffloadedLayer) and following.ahead and not following.all_tokens:
             block = blocks[i + 1]
             following.foreseen = block, block.attn_norm(x), cos, sin  # the norm here: layer i changes x in place
-            following.chosen = None  # were it that of a step that did not end
             if following.predicted or not isinstance(layer, OffloadedLayer):
                 following.choose_ahead(self.seq_lens)
             if not isinstance(layer, OffloadedLayer):
@@ -646,8 +657,12 @@ class OffloadCache(KVCache):
         return [layer.resident for layer in self.layers if isinstance(layer, OffloadedLayer)]
 
     def begin(self):
-        for resident in self.residents():
-            resident.forget()
+        for side in (self.foresight.choosing, self.foresight.fetching):
+            side.join()  # a step that did not end may have left work, and predictions
+        for layer in self.layers:
+            if isinstance(layer, OffloadedLayer):
+                layer.foreseen = layer.chosen = None
+                layer.resident.forget()
 
     def prefill_layers(self, b, start, end):
         """As in KVCache; a layer's K and V go to the host while the next layer is prefilled in another buffer."""
@@ -687,7 +702,8 @@ class OffloadCache(KVCache):
         share of selected tokens that was resident once the selection was known, and the share of predicted tokens that were
         among them, in all and by layer; and where K and V lie."""
         host_bytes = sum(host.nbytes for host in self.host)
-        found = {"host_bytes": host_bytes, "slot_map_bytes": self.slot_map_bytes()}
+        found = {"host_bytes": host_bytes, "slot_map_bytes": self.slot_map_bytes(),
+                 "prefetch_heads": self.ahead if self.mode == "exact" else None}
         if self.streaming:
             return found | {"pcie_bytes_per_step": host_bytes}
         counts = torch.stack([r.counts for r in self.residents()]).sum((2, 3)).double().cpu()  # [layers, COUNTS]

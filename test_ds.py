@@ -602,6 +602,8 @@ def test_default_label_widths():
         assert ds.parse_widths(ds.widths_name(config.widths(D))) == config.widths(D)
     with pytest.raises(ValueError, match="label_channels=512: more label dims than the head's 128"):
         DSConfig(label_channels=512).widths(128)
+    with pytest.raises(ValueError, match="head_dim=6: .* needs 8 dims"):
+        DSConfig().widths(6)
 
 
 @pytest.mark.parametrize("bits, message", [
@@ -1503,6 +1505,16 @@ def test_predicted_layers_attend_to_what_is_predicted(monkeypatch):
     assert errors[0] < 1e-3 < 0.1 < errors[1]
 
 
+@pytest.mark.parametrize("preset, batch, size, heads", [
+    ("Llama-2-7B", 1, 131072, 3), ("Llama-2-7B", 4, 32768, 3), ("Llama-3.1-8B", 1, 262144, 2), ("Llama-2-7B", 1, 4096, 8)])
+def test_default_of_prefetched_heads(preset, batch, size, heads):
+    """The fastest of those measured, and a quarter at most; none on a CPU."""
+    config, budget = PRESETS[preset], DSConfig().budget(size)
+    assert offload.idle_heads(config, batch, budget, torch.bfloat16, "cuda") == heads
+    assert offload.idle_heads(config, batch, budget, torch.bfloat16, "cpu") == 0
+    assert offload_step(OffloadCache, n_kv_heads=4).cache.statistics()["prefetch_heads"] == (1 if GPU else 0)
+
+
 class Late:
     """A SideStream that does nothing before it is waited for: the latest that a GPU may."""
 
@@ -1521,16 +1533,79 @@ class Late:
             self.given[self.overdue]()
             self.overdue += 1
 
-
-@pytest.mark.parametrize("preset, batch, size, heads", [
-    ("Llama-2-7B", 1, 131072, 3), ("Llama-2-7B", 4, 32768, 3), ("Llama-3.1-8B", 1, 262144, 2), ("Llama-2-7B", 1, 4096, 8)])
-def test_as_many_heads_are_prefetched_as_there_is_time_for(preset, batch, size, heads):
-    """Those that were fastest when measured, a quarter at most."""
-    assert offload.idle_heads(PRESETS[preset], batch, DSConfig().budget(size), torch.bfloat16) == heads
+    def join(self):
+        self.wait(len(self.given))
 
 
-def test_nothing_is_prefetched_on_a_cpu_by_default():
-    assert offload_step(OffloadCache, n_kv_heads=4).cache.ahead == (1 if GPU else 0)
+class Watched(offload.SideStream):
+    """A SideStream that numbers what it is given, and remembers what the current stream waited for, and what it did itself."""
+
+    number, waited, followed = itertools.count(1), set(), set()
+
+    def run(self, work, after=None):
+        self.followed.add(after)
+        super().run(work)
+        return next(self.number)
+
+    def wait(self, done):
+        self.waited.add(done)
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has streams")
+@pytest.mark.parametrize("mode", offload.MODES)
+def test_slots_and_rows_are_waited_for(mode, monkeypatch):
+    """Before a layer's own slots are found: those of what was predicted of it; before its rows are fetched: those fetched ahead;
+    before these: their slots."""
+    step = offload_step(partial(PREFETCHING, mode=mode), size=90)
+    foresight, seen = step.cache.foresight, []
+    assert (foresight.choosing is foresight.fetching) == (mode == "exact")
+    foresight.choosing, foresight.fetching = Watched(torch.device("cpu")), Watched(torch.device("cpu"))
+    resolve, fetch = offload.OffloadedLayer.resolve, offload.OffloadedLayer.fetch
+
+    def watched(kind, needed, waited=Watched.waited):
+        assert needed is None or needed in waited, kind
+        seen.append((kind, needed is not None))
+
+    def resolve_watched(layer, placed, *tokens, **kind):
+        if not kind.get("ahead"):
+            watched("slots", layer.slots_known)
+        resolve(layer, placed, *tokens, **kind)
+
+    def fetch_watched(layer, placed, newest, *tokens):
+        if newest is None:
+            watched("rows ahead", layer.slots_known, Watched.followed)
+        else:
+            watched("rows", layer.rows_there)
+        fetch(layer, placed, newest, *tokens)
+
+    monkeypatch.setattr(offload.OffloadedLayer, "resolve", resolve_watched)
+    monkeypatch.setattr(offload.OffloadedLayer, "fetch", fetch_watched)
+    for _ in compared((step,), 5):
+        pass
+    assert all(seen.count((kind, True)) >= 5 for kind in ("slots", "rows", "rows ahead"))
+
+
+def test_a_step_that_did_not_end_leaves_nothing(monkeypatch):
+    """Neither predictions nor slots: what is generated next is as if it had not been."""
+    want, step = (offload_step(PREFETCHING, size=90) for _ in range(2))
+    step.model.prefill(RAGGED, step.cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(offload.OffloadedLayer, "decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step.model.decode(torch.zeros(3, dtype=torch.long, device=DEVICE), step.cache)
+    layers = [layer for layer in step.cache.layers if isinstance(layer, offload.OffloadedLayer)]
+    assert any(layer.foreseen for layer in layers)
+    run, given = offload.SideStream.run, []
+    monkeypatch.setattr(offload.SideStream, "run", lambda *work, **more: (given.append(1), run(*work, **more))[1])
+    for side in (step, want):
+        side.model.prefill(RAGGED, side.cache)
+    given.clear()
+    assert not any(layer.foreseen or layer.chosen for layer in layers)
+    tokens = torch.zeros(3, dtype=torch.long, device=DEVICE)
+    for view in (KVCache.all_tokens, lambda cache: cache):
+        mine, theirs = (side.model.decode(tokens, view(side.cache)) for side in (step, want))
+        torch.testing.assert_close(mine, theirs)
+        assert bool(given) == (view is not KVCache.all_tokens), "dense steps predict nothing"
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has streams")
@@ -2337,6 +2412,14 @@ def test_bench_tables_are_those_of_the_results(name):
     if not (bench.RESULTS / f"{name}.jsonl").exists():
         pytest.skip("not measured yet")
     assert bench.BENCHES[name].table(bench.newest_rows(name)) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_bench_times_labels_that_fit_the_head(monkeypatch):
+    timed = []
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: None)
+    monkeypatch.setattr(bench, "attention_row", lambda B, S, HQ, HKV, D, dtype, config, *_: timed.append(config.channels(D)))
+    args = SimpleNamespace(sparsity=16, label_channels=None, label_bits=None, shapes=None, head_dim=32, dtype="bfloat16")
+    assert len(list(bench.run_attention(args, "cuda"))) == len(timed) == 2 * len(bench.SHAPES) + 3
 
 
 def test_bench_checks_its_rows_on_a_cpu():
