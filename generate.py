@@ -500,6 +500,7 @@ OFFLOAD_OPTIONS = ("resident_tokens", "prefetch_heads", "offload_mode", "min_agr
 
 
 def parse_arguments():
+    """The options of the command line; ValueError, in one line, for values that cannot be."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(HERE / "tiny"),
                         help="converted directory, Hugging Face directory or hub id (default: the embedded tiny model)")
