@@ -733,7 +733,7 @@ def _sources(counts, before, s, groups, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.co
     """
     group = s // 4 + tl.arange(0, TILE // 4)
     block = tl.zeros_like(group)
-    for i in tl.static_range(LOG_BLOCKS):  # the last block that begins at or before the group
+    for i in range(LOG_BLOCKS):  # the last block that begins at or before the group; not unrolled: that took seconds to compile
         probe = block + (2**LOG_BLOCKS >> (i + 1))
         block = tl.where(tl.load(before + probe) <= group, probe, block)
     nth = group - tl.load(before + block)
@@ -869,17 +869,18 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
         high = low
         if (groups * 4 <= longest) & (not missed):
             # in memory, the blocks' lists one behind the other
-            for s in range(0, groups * 4, TILE_LONG):
+            total = groups * 4
+            for s in range(0, total, TILE_LONG):
                 offset, listed, inside = _sources(counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
                 entry = tl.where(listed, tl.load(entries + offset, mask=inside, other=0), NO_ENTRY)
                 tl.store(long_entries + _fours(s, TILE_LONG), entry, mask=inside)
                 key = (entry >> 32).to(tl.int32)
                 high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
-            tl.debug_barrier()
-            _take_best(long_entries, groups * 4, low, high, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
         else:  # rare: all tokens are candidates
             low = -FORCED + 0
             high = -FORCED + 0
+            total = seq_len - first
+            long_entries = entries + first
             for s in range(first, seq_len, BLOCK_S):
                 offs_s = s + tl.arange(0, BLOCK_S)
                 words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W)
@@ -887,8 +888,8 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
                 key = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
                 tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
                 high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
-            tl.debug_barrier()
-            _take_best(entries + first, seq_len - first, low, high, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
+        tl.debug_barrier()
+        _take_best(long_entries, total, low, high, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
 
 
 @triton.jit
