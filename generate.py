@@ -17,13 +17,16 @@ import resource
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
+import triton
 from tqdm import tqdm
+from triton.runtime import JITFunction
 
 from convert_hf import convert
 from ds_attention import DSConfig
@@ -188,6 +191,23 @@ def now(device):
     return event
 
 
+@contextlib.contextmanager
+def compiling_only():
+    """Triton kernels called within are compiled, all at a time, and not run. One after the other those of a first step take twice
+    as long or more."""
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        JITFunction.run = compile_only
+        try:
+            yield
+        finally:
+            JITFunction.run = run
+
+
 class DecodeStep:
     """The decode step of a cache's sequences: tokens in, sampled tokens out, all of it on the device.
 
@@ -224,6 +244,8 @@ class DecodeStep:
         warm_up = torch.cuda.Stream()
         warm_up.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up):
+            with compiling_only():
+                self._logits(sparse)
             for _ in range(2):
                 self._step(sparse)
         torch.cuda.current_stream().wait_stream(warm_up)
@@ -235,8 +257,11 @@ class DecodeStep:
         self.graphs[sparse] = graph
         self.cache.seq_lens -= 1
 
+    def _logits(self, sparse):
+        return self.model.decode(self.tokens, self.views[sparse], self.running)
+
     def _step(self, sparse):
-        logits = self.model.decode(self.tokens, self.views[sparse], self.running)
+        logits = self._logits(sparse)
         self.sampled.copy_(sample(logits, *self.sampling, self.generator))
         self.running &= (self.sampled[:, None] != self.end_tokens).all(1)
         self.tokens.copy_(torch.where(self.running, self.sampled, self.tokens))
