@@ -260,12 +260,18 @@ def attention_table(rows):
 
 
 def draw_attention(rows, axes):
-    """Speedup, a bar for each row."""
+    """Speedup over S, a line for each B, heads and labels."""
+    def line(r):
+        return f"B = {r['B']}, {r['HQ']}/{r['HKV']} heads, {labels_name(r)}"
+
     rows = [r for r in rows if r.get("speedup")]
-    axes.barh([f"{r['B']} x {r['S']}, {r['HQ']}/{r['HKV']} heads, {labels_name(r)}" for r in rows], [r["speedup"] for r in rows])
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xlabel="speedup over the fastest dense kernel")
-    axes.invert_yaxis()
+    for i, name in enumerate(dict.fromkeys(map(line, rows))):
+        points = sorted((r["S"], r["speedup"]) for r in rows if line(r) == name)
+        axes.plot(*zip(*points), marker="os^"[i // 10 % 3], label=name)  # colors repeat after ten
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens", ylabel="speedup over the fastest dense kernel", ylim=(0, None))
+    axes.legend(fontsize="x-small", bbox_to_anchor=(1, 1), loc="upper left")
 
 
 def run_attention(args, device):
