@@ -527,7 +527,7 @@ def mode_name(r):
     layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
     resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
     ahead = f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead" if r.get("prefetch_heads") else ""
-    return r["mode"] + layers + resident + ahead
+    return r["mode"] + layers + resident + ahead + (", not packed" if r.get("packed") is False else "")
 
 
 def generate_table(rows):
@@ -653,24 +653,24 @@ class Prompts(RandomText):
         return cache, statistics.median(result.step_s), torch.tensor(result.token_ids), logits
 
 
-def offload_rows(source, modes, configs, budgets, ahead, steps):
+def offload_rows(source, modes, configs, budgets, ahead, steps, pack=True):
     """The rows of results/offload.jsonl of one source of K and V. configs: a row of gpu and of each way to offload for each;
     budgets: resident tokens, a row for each, in multiples of the tokens attended; ahead: KV heads prefetched, likewise, None for
-    the default."""
+    the default; pack: as OffloadCache's."""
     model, B, S, device = source.model, source.B, source.S, source.device
     c, size = model.config, S + steps + WARM_UP
     runs = [("flexgen", None, {})] + [("gpu", config, {}) for config in configs]
     for config, budget in itertools.product(configs, budgets):
-        resident = {"resident_tokens": math.ceil(budget * config.budget(size))}
+        resident = {"resident_tokens": math.ceil(budget * config.budget(size)), "pack": pack}
         for heads in ahead:
-            heads = idle_heads(c, B, config.budget(size), model.dtype, device) if heads is None else heads
+            heads = idle_heads(c, B, config.budget(size), model.dtype, device, pack) if heads is None else heads
             runs += [("offload", config, resident | {"prefetch_heads": heads})]
         runs += [("offload_predicted", config, resident | {"mode": "predicted"})]
     rows, outs, host, copy_speed = [], {}, None, None
     for mode, config, options in [run for run in runs if run[0] in modes]:
         row = {"bench": "offload", "model": source.name, "weights": source.weights, "data": source.data, "B": B, "S": S,
                "mode": mode, "config": config and asdict(config), "resident_tokens": options.get("resident_tokens"),
-               "prefetch_heads": options.get("prefetch_heads"), "ms_per_step": None,
+               "prefetch_heads": options.get("prefetch_heads"), "packed": options.get("pack"), "ms_per_step": None,
                "dtype": str(model.dtype).removeprefix("torch."), "steps": min(steps, 10) if mode == "flexgen" else steps}
         with measured(row, device):
             cache_type = KVCache if mode == "gpu" else partial(OffloadCache, **options, predictable=source.predictable)
@@ -707,7 +707,7 @@ def run_offload(args, device):
     """Yields the rows of the shapes asked for, one shape's at a time."""
     modes = args.modes or OFFLOAD_MODES
     configs = [DSConfig(dense_layers=n, dense_below=0) for n in args.dense_layers]
-    options = args.budgets, args.prefetch_heads or [None], args.steps
+    options = args.budgets, args.prefetch_heads or [None], args.steps, not args.no_pack
     if args.checkpoint:
         yield offload_rows(Prompts.of(args, device), modes, configs, *options)
         return
@@ -855,6 +855,7 @@ def main():
                             "%(default)s)")
     steps.add_argument("--prefetch_heads", type=int, nargs="+", metavar="HEADS",
                        help="of offload: KV heads whose tokens are fetched ahead, a row for each (default: generate.py's)")
+    steps.add_argument("--no_pack", action="store_true", help="of offload: K and V unpacked in host memory")
     steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
     steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
     steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")

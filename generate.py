@@ -521,7 +521,7 @@ def sparsity_from(args):
     return DSConfig(**chosen)
 
 
-OFFLOAD_OPTIONS = ("resident_tokens", "prefetch_heads", "offload_mode", "min_agreement")
+OFFLOAD_OPTIONS = ("resident_tokens", "prefetch_heads", "offload_mode", "min_agreement", "no_pack")
 
 
 def parse_arguments():
@@ -559,6 +559,9 @@ def parse_arguments():
     parser.add_argument("--min_agreement", type=float, default=MIN_AGREEMENT, metavar="SHARE",
                         help="with --offload: of layers where calibration foresaw a smaller share of the selection, nothing is "
                              "predicted (default %(default)g)")
+    parser.add_argument("--no_pack", action="store_true",
+                        help="with --offload: keep K and V of bfloat16 as they are in host memory, not packed, without loss, in 12 "
+                             "bits each")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--no_compile", action="store_true", help="on a GPU, leave blocks out of torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
@@ -695,7 +698,7 @@ def main():
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:
         cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens,
-                                       prefetch_heads=args.prefetch_heads, mode=args.offload_mode)
+                                       prefetch_heads=args.prefetch_heads, mode=args.offload_mode, pack=not args.no_pack)
     for config_ds in (None, ds) if args.compare else (ds,):
         if args.offload:
             check_host_memory(free_host_bytes(), *needs, config_ds)

@@ -21,6 +21,7 @@ import weakref
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,6 +132,167 @@ class SideStream:
         """What the current stream is given from now on comes after every `run`."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
+
+
+# ---------------------------------------------------------------- rows in host memory
+
+
+PACKED = 12 / 16  # of its bytes a row takes that is packed
+
+
+def packs(D, dtype):
+    """Whether rows of head dim D can be packed."""
+    return dtype == torch.bfloat16 and D % 8 == 0
+
+
+class HostRows:
+    """K and V of one layer in host memory, kv [B, HKV, S, 2, D], or, of bfloat16, packed, so that fewer bytes go over PCIe.
+
+    Packing loses nothing: 8 bits are sign and mantissa, 4 say by how much an exponent is less than the largest of its row of K or
+    of V. So a token takes 3D / 4 words of 32 bits, the first of the D there is room for: D / 4 of eight values' 4 bits, D / 4 of
+    the 8 bits of the first four of them, D / 4 of the others'. `tops` [B, HKV, S] int16, on the GPU, holds both largest exponents;
+    -1 for a token whose exponents are too far apart, some 3 in 100: its row lies there as it is.
+    """
+
+    def __init__(self, kv, device, pack):
+        self.kv, self.tops = kv, None
+        if pack and packs(kv.shape[4], kv.dtype):
+            self.tops = torch.zeros(kv.shape[:3], dtype=torch.int16, device=device)
+
+    def sequence(self, b):
+        """What there is of one sequence, as a view."""
+        view = copy(self)
+        view.kv, view.tops = self.kv[b : b + 1], self.tops[b : b + 1]
+        return view
+
+    def map_bytes(self):
+        return 0 if self.tops is None else self.tops.nbytes
+
+    def row_bytes(self, seq_lens):
+        """What a token of one KV head is over PCIe, on average over the live ones."""
+        whole = self.kv[0, 0, 0].nbytes
+        if self.tops is None:
+            return whole
+        live = torch.arange(self.tops.shape[2], device=seq_lens.device) < seq_lens[:, None, None]
+        as_is = ((self.tops < 0) & live).sum() / (live.sum() * self.tops.shape[1])
+        return whole * (PACKED + (1 - PACKED) * as_is.item())
+
+
+def pack_ref(host, rows, ends):
+    """Packs rows [B, HKV, T, 2, D], bfloat16, of the T positions before ends [B] int32, into host, HostRows with tops."""
+    B, HKV, T, _, D = rows.shape
+    rows = rows.contiguous()
+    v = rows.view(torch.int16).int() & 0xFFFF
+    exponents = v >> 7 & 255
+    tops = exponents.amax(4)  # [B, HKV, T, 2]
+    codes = tops[..., None] - exponents
+    packs = (codes < 16).all(4).all(3) & (tops[..., 0] >= 64) & (tops[..., 0] < 192)
+    eights, bytes_ = ((x & mask).view(B, HKV, T, D // 4, 8) for x, mask in ((codes, 15), (v >> 8 & 128 | v & 127, 255)))
+    shifts = torch.arange(8, device=v.device)
+    words = torch.cat([(eights << 4 * shifts).sum(4), (bytes_[..., :4] << 8 * shifts[:4]).sum(4),
+                       (bytes_[..., 4:] << 8 * shifts[:4]).sum(4)], 3).to(torch.int32)  # sums of bits: they wrap as int32
+    whole = rows.view(torch.int32).view(B, HKV, T, D)
+    words = torch.where(packs[..., None], torch.cat([words, whole[..., 3 * D // 4 :]], 3), whole)
+    for b in range(B):
+        at = slice(int(ends[b]) - T, int(ends[b]))
+        host.tops[b, :, at] = torch.where(packs[b], (tops[b, ..., 0] - 64 << 8) + tops[b, ..., 1], -1).to(torch.int16)
+        host.kv[b, :, at] = words[b].view(torch.bfloat16).view(HKV, T, 2, D).to(host.kv.device)
+
+
+def unpack_ref(host, b, h, tokens):
+    """Rows [n, 2, D] of tokens [n] int64, of sequences b and KV heads h [n]."""
+    D = host.kv.shape[4]
+    top, rows = host.tops[b, h, tokens].int(), host.kv[b, h, tokens]
+    words = rows.view(torch.int32).view(-1, 4, D // 4)
+    shifts = torch.arange(8, device=words.device)
+    codes = (words[:, 0, :, None] >> 4 * shifts & 15).view(-1, 2, D)
+    bytes_ = (words[:, 1:3, :, None] >> 8 * shifts[:4] & 255).permute(0, 2, 1, 3).reshape(-1, 2, D)
+    exponents = torch.stack([64 + (top >> 8), top & 255], 1)[..., None] - codes
+    v = (bytes_ & 128) << 8 | exponents << 7 | bytes_ & 127
+    return torch.where((top < 0)[:, None, None], rows, v.to(torch.int16).view(torch.bfloat16))
+
+
+@triton.jit
+def _pack_kernel(rows, ends, host, tops, T, S, r_sb, r_sh, r_st, HKV, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    row = tl.program_id(1)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    offs, g = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 8)
+    at = row.to(tl.int64) * S + tl.load(ends + row // HKV) - T + t
+    rows += (row // HKV).to(tl.int64) * r_sb + (row % HKV).to(tl.int64) * r_sh
+    mask = (t < T)[:, None] & (offs < 2 * D)[None, :]
+    v = tl.load(rows + t.to(tl.int64)[:, None] * r_st + offs[None, :], mask=mask, other=0)
+    bits = v.to(tl.int32) & 0xFFFF
+    exponents = (bits >> 7) & 255
+    of_k = (offs < D)[None, :]
+    top_k = tl.max(tl.where(of_k, exponents, 0), 1)
+    top_v = tl.max(tl.where(of_k, 0, exponents), 1)
+    codes = tl.where(mask, tl.where(of_k, top_k[:, None], top_v[:, None]) - exponents, 0)
+    packs = (tl.max(codes, 1) < 16) & (top_k >= 64) & (top_k < 192)
+    tl.store(tops + at, tl.where(packs, ((top_k - 64) << 8) + top_v, -1).to(tl.int16), mask=t < T)
+    tl.store(host.to(tl.pointer_type(tl.int16), bitcast=True) + (at * 2 * D)[:, None] + offs[None, :], v,
+             mask=mask & (packs == 0)[:, None])
+    byte = (((bits >> 8) & 128) | (bits & 127)) << (8 * (offs % 4))[None, :]
+    codes = (codes & 15) << (4 * (offs % 8))[None, :]
+    first = ((offs % 8) < 4)[None, :]
+    to = host + (at * D)[:, None] + g[None, :]
+    inside = ((t < T) & packs)[:, None] & (g < D // 4)[None, :]
+    tl.store(to, tl.sum(tl.reshape(codes, (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
+    tl.store(to + D // 4, tl.sum(tl.reshape(tl.where(first, byte, 0), (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
+    tl.store(to + D // 2, tl.sum(tl.reshape(tl.where(first, 0, byte), (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
+
+
+def pack(host, rows, ends):
+    """As pack_ref; rows with K and V of a token side by side."""
+    B, HKV, T, _, D = rows.shape
+    assert rows.stride(3) == D and rows.stride(4) == 1
+    tokens = min(16, triton.next_power_of_2(T))
+    _pack_kernel[(triton.cdiv(T, tokens), B * HKV)](
+        rows.view(torch.int16), ends, host.kv.view(torch.int32), host.tops, T, host.kv.shape[2], *rows.stride()[:3], HKV, D,
+        triton.next_power_of_2(2 * D), tokens)
+
+
+@triton.jit
+def _pair(codes, bytes, exponents, N: tl.constexpr):
+    """Values N and N + 1 of eight, as one word."""
+    byte = bytes >> (8 * (N % 4))
+    low = ((byte & 128) << 8) | ((exponents - ((codes >> (4 * N)) & 15)) << 7) | (byte & 127)
+    byte = byte >> 8
+    high = ((byte & 128) << 8) | ((exponents - ((codes >> (4 * N + 4)) & 15)) << 7) | (byte & 127)
+    return low | (high << 16)
+
+
+@triton.jit
+def _unpacked(host, tops, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows at `at`, int64 [any], as words of two values, int32 [any, BLOCK]."""
+    g, offs = tl.arange(0, BLOCK // 4), tl.arange(0, BLOCK)
+    top = tl.load(tops + at, mask=mask, other=0).to(tl.int32)
+    packed = (mask & (top >= 0))[:, None] & (g < D // 4)[None, :]
+    words = host + (at * D)[:, None]
+    codes = tl.load(words + g[None, :], mask=packed, other=0)
+    first = tl.load(words + D // 4 + g[None, :], mask=packed, other=0)
+    second = tl.load(words + D // 2 + g[None, :], mask=packed, other=0)
+    whole = tl.load(words + offs[None, :], mask=(mask & (top < 0))[:, None] & (offs < D)[None, :], other=0)
+    exponents = tl.where((g < D // 8)[None, :], 64 + (top >> 8)[:, None], (top & 255)[:, None])
+    evens = tl.join(_pair(codes, first, exponents, 0), _pair(codes, second, exponents, 4))
+    odds = tl.join(_pair(codes, first, exponents, 2), _pair(codes, second, exponents, 6))
+    return tl.where((top < 0)[:, None], whole, tl.reshape(tl.join(evens, odds), (at.shape[0], BLOCK)))
+
+
+@triton.jit
+def _unpack_kernel(host, tops, rows, T, S, r_sh, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    offs, h = tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    found = _unpacked(host, tops, h * S + t, t < T, D, BLOCK)
+    tl.store(rows + h * r_sh + t[:, None] * D + offs[None, :], found, mask=(t < T)[:, None] & (offs < D)[None, :])
+
+
+def unpack(host, rows):
+    """The first T rows of the one sequence in host, into rows [1, HKV, T, 2, D] with tokens side by side."""
+    _, HKV, T, _, D = rows.shape
+    assert rows.stride(2) == 2 * D and len(host.kv) == 1
+    rows = rows.view(torch.int32)
+    _unpack_kernel[(triton.cdiv(T, 32), HKV)](host.kv.view(torch.int32), host.tops, rows, T, host.kv.shape[2], rows.stride(1), D,
+                                              triton.next_power_of_2(D), 32)
 
 
 # ---------------------------------------------------------------- resident tokens
@@ -319,28 +481,38 @@ def resolve(r, placed, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sin
 
 
 def fetch_ref(r, placed, host, newest, indices, seq_lens):
-    """Copies what `resolve` found missing of indices from host [B, HKV, S, 2, D] to its slots, and the newest tokens' K and V,
-    newest [B, HKV, 2, D], to theirs and to the host. newest None: they are not known yet, and their slots stay as they are."""
+    """Copies what `resolve` found missing of indices from host, HostRows, to its slots, and the newest tokens' K and V, newest
+    [B, HKV, 2, D], to theirs and to the host. newest None: they are not known yet, and their slots stay as they are."""
     R = placed.missing.shape[2]
     b, h, j = (torch.arange(R, device=indices.device) < placed.n_missing[..., None]).nonzero(as_tuple=True)
     i = placed.missing[b, h, j].long()
     last = (seq_lens - 1).long()
     known = indices[b, h, i] != last[b]
     b, h, i = b[known], h[known], i[known]
-    r.kv[b, h, placed.slots[b, h, i].long()] = host[b, h, indices[b, h, i].long()]
+    tokens = indices[b, h, i].long()
+    r.kv[b, h, placed.slots[b, h, i].long()] = host.kv[b, h, tokens] if host.tops is None else unpack_ref(host, b, h, tokens)
     if newest is None:
         return
     last = last[:, None, None].expand(-1, newest.shape[1], 1)  # [B, HKV, 1]
-    for rows, at in ((r.kv, r.token_slot.gather(2, last).long()), (host, last)):
-        rows.scatter_(2, at[..., None, None].expand(newest[:, :, None].shape), newest[:, :, None])
+    fresh = newest[:, :, None]  # [B, HKV, 1, 2, D]
+
+    def write(rows, at):
+        rows.scatter_(2, at[..., None, None].expand(fresh.shape), fresh)
+
+    write(r.kv, r.token_slot.gather(2, last).long())
+    if host.tops is None:
+        write(host.kv, last)
+    else:
+        pack_ref(host, fresh, seq_lens)
 
 
 @triton.jit
-def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing, token_slot, max_tokens, S, R, rows,
+def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, slots, missing, n_missing, token_slot, max_tokens, S, R, rows,
                   HEADS: tl.constexpr, HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
                   TOKENS: tl.constexpr):
-    """A token's row is its K and V, ROW elements. Without `missing`: kv is all of a layer's, as host is. Without `newest`:
-    those are not there yet. The programs share out what is missing, TOKENS rows at a time, one head after the other."""
+    """A token's row is its K and V, ROW elements; with `tops` (see HostRows) ROW words of two values, and the newest rows stay to
+    be packed. Without `missing`: kv is all of a layer's, as host is. Without `newest`: those are not there yet. The programs share
+    out what is missing, TOKENS rows at a time, one head after the other."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     offs, each = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     if missing is not None:
@@ -358,9 +530,13 @@ def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing
             i = tl.load(missing + given * R + nth, mask=mask, other=0)
             token = tl.load(indices + given * max_tokens + i, mask=mask, other=0)
             to = tl.load(slots + given * R + i, mask=mask, other=0)
-            mask = (mask & (token != last))[:, None] & (offs < ROW)[None, :]
-            fetched = tl.load(host + (base * S + token)[:, None] * ROW + offs[None, :], mask=mask, other=0.0)
-            tl.store(kv + (base * R + to)[:, None] * ROW + offs[None, :], fetched, mask=mask)
+            mask = mask & (token != last)
+            inside = mask[:, None] & (offs < ROW)[None, :]
+            if tops is None:
+                fetched = tl.load(host + (base * S + token)[:, None] * ROW + offs[None, :], mask=inside, other=0.0)
+            else:
+                fetched = _unpacked(host, tops, base * S + token, mask, ROW, BLOCK)
+            tl.store(kv + (base * R + to)[:, None] * ROW + offs[None, :], fetched, mask=inside)
     if newest is not None:
         for first in range(program * 16, rows, programs * 16):
             row = first + tl.arange(0, 16)
@@ -370,9 +546,10 @@ def _fetch_kernel(host, newest, kv, seq_lens, indices, slots, missing, n_missing
             if missing is not None:
                 slot = tl.load(token_slot + base * S + last, mask=row < rows, other=0)
             mask = (row < rows)[:, None] & (offs < ROW)[None, :]
-            fresh = tl.load(newest + base[:, None] * ROW + offs[None, :], mask=mask, other=0.0)
+            fresh = tl.load(newest + base[:, None] * ROW + offs[None, :], mask=mask, other=0)
             tl.store(kv + (base * R + slot)[:, None] * ROW + offs[None, :], fresh, mask=mask)
-            tl.store(host + (base * S + last)[:, None] * ROW + offs[None, :], fresh, mask=mask)
+            if tops is None:
+                tl.store(host + (base * S + last)[:, None] * ROW + offs[None, :], fresh, mask=mask)
 
 
 def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
@@ -381,12 +558,18 @@ def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128,
     more heads, which may miss few tokens each."""
     (B, HKV, R), heads = r.slot_token.shape, indices.shape[1]
     programs = programs or min(64, max(8, B * heads // 4))
-    S, ROW = host.shape[2], 2 * host.shape[4]
-    assert host.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
+    assert host.kv.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
     assert placed.slots.shape == (B, heads, R)
+    whole, fresh, kv = host.kv, newest, r.kv
+    if host.tops is not None:
+        whole, fresh, kv = (x if x is None else x.view(torch.int32) for x in (whole, fresh, kv))
+    S, ROW = whole.shape[2], 2 * whole.shape[4]
     _fetch_kernel[(programs,)](
-        host, newest, r.kv, seq_lens, indices, placed.slots, placed.missing, placed.n_missing, r.token_slot, indices.shape[2], S,
-        R, B * HKV, heads, HKV, ROW, triton.next_power_of_2(ROW), triton.next_power_of_2(B * heads), tokens, num_warps=num_warps)
+        whole, host.tops, fresh, kv, seq_lens, indices, placed.slots, placed.missing, placed.n_missing, r.token_slot,
+        indices.shape[2], S, R, B * HKV, heads, HKV, ROW, triton.next_power_of_2(ROW), triton.next_power_of_2(B * heads), tokens,
+        num_warps=num_warps)
+    if host.tops is not None and newest is not None:
+        pack(host, newest[:, :, None], seq_lens)
 
 
 # ---------------------------------------------------------------- the cache
@@ -411,17 +594,17 @@ def predictable_layers(channels, min_agreement, mode):
     return found
 
 
-# What a kernel fetches while a layer of a 7B model computes and PCIe idles: 0.28 ms at 50 GB/s, measured on an H200.
-IDLE_BYTES = 14e6
+# What a kernel fetches while a layer of a 7B model computes, and its tokens are chosen, and PCIe idles: measured on an H200.
+IDLE_BYTES = 17e6
 
 
-def idle_heads(config, batch, tokens, dtype, device):
-    """Of how many KV heads so many tokens, none of them resident, are fetched in that time; none on a CPU. At most a quarter of
-    them: more was not measured."""
+def idle_heads(config, batch, tokens, dtype, device, pack=True):
+    """Of how many KV heads so many tokens, none of them resident, are fetched in that time; none on a CPU. At most three of
+    eight: more was not measured."""
     if torch.device(device).type == "cpu":
         return 0
-    head_bytes = batch * tokens * 2 * config.head_dim * dtype.itemsize
-    return min(round(IDLE_BYTES / head_bytes), config.n_kv_heads // 4)
+    row_bytes = 2 * config.head_dim * dtype.itemsize * (PACKED if pack and packs(config.head_dim, dtype) else 1)
+    return min(round(IDLE_BYTES / (batch * tokens * row_bytes)), config.n_kv_heads * 3 // 8)
 
 
 @dataclass(kw_only=True)
@@ -429,8 +612,30 @@ class HostLayer(LayerCache):
     """A layer with K and V in host memory. A step's new K and V come to `newest`, which kv [B, HKV, S, 2, D] shows at every
     position; `decode` takes them on from there."""
 
-    host: torch.Tensor  # [B, HKV, S, 2, D]
+    host: HostRows
     newest: torch.Tensor  # [B, HKV, 2, D]
+
+    def read_rows(self, b, rows):
+        """Copies sequence b's first tokens to rows [1, HKV, T, 2, D]."""
+        heads, T = rows.shape[1:3]
+        if self.host.tops is None:
+            for h in range(heads):
+                rows[0, h].copy_(self.host.kv[b, h, :T], non_blocking=True)
+        elif self.ds.use_triton(rows):
+            unpack(self.host.sequence(b), rows)
+        else:
+            h, t = (x.flatten() for x in torch.meshgrid(torch.arange(heads), torch.arange(T), indexing="ij"))
+            rows[0, h, t] = unpack_ref(self.host, torch.full_like(h, b), h, t)
+
+    def write_rows(self, b, start, rows):
+        """Copies rows [1, HKV, T, 2, D] to sequence b's tokens from `start` on."""
+        end = start + rows.shape[2]
+        if self.host.tops is None:
+            for h in range(rows.shape[1]):
+                self.host.kv[b, h, start:end].copy_(rows[0, h], non_blocking=True)
+        else:
+            ends = torch.full((1,), end, dtype=torch.int32, device=rows.device)
+            (pack if self.ds.use_triton(rows) else pack_ref)(self.host.sequence(b), rows, ends)
 
     def write(self, k, v, positions, labels=True):
         assert k.shape[2] == 1, "a cache in host memory is prefilled through prefill_layers and decodes one token per sequence"
@@ -560,17 +765,18 @@ class StreamedLayer(HostLayer):
 
     def decode(self, q, seq_lens):
         """As of any dense layer, over the buffer that its K and V were streamed to, while the next layer's are on their way."""
-        stream, (B, HKV, S, _, D) = self.streaming, self.host.shape
+        stream, (B, HKV, S, _, D) = self.streaming, self.host.kv.shape
         if self.number == 0:
             stream.begin(0)
             stream.begin(1)
         stream.side.wait(stream.copied[self.number])
         buffer = stream.buffers[self.number % 2]
         if q.is_cuda:
-            _fetch_kernel[(triton.cdiv(B * HKV, 16),)](self.host, self.newest, buffer, seq_lens, None, None, None, None, None, 0, S,
-                                                       S, B * HKV, HKV, HKV, 2 * D, triton.next_power_of_2(2 * D), 1, 1)
+            _fetch_kernel[(triton.cdiv(B * HKV, 16),)](
+                self.host.kv, None, self.newest, buffer, seq_lens, None, None, None, None, None, 0, S, S, B * HKV, HKV, HKV, 2 * D,
+                triton.next_power_of_2(2 * D), 1, 1)
         else:
-            for rows in (self.host, buffer):
+            for rows in (self.host.kv, buffer):
                 rows[torch.arange(B), :, (seq_lens - 1).long()] = self.newest
         out = dense_decode(q, *buffer.unbind(3), seq_lens, self.window, workspace=self.workspace)
         stream.begin(self.number + 2)
@@ -581,12 +787,12 @@ class OffloadCache(KVCache):
     """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds of all."""
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None, resident_tokens=None,
-                 prefetch_heads=None, mode="exact", predictable=None, host=None):
+                 prefetch_heads=None, mode="exact", predictable=None, pack=True, host=None):
         """resident_tokens: GPU rows per sequence and KV head, at least what a step may attend to: the budget at max_seq_length,
         and ds.dense_below for the dense steps before; by default as many. prefetch_heads: of so many KV heads of each layer what
         is predicted is fetched ahead, by default idle_heads. mode: of MODES; "predicted" fetches all that is predicted, and attends
         to it. predictable: numbers of the layers of which anything is predicted, by default all that have a layer before them.
-        host: tensors to use, of the last layers, [B, HKV, S, 2, D] each.
+        pack: K and V lie packed, where they can be (see HostRows). host: tensors to use, of the last layers, [B, HKV, S, 2, D].
         """
         if mode not in MODES:
             raise ValueError(f"mode={mode}: must be one of {', '.join(MODES)}")
@@ -599,7 +805,7 @@ class OffloadCache(KVCache):
             raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step may attend "
                              f"to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower --dense_below")
         if prefetch_heads is None:
-            prefetch_heads = idle_heads(config, batch, budget, dtype, device) if ds else 0
+            prefetch_heads = idle_heads(config, batch, budget, dtype, device, pack) if ds else 0
         if prefetch_heads > config.n_kv_heads:
             raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {config.n_kv_heads}, the model's KV heads")
         self.ahead = (config.n_kv_heads if mode == "predicted" else prefetch_heads) if ds else 0
@@ -618,9 +824,9 @@ class OffloadCache(KVCache):
             self.foresight.workspaces = [even, odd]
         shape = (batch, config.n_kv_heads, max_seq_length, 2, config.head_dim)
         host = host_layers(count, shape, dtype, device) if host is None else host
-        self.host = host[len(host) - count :]
+        self.host = [HostRows(kv, device, pack and ds is not None) for kv in host[len(host) - count :]]
         self.side = SideStream(device)
-        self.streaming = Streaming(self.host, device, self.side) if ds is None else None
+        self.streaming = Streaming([host.kv for host in self.host], device, self.side) if ds is None else None
         super().__init__(config, batch, max_seq_length, device, dtype, ds, label_maps)
 
     def make_layer(self, shape, dtype, device, settings):
@@ -667,20 +873,20 @@ class OffloadCache(KVCache):
     def prefill_layers(self, b, start, end):
         """As in KVCache; a layer's K and V go to the host while the next layer is prefilled in another buffer."""
         self.begin()
-        _, HKV, _, _, D = self.host[0].shape
-        buffers = [torch.empty(1, HKV, end, 2, D, dtype=self.host[0].dtype, device=self.seq_lens.device) for _ in range(2)]
+        _, HKV, _, _, D = self.host[0].kv.shape
+        buffers = [torch.empty(1, HKV, end, 2, D, dtype=self.host[0].kv.dtype, device=self.seq_lens.device) for _ in range(2)]
         copied = [None, None]
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, HostLayer):
                 yield layer.row(b)
                 continue
-            buffer, host = buffers[i % 2], layer.host[b]
+            buffer = buffers[i % 2]
             self.side.wait(copied[i % 2])
-            for h in range(HKV if start else 0):
-                buffer[0, h, :start].copy_(host[h, :start], non_blocking=True)
+            if start:
+                layer.read_rows(b, buffer[:, :, :start])
             labels = None if layer.labels is None else layer.labels[b : b + 1]
             yield LayerCache(buffer, layer.window, layer.ds, layer.label_map, labels)
-            copied[i % 2] = self.side.copy([(host[h, start:end], buffer[0, h, start:end]) for h in range(HKV)])
+            copied[i % 2] = self.side.run(partial(layer.write_rows, b, start, buffer[:, :, start:end]))
         for copies in copied:
             self.side.wait(copies)
 
@@ -689,10 +895,11 @@ class OffloadCache(KVCache):
 
     def slot_map_bytes(self):
         placements = [self.placed, *self.foresight.placements]
-        return sum(r.map_bytes() for r in self.residents()) + sum(x.nbytes for placed in placements for x in vars(placed).values())
+        return (sum(x.map_bytes() for x in self.residents() + self.host)
+                + sum(x.nbytes for placed in placements for x in vars(placed).values()))
 
     def gpu_bytes(self):
-        staging = 2 * self.host[0][0].nbytes  # prefill's
+        staging = 2 * self.host[0].kv[0].nbytes  # prefill's
         if self.streaming:
             staging += sum(buffer.nbytes for buffer in self.streaming.buffers)
         return super().gpu_bytes() | {"slot maps": self.slot_map_bytes(), "staging": staging}
@@ -701,7 +908,7 @@ class OffloadCache(KVCache):
         """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead; the
         share of selected tokens that was resident once the selection was known, and the share of predicted tokens that were
         among them, in all and by layer; and where K and V lie."""
-        host_bytes = sum(host.nbytes for host in self.host)
+        host_bytes = sum(host.kv.nbytes for host in self.host)
         found = {"host_bytes": host_bytes, "slot_map_bytes": self.slot_map_bytes(),
                  "prefetch_heads": self.ahead if self.mode == "exact" else None}
         if self.streaming:
@@ -711,7 +918,8 @@ class OffloadCache(KVCache):
         for r in self.residents():
             r.counts.zero_()
         c = dict(zip(COUNTS, counts.T))  # [layers] each
-        steps, token = (c["steps"][0] / rows).clamp(min=1), self.host[0][0, 0, 0].nbytes
+        steps = (c["steps"][0] / rows).clamp(min=1)
+        row_bytes = torch.tensor([host.row_bytes(self.seq_lens) for host in self.host], dtype=torch.float64)
         predicted = torch.tensor([layer.predicted for layer in self.layers if isinstance(layer, OffloadedLayer)])
         missed = c["fetched"] + c["prefetched"] * predicted  # no selection tells which of these were wanted
 
@@ -721,7 +929,7 @@ class OffloadCache(KVCache):
 
         hit_rate, hits_by_layer = share(c["selected"] - missed, c["selected"])
         agreement, agreement_by_layer = share(c["confirmed"], c["predicted"] * ~predicted)
-        return found | {"pcie_bytes_per_step": ((c["fetched"] + c["prefetched"]).sum() / steps).item() * token,
-                        "prefetched_bytes_per_step": (c["prefetched"].sum() / steps).item() * token,
+        return found | {"pcie_bytes_per_step": (((c["fetched"] + c["prefetched"]) * row_bytes).sum() / steps).item(),
+                        "prefetched_bytes_per_step": ((c["prefetched"] * row_bytes).sum() / steps).item(),
                         "hit_rate": hit_rate, "hit_rate_by_layer": hits_by_layer, "agreement": agreement,
                         "agreement_by_layer": agreement_by_layer, "predicted_layers": int(predicted.sum())}

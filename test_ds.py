@@ -1321,19 +1321,41 @@ def replaced(held, last_used, tokens, now):
     return slots, misses
 
 
-@pytest.mark.parametrize("R", [24, 48], ids=["as-many-as-selected", "twice-as-many"])
+PACKS = {"torch": offload.pack_ref, "triton": offload.pack}
+
+
+def all_rows(host, impl):
+    """K and V of HostRows, unpacked: [B, HKV, S, 2, D]."""
+    if host.tops is None:
+        return host.kv
+    shape = host.kv.shape
+    if impl == "torch":
+        every = [x.flatten() for x in torch.meshgrid(*map(torch.arange, shape[:3]), indexing="ij")]
+        return offload.unpack_ref(host, *every).view(shape)
+    rows = torch.empty(shape, dtype=torch.bfloat16, device=host.tops.device)
+    for b in range(len(rows)):
+        offload.unpack(host.sequence(b), rows[b : b + 1])
+    return rows.cpu()
+
+
+@pytest.mark.parametrize("R, packed", [(24, False), (48, False), (48, True)], ids=["as-many-as-selected", "twice", "packed"])
 @pytest.mark.parametrize("impl", RESIDENTS)
-def test_residency_is_as_stated(impl, R):
+def test_residency_is_as_stated(impl, R, packed):
     """Slots, replacement, misses, contents and counts, of ragged rows whose selections overlap, in two steps of three with tokens
     fetched ahead, right ones and wrong ones, of one head or of both."""
     resolve, fetch = RESIDENTS[impl]
     device = torch.device("cpu" if impl == "torch" else DEVICE)  # the reference reads host memory as torch does
-    B, HKV, S, D, steps, sink, recent = 2, 2, 110, 12, 50 if GPU or impl == "torch" else 12, 2, 3
-    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    host = offload.host_tensor((B, HKV, S, 2, D), torch.float32, device)
-    host.copy_(torch.randn(host.shape, generator=generator))
-    r = offload.Resident(B, HKV, S, R, D, torch.float32, device)
-    truth = host.clone()
+    B, HKV, S, D, steps, sink, recent = 2, 2, 110, 24 if packed else 12, 50 if GPU or impl == "torch" else 12, 2, 3
+    rng, generator, dtype = random.Random(0), torch.Generator().manual_seed(0), torch.bfloat16 if packed else torch.float32
+    truth = torch.randn(B, HKV, S, 2, D, generator=generator).to(dtype)
+    if packed:
+        truth[:, :, ::9, 1, 5] *= 2**-20  # rows that do not pack
+    host = offload.HostRows(offload.host_tensor(truth.shape, dtype, device), device, packed)
+    if packed:
+        PACKS[impl](host, truth.to(device), torch.tensor([S] * B, dtype=torch.int32, device=device))
+    else:
+        host.kv.copy_(truth)
+    r = offload.Resident(B, HKV, S, R, D, dtype, device)
     rows = [(b, h) for b in range(B) for h in range(HKV)]
     held = {row: [None] * R for row in rows}
     last_used = {row: [-offload.AGES] * R for row in rows}
@@ -1374,7 +1396,7 @@ def test_residency_is_as_stated(impl, R):
                 counts["fetched"] += fetched
                 counts["steps"] += 1
                 evicted += sum(x is not None and x != y for x, y in zip(before, held[row]))
-        assert torch.equal(host, truth), "the newest tokens did not reach the host, or something else did"
+        assert torch.equal(all_rows(host, impl), truth), "the newest tokens did not reach the host, or something else did"
 
     for step in range(1, steps + 1):
         lens = [60 + step, 30 + step // 2]  # the second row repeats every other step, its newest token held already
@@ -1392,22 +1414,24 @@ def test_residency_is_as_stated(impl, R):
             call({(b, h): predicted[b, h] for b, h in rows if h < foreseen}, None, ahead=True)
             counts["confirmed"] += sum(sink <= token <= lens[b] - 1 - recent for b, h in rows if h < foreseen
                                        for token in set(predicted[b, h]) & set(true[b, h]))
-        call(true, torch.randn(B, HKV, 2, D, generator=generator).to(device), foreseen=foreseen)
+        newest = torch.randn(B, HKV, 2, D, generator=generator).to(dtype)
+        newest[:, step % 2, 0, 0] *= 2**-20
+        call(true, newest.to(device), foreseen=foreseen)
     assert dict(zip(offload.COUNTS, r.counts.sum((1, 2)).tolist())) == counts and counts["steps"] == steps * B * HKV
     assert evicted > 20 and min(counts.values()) > 40
     r.forget()
     assert (r.slot_token == -1).all() and r.counts.sum() == 0
 
 
-def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", seed=0, **more):
+def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", seed=0, dtype=torch.float32, **more):
     """A DecodeStep of random_model with this type of cache, whose texts do not end."""
     model, maps, config = random_model(seed, **(dict(eos_ids=(), n_kv_heads=2, max_positions=4096) | more))
     HKV = model.config.n_kv_heads
     maps = [LabelMap(*(t[:1].repeat(HKV, *[1] * (t.ndim - 1)) for t in (m.basis_k, m.basis_q, m.lo, m.step)), m.widths)
             for m in maps]
     config = replace(config, dense_below=below, impl=impl)
-    cache = cache_type(model.config, batch, size, DEVICE, torch.float32, config, maps)
-    return generate.DecodeStep(model.to(DEVICE), cache)
+    cache = cache_type(model.config, batch, size, DEVICE, dtype, config, maps)
+    return generate.DecodeStep(model.to(DEVICE, dtype), cache)
 
 
 PREFETCHING = partial(OffloadCache, prefetch_heads=1)
@@ -1435,7 +1459,46 @@ def test_offloaded_generation_equals_that_of_the_gpu_s_cache(more, resident):
     assert counts["fetched"] > 300 and 0.1 < told["hit_rate"] < 1 and len(told["hit_rate_by_layer"]) == layers
     assert counts["prefetched"] > 30 and 0 < told["agreement"] < 1 and len(told["agreement_by_layer"]) == layers
     for r, layer in zip(step.cache.residents(), [layer for layer in step.cache.layers if hasattr(layer, "host")]):
-        assert r.kv.shape[2] == step.cache.resident_tokens and layer.kv_bytes() < layer.host.nbytes
+        assert r.kv.shape[2] == step.cache.resident_tokens and layer.kv_bytes() < layer.host.kv.nbytes
+
+
+@pytest.mark.parametrize("impl", PACKS)
+def test_rows_pack_without_loss(impl):
+    """Rows of each kind of exponents, written at first, again, and over others."""
+    device = torch.device("cpu" if impl == "torch" else DEVICE)
+    for B, HKV, S, D, T in ((2, 2, 70, 16, 9), (1, 2, 64, 24, 40), (1, 1, 50, 128, 20)):
+        host = offload.HostRows(offload.host_tensor((B, HKV, S, 2, D), torch.bfloat16, device), device, True)
+        generator = torch.Generator().manual_seed(0)
+        truth, ends = torch.zeros(B, HKV, S, 2, D, dtype=torch.bfloat16), [T + 3 * b for b in range(B)]
+        for _ in range(3):
+            rows = torch.randn(B, HKV, T, 2, D, generator=generator).bfloat16()
+            rows[:, :, ::4, 0, 3] *= 2**-20
+            rows[0, 0, 2], rows[0, 0, 3, 1, 1], rows[0, 0, 4] = 0, math.inf, rows[0, 0, 4] * 1e-30
+            PACKS[impl](host, rows.to(device), torch.tensor(ends, dtype=torch.int32, device=device))
+            for b, end in enumerate(ends):
+                truth[b, :, end - T : end] = rows[b]
+            ends = [end + 7 for end in ends]
+        found = all_rows(host, impl)
+        for b, end in enumerate(ends):
+            written = slice(3 * b, end - 7)
+            assert torch.equal(found[b, :, written].view(torch.int16), truth[b, :, written].view(torch.int16))
+            assert 0 < (host.tops[b, :, written] < 0).sum() < host.tops[b, :, written].numel() // 2
+
+
+@pytest.mark.parametrize("more, resident", OFFLOADS.values(), ids=OFFLOADS)
+def test_packed_generation_equals_that_of_the_gpu_s_cache(more, resident):
+    """And fetches fewer bytes. On a GPU the dense steps at first sum in another order than the GPU's cache does, which bfloat16
+    shows: there the offloaded cache that is not packed says what is right."""
+    size, n = 130, 40
+    whole, packed = (offload_step(partial(PREFETCHING, resident_tokens=resident, pack=pack), size, dtype=torch.bfloat16, **more)
+                     for pack in (False, True))
+    want = generate.generate(whole, RAGGED, n).token_ids
+    assert generate.generate(packed, RAGGED, n).token_ids == want
+    if not GPU:
+        assert generate.generate(offload_step(size=size, dtype=torch.bfloat16, **more), RAGGED, n).token_ids == want
+    assert packed.cache.host[0].tops is not None and whole.cache.host[0].tops is None
+    packed, whole = packed.cache.statistics(), whole.cache.statistics()
+    assert packed["hit_rate"] == whole["hit_rate"] and 0.74 < packed["pcie_bytes_per_step"] / whole["pcie_bytes_per_step"] < 0.9
 
 
 def turned(*arguments, queries=Attention.queries):
@@ -1506,9 +1569,9 @@ def test_predicted_layers_attend_to_what_is_predicted(monkeypatch):
 
 
 @pytest.mark.parametrize("preset, batch, size, heads", [
-    ("Llama-2-7B", 1, 131072, 3), ("Llama-2-7B", 4, 32768, 3), ("Llama-3.1-8B", 1, 262144, 2), ("Llama-2-7B", 1, 4096, 8)])
+    ("Llama-2-7B", 1, 131072, 5), ("Llama-2-7B", 4, 32768, 5), ("Llama-3.1-8B", 1, 262144, 3), ("Llama-2-7B", 1, 4096, 12)])
 def test_default_of_prefetched_heads(preset, batch, size, heads):
-    """The fastest of those measured, and a quarter at most; none on a CPU."""
+    """About the fastest of those measured, and three of eight at most; none on a CPU."""
     config, budget = PRESETS[preset], DSConfig().budget(size)
     assert offload.idle_heads(config, batch, budget, torch.bfloat16, "cuda") == heads
     assert offload.idle_heads(config, batch, budget, torch.bfloat16, "cpu") == 0
@@ -1620,20 +1683,23 @@ def test_what_is_fetched_aside_is_waited_for(mode):
 
 
 @pytest.mark.skipif(GPU, reason="the reference runs on a CPU; compiled kernels are set against those of the GPU's cache")
-def test_offload_by_kernels_equals_the_reference(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["whole", "packed"])
+def test_offload_by_kernels_equals_the_reference(dtype, monkeypatch):
     """The whole step, kernels for selection, residency and attention, in as many steps as the interpreter bears; what is chosen
     ahead lies in memory that lasts, and is not overwritten before it was fetched."""
     monkeypatch.setattr(ds, "PROGRAMS", 1)
     monkeypatch.setattr(offload, "fetch", partial(offload.fetch, programs=4))
     kind = PREFETCHING
-    steps = {impl: offload_step(kind, 40, batch=2, impl=impl, n_kv_heads=1) for impl in ("torch", "triton")}
+    steps = {impl: offload_step(kind, 40, batch=2, impl=impl, n_kv_heads=1, dtype=dtype) for impl in ("torch", "triton")}
     steps["triton"].cache.foresight.fetching = Late()  # while the next layer's tokens are chosen
     found = {impl: generate.generate(step, RAGGED[1:], 2).token_ids for impl, step in steps.items()}
     assert found["torch"] == found["triton"]
     for a, b in zip(steps["torch"].cache.layers[1:], steps["triton"].cache.layers[1:]):
         assert torch.equal(a.resident.slot_token, b.resident.slot_token) and torch.equal(a.resident.counts, b.resident.counts)
         assert torch.equal(a.labels, b.labels)
-        torch.testing.assert_close(a.host, b.host, atol=1e-4, rtol=1e-4)
+        kept = [all_rows(x.host, "torch") for x in (a, b)]
+        within = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(*kept, atol=within, rtol=within)
     assert a.resident.counts.sum((1, 2)).min() > 0
 
 
@@ -1655,7 +1721,7 @@ def test_fused_layers_hand_their_k_and_v_to_the_host(sparse, monkeypatch):
     for want, got in zip(caches[0].layers, caches[1].layers):
         for b, prompt in enumerate(RAGGED if hasattr(got, "host") else ()):
             new = slice(len(prompt), len(prompt) + 2)
-            assert torch.equal(got.host[b, :, new], want.kv[b, :, new].cpu()) and got.host[b, :, new].any()
+            assert torch.equal(got.host.kv[b, :, new], want.kv[b, :, new].cpu()) and got.host.kv[b, :, new].any()
 
 
 def test_offload_survives_other_texts_in_the_same_cache():
@@ -1682,7 +1748,7 @@ def test_prefill_brings_each_layer_to_the_host(sparse):
         assert sum(told) == sum(map(len, RAGGED)) and min(told) >= 0
         model.prefill([[5, 6, 7]] * 3, cache, start=20, chunk=2)
     for want, got in zip(caches[0].layers, caches[1].layers):
-        kv = got.host if hasattr(got, "host") else got.kv
+        kv = got.host.kv if hasattr(got, "host") else got.kv
         for b, prompt in enumerate(RAGGED):
             live = max(len(prompt), 23)
             torch.testing.assert_close(kv[b, :, :live], want.kv[b, :, :live], atol=0, rtol=0)
@@ -1716,7 +1782,7 @@ def test_offload_holds_a_sixteenth_on_the_gpu():
     full = memory_need(config, 1, S, torch.bfloat16)["KV cache"]
     need = memory_need(config, 1, S, torch.bfloat16, DSConfig(dense_layers=0, dense_below=0), OffloadCache)
     assert need["KV cache"] == pytest.approx(full / 16, rel=1e-3) and need["staging"] == 2 * full / 32
-    assert need["labels"] == full / 32 and need["slot maps"] < full / 90
+    assert need["labels"] == full / 32 and need["slot maps"] < full / 75
     default = memory_need(config, 1, S, torch.bfloat16, DSConfig(), OffloadCache)
     assert default["KV cache"] == pytest.approx(full * (2 + 30 / 16) / 32, rel=1e-3)
     check_memory(40 * 2**30, config, 1, S, torch.bfloat16, DSConfig(), OffloadCache)
@@ -2501,7 +2567,7 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
 
 def offload_run(**more):
     """The rows of `bench.py offload` on a CPU."""
-    args = dict(modes=None, dense_layers=[0], budgets=[1, 2], prefetch_heads=[1], steps=3, shapes=None, model=None,
+    args = dict(modes=None, dense_layers=[0], budgets=[1, 2], prefetch_heads=[1], no_pack=False, steps=3, shapes=None, model=None,
                 checkpoint=None, data=None)
     return [row for rows in bench.run_offload(SimpleNamespace(**(args | more)), "cpu") for row in rows]
 
@@ -2540,7 +2606,7 @@ def test_bench_offload_rows(monkeypatch):
 def test_bench_offload_continues_prompts(data):
     """Of a trained model, whose selections are not random."""
     gpu, ours, predicted = offload_run(checkpoint=str(TINY), shapes="2x400", data=data and str(data), budgets=[1], dense_layers=[2],
-                                       steps=4, prefetch_heads=[1], modes=["gpu", "offload", "offload_predicted"])
+                                       steps=4, prefetch_heads=[1], no_pack=False, modes=["gpu", "offload", "offload_predicted"])
     assert ours["weights"] == "trained" and ours["model"] == "tiny" and (ours["B"], ours["S"]) == (2, 400)
     assert ours["data"] == predicted["data"] == ("README.md" if data else "key-value retrieval")
     assert ours["same_tokens"] and ours["hit_rate"] > 0.6 and ours["agreement"] > 0.6 and predicted["predicted_layers"] == 5
