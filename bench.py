@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -372,6 +371,8 @@ def time_gpt_fast(model, B, S, steps, device, _):
     kv_bytes = sum(buffer.nbytes for name, buffer in module.named_buffers() if name[0] in "kv" and name[1:].isdigit())
     tokens = torch.ones(B, 1, dtype=torch.long, device=device)
     position = torch.tensor([S - 1], device=device)
+    import torch._inductor.config as inductor_config  # here: it takes seconds
+
     compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
 
     def run():
@@ -462,8 +463,9 @@ def check_fit(model, B, size, config, device, cache_type=KVCache):
         check_memory(torch.cuda.mem_get_info()[0] + held, model.config, B, size, model.dtype, config, cache_type)
 
 
-def generate_rows(name, model, B, S, modes, configs, steps, device, first):
-    """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each. first: of this process."""
+def generate_rows(name, model, B, S, modes, configs, steps, device, first, compiled=False):
+    """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each. first: of this process.
+    compiled: whether the model's blocks are."""
     rows = []
     of_mode = {"prefill": configs[:1], "gpt_fast": [None], "dense": [None], "ds": configs}
     for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
@@ -472,6 +474,7 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first):
         with measured(row, device):
             check_fit(model, B, S + steps + WARM_UP, config, device)
             if mode == "prefill":
+                row["compiled"] = compiled
                 row["prefill_s"], cold_start_s = time_prefill(model, B, S, device, config)
                 row |= {"cold_start_s": cold_start_s} if first and not rows else {}
             else:
@@ -505,7 +508,7 @@ def model_shapes(args, device, settings, modes, example):
         if setting[0] != held:
             model = None  # before there is another one
             model, held = random_model(presets[setting[0]], device, default_dtype(device)), setting[0]
-            if device != "cpu" and not args.no_compile:
+            if args.compile and device != "cpu":
                 model.compile_blocks()
         yield model, setting
 
@@ -519,7 +522,8 @@ def run_generate(args, device):
     timed = [mode for mode in modes if mode != "prefill"]
     settings = [(*row, ["prefill"]) for row in PREFILLS if "prefill" in modes] + [(*row, timed) for row in STEPS if timed]
     for i, (model, (name, B, S, of_shape)) in enumerate(model_shapes(args, device, settings, modes, "1x16384")):
-        yield generate_rows(name, model, B, S, of_shape, configs, args.steps, device, first=i == 0)
+        yield generate_rows(name, model, B, S, of_shape, configs, args.steps, device, first=i == 0,
+                            compiled=args.compile and device != "cpu")
 
 
 def mode_name(r):
@@ -528,6 +532,11 @@ def mode_name(r):
     resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
     ahead = f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead" if r.get("prefetch_heads") else ""
     return r["mode"] + layers + resident + ahead + (", not packed" if r.get("packed") is False else "")
+
+
+def is_compiled(r):
+    """Whether torch.compile had a part in a prefill; it had before rows told."""
+    return r["mode"] == "prefill" and r.get("compiled", True)
 
 
 def generate_table(rows):
@@ -566,7 +575,7 @@ def generate_table(rows):
     for r in prefills:
         seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
         rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
-        lines.append(f"| {r['model']} | {r['B']}, {r['S']} | {seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
+        lines.append(f"| {r['model']}{', compiled' * is_compiled(r)} | {r['B']}, {r['S']} | {seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
                      f"{cell(r, 'peak_gib', '.1f')} |")
     return "\n".join(lines).strip()
 
@@ -762,7 +771,7 @@ def attention_setting(r):
 
 def generate_setting(r):
     dense_layers = r["config"]["dense_layers"] if r["mode"] == "ds" else None
-    return [*(r[key] for key in ("gpu", "model", "B", "S", "mode", "dtype")), dense_layers]
+    return [*(r[key] for key in ("gpu", "model", "B", "S", "mode", "dtype")), dense_layers, is_compiled(r)]
 
 
 def offload_setting(r):
@@ -858,7 +867,7 @@ def main():
     steps.add_argument("--no_pack", action="store_true", help="of offload: K and V unpacked in host memory")
     steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
     steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
-    steps.add_argument("--no_compile", action="store_true", help="leave blocks out of torch.compile")
+    steps.add_argument("--compile", action="store_true", help="of prefill: blocks go through torch.compile, as generate.py's option")
     args = parser.parse_args()
     if args.plot:
         need_matplotlib()

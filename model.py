@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, pdl, write_labels
 
@@ -531,6 +530,8 @@ def causal_attention(q, k, v, window=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=(ahead >= 0) & (ahead < window), enable_gqa=gqa)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    from torch.nn.attention.bias import causal_lower_right  # here: it brings torch.compile's modules, which take seconds
+
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=gqa)
 
 
@@ -613,7 +614,6 @@ class MoEFeedForward(nn.Module):
         self.w13 = nn.Parameter(torch.empty(E, 2 * F_, dim))
         self.w2 = nn.Parameter(torch.empty(E, dim, F_))
 
-    @torch.compiler.disable  # how many tokens an expert gets is data: a compiler would stop at each
     def forward(self, x):
         """x [..., tokens, dim]. Decode, on a GPU, asks nothing of the host: a CUDA graph must not."""
         shape = x.shape
@@ -732,11 +732,15 @@ class Transformer(nn.Module):
         return self.logits(x)
 
     def compile_blocks(self):
-        """What a block does before and after attention goes through torch.compile: once for all layers, at first use."""
+        """What a block does before and after attention goes through torch.compile: once for all layers, at first use. Of
+        prefill that takes away a few percent, and adds some 15 s to the first one."""
         for name in ("before", "after"):
             compiled = torch.compile(getattr(Block, name), dynamic=True)  # prompts have any length
             for layer in self.layers:
                 setattr(layer, name, partial(compiled, layer))
+        for layer in self.layers:
+            if isinstance(layer.ffn, MoEFeedForward):  # how many tokens an expert gets is data: a compiler would stop at each
+                layer.ffn.forward = torch.compiler.disable(layer.ffn.forward)
 
     def _run(self, tokens, cache, step):
         x = self.embed(tokens)

@@ -1251,6 +1251,13 @@ def test_compiled_blocks_equal_eager_ones_and_are_compiled_once_for_all_layers()
     assert counters["stats"]["unique_graphs"] == 4, "before and after attention, in prefill and in decode"
 
 
+def test_programs_start_without_the_compiler():
+    """Its modules take seconds to import."""
+    code = "import bench, calibrate, eval, generate, sys; print('torch._dynamo' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
 def test_experts_of_few_tokens_equal_the_loop_over_experts():
     model, *_ = random_model(n_experts=4, experts_per_token=2, dim=40, ffn_dim=72)
     ffn = model.to(DEVICE).layers[0].ffn
@@ -2516,7 +2523,7 @@ def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
 def generate_run():
     """The rows of `bench.py generate` on a CPU, but for gpt_fast, which compiles for long."""
     args = SimpleNamespace(modes=["prefill", "dense", "ds"], dense_layers=[2, 0], dense_below=0, steps=3, shapes=None,
-                           model=None)
+                           model=None, compile=False)
     return [row for rows in bench.run_generate(args, "cpu") for row in rows]
 
 
@@ -2568,7 +2575,7 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
 def offload_run(**more):
     """The rows of `bench.py offload` on a CPU."""
     args = dict(modes=None, dense_layers=[0], budgets=[1, 2], prefetch_heads=[1], no_pack=False, steps=3, shapes=None, model=None,
-                checkpoint=None, data=None)
+                compile=False, checkpoint=None, data=None)
     return [row for rows in bench.run_offload(SimpleNamespace(**(args | more)), "cpu") for row in rows]
 
 
