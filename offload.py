@@ -157,7 +157,7 @@ class HostRows:
     def __init__(self, kv, device, pack):
         self.kv, self.tops = kv, None
         if pack and packs(kv.shape[4], kv.dtype):
-            self.tops = torch.zeros(kv.shape[:3], dtype=torch.int16, device=device)
+            self.tops = torch.full(kv.shape[:3], -1, dtype=torch.int16, device=device)
 
     def sequence(self, b):
         """What there is of one sequence, as a view."""
