@@ -37,7 +37,7 @@ from generate import (
 )
 from model import PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes, run_command
 from offload import (
-    MIN_AGREEMENT, OffloadCache, check_host_memory, free_host_bytes, host_layers, idle_heads, predictable_layers
+    MIN_AGREEMENT, OffloadCache, check_host_memory, free_host_bytes, host_layers, idle_heads, packs, predictable_layers
 )
 
 RESULTS = HERE / "results"
@@ -270,7 +270,8 @@ def draw_attention(rows, axes):
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens", ylabel="speedup over the fastest dense kernel", ylim=(0, None))
-    axes.legend(fontsize="x-small", bbox_to_anchor=(1, 1), loc="upper left")
+    if rows:
+        axes.legend(fontsize="x-small", bbox_to_anchor=(1, 1), loc="upper left")
 
 
 def run_attention(args, device):
@@ -471,10 +472,10 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
     for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
         row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode, "config": config and asdict(config),
                "dtype": str(model.dtype).removeprefix("torch."), "steps": steps, "ms_per_step": None}
+        row |= {"compiled": compiled} if mode == "prefill" else {}
         with measured(row, device):
             check_fit(model, B, S + steps + WARM_UP, config, device)
             if mode == "prefill":
-                row["compiled"] = compiled
                 row["prefill_s"], cold_start_s = time_prefill(model, B, S, device, config)
                 row |= {"cold_start_s": cold_start_s} if first and not rows else {}
             else:
@@ -531,7 +532,8 @@ def mode_name(r):
     layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
     resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
     ahead = f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead" if r.get("prefetch_heads") else ""
-    return r["mode"] + layers + resident + ahead + (", not packed" if r.get("packed") is False else "")
+    whole = ", not packed" if r["mode"].startswith("offload") and not r.get("packed") else ""
+    return r["mode"] + layers + resident + ahead + whole
 
 
 def is_compiled(r):
@@ -575,8 +577,8 @@ def generate_table(rows):
     for r in prefills:
         seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
         rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
-        lines.append(f"| {r['model']}{', compiled' * is_compiled(r)} | {r['B']}, {r['S']} | {seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
-                     f"{cell(r, 'peak_gib', '.1f')} |")
+        lines.append(f"| {r['model']}{', compiled' * is_compiled(r)} | {r['B']}, {r['S']} | {seconds} | {rate} | "
+                     f"{cell(r, 'cold_start_s', '.1f')} | {cell(r, 'peak_gib', '.1f')} |")
     return "\n".join(lines).strip()
 
 
@@ -662,25 +664,26 @@ class Prompts(RandomText):
         return cache, statistics.median(result.step_s), torch.tensor(result.token_ids), logits
 
 
-def offload_rows(source, modes, configs, budgets, ahead, steps, pack=True):
+def offload_rows(source, modes, configs, budgets, ahead, steps, packed=True):
     """The rows of results/offload.jsonl of one source of K and V. configs: a row of gpu and of each way to offload for each;
     budgets: resident tokens, a row for each, in multiples of the tokens attended; ahead: KV heads prefetched, likewise, None for
-    the default; pack: as OffloadCache's."""
+    the default; packed: as OffloadCache's."""
     model, B, S, device = source.model, source.B, source.S, source.device
     c, size = model.config, S + steps + WARM_UP
     runs = [("flexgen", None, {})] + [("gpu", config, {}) for config in configs]
     for config, budget in itertools.product(configs, budgets):
-        resident = {"resident_tokens": math.ceil(budget * config.budget(size)), "pack": pack}
+        resident = {"resident_tokens": math.ceil(budget * config.budget(size)), "packed": packed}
         for heads in ahead:
-            heads = idle_heads(c, B, config.budget(size), model.dtype, device, pack) if heads is None else heads
+            heads = idle_heads(c, B, config.budget(size), model.dtype, device, packed) if heads is None else heads
             runs += [("offload", config, resident | {"prefetch_heads": heads})]
         runs += [("offload_predicted", config, resident | {"mode": "predicted"})]
     rows, outs, host, copy_speed = [], {}, None, None
     for mode, config, options in [run for run in runs if run[0] in modes]:
         row = {"bench": "offload", "model": source.name, "weights": source.weights, "data": source.data, "B": B, "S": S,
                "mode": mode, "config": config and asdict(config), "resident_tokens": options.get("resident_tokens"),
-               "prefetch_heads": options.get("prefetch_heads"), "packed": options.get("pack"), "ms_per_step": None,
+               "prefetch_heads": options.get("prefetch_heads"), "ms_per_step": None,
                "dtype": str(model.dtype).removeprefix("torch."), "steps": min(steps, 10) if mode == "flexgen" else steps}
+        row |= {"packed": packed and packs(c.head_dim, model.dtype)} if options else {}
         with measured(row, device):
             cache_type = KVCache if mode == "gpu" else partial(OffloadCache, **options, predictable=source.predictable)
             check_fit(model, B, size, config, device, cache_type)
@@ -864,10 +867,11 @@ def main():
                             "%(default)s)")
     steps.add_argument("--prefetch_heads", type=int, nargs="+", metavar="HEADS",
                        help="of offload: KV heads whose tokens are fetched ahead, a row for each (default: generate.py's)")
-    steps.add_argument("--no_pack", action="store_true", help="of offload: K and V unpacked in host memory")
+    steps.add_argument("--no_pack", action="store_true", help="of offload: K and V are not packed in host memory")
     steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
     steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
-    steps.add_argument("--compile", action="store_true", help="of prefill: blocks go through torch.compile, as generate.py's option")
+    steps.add_argument("--compile", action="store_true", help="blocks go through torch.compile, which prefill shows")
+    steps.add_argument("--no_compile", dest="compile", action="store_false", help="the default")
     args = parser.parse_args()
     if args.plot:
         need_matplotlib()

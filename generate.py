@@ -193,8 +193,8 @@ def now(device):
 
 @contextlib.contextmanager
 def compiling_only():
-    """Triton kernels called within are compiled, all at a time, and not run. One after the other those of a first step take twice
-    as long or more."""
+    """Triton kernels called within, by any thread, are compiled, side by side, and not run: a first step's take half the time.
+    What torch does within is done, on memory that no kernel has written: nothing may take an index or a decision from there."""
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -552,7 +552,7 @@ def parse_arguments():
     parser.add_argument("--prefetch_heads", type=int, metavar="HEADS",
                         help="with --offload in the exact mode: KV heads of each layer whose tokens are fetched while the layer "
                              "before computes, as its input predicts them (default: as many as PCIe then has time for if none is "
-                             "resident, at most a quarter; on a CPU 0)")
+                             "resident, at most three of eight; on a CPU 0)")
     parser.add_argument("--offload_mode", choices=MODES, default=MODES[0],
                         help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
                              "predicted tokens, so that fetches hide behind compute (default %(default)s)")
@@ -560,8 +560,8 @@ def parse_arguments():
                         help="with --offload: of layers where calibration foresaw a smaller share of the selection, nothing is "
                              "predicted (default %(default)g)")
     parser.add_argument("--no_pack", action="store_true",
-                        help="with --offload: keep K and V of bfloat16 as they are in host memory, not packed, without loss, in 12 "
-                             "bits each")
+                        help="with --offload: K and V of bfloat16 are not packed in host memory, where they take 12 bits of 16, "
+                             "without loss")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--compile", action="store_true",
                         help="on a GPU, prefill through torch.compile: a little faster, but it starts some 15 s later")
@@ -700,7 +700,7 @@ def main():
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:
         cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens,
-                                       prefetch_heads=args.prefetch_heads, mode=args.offload_mode, pack=not args.no_pack)
+                                       prefetch_heads=args.prefetch_heads, mode=args.offload_mode, packed=not args.no_pack)
     for config_ds in (None, ds) if args.compare else (ds,):
         if args.offload:
             check_host_memory(free_host_bytes(), *needs, config_ds)

@@ -530,7 +530,8 @@ def causal_attention(q, k, v, window=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=(ahead >= 0) & (ahead < window), enable_gqa=gqa)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    from torch.nn.attention.bias import causal_lower_right  # here: it brings torch.compile's modules, which take seconds
+    # here: it brings torch.compile's modules, which take seconds, and what prefills in one chunk does without
+    from torch.nn.attention.bias import causal_lower_right
 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=gqa)
 

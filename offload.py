@@ -150,13 +150,14 @@ class HostRows:
 
     Packing loses nothing: 8 bits are sign and mantissa, 4 say by how much an exponent is less than the largest of its row of K or
     of V. So a token takes 3D / 4 words of 32 bits, the first of the D there is room for: D / 4 of eight values' 4 bits, D / 4 of
-    the 8 bits of the first four of them, D / 4 of the others'. `tops` [B, HKV, S] int16, on the GPU, holds both largest exponents;
-    -1 for a token whose exponents are too far apart, some 3 in 100: its row lies there as it is.
+    the 8 bits of the first four of them, D / 4 of the others'. `tops` [B, HKV, S] int16, on the GPU, holds both largest exponents,
+    K's in 7 bits, from 64 on. -1 for a token where that one is out of range, or exponents are too far apart, some 3 in 100 tokens:
+    its row lies there as it is.
     """
 
-    def __init__(self, kv, device, pack):
+    def __init__(self, kv, device, packed):
         self.kv, self.tops = kv, None
-        if pack and packs(kv.shape[4], kv.dtype):
+        if packed and packs(kv.shape[4], kv.dtype):
             self.tops = torch.full(kv.shape[:3], -1, dtype=torch.int16, device=device)
 
     def sequence(self, b):
@@ -186,16 +187,16 @@ def pack_ref(host, rows, ends):
     exponents = v >> 7 & 255
     tops = exponents.amax(4)  # [B, HKV, T, 2]
     codes = tops[..., None] - exponents
-    packs = (codes < 16).all(4).all(3) & (tops[..., 0] >= 64) & (tops[..., 0] < 192)
+    fit = (codes < 16).all(4).all(3) & (tops[..., 0] >= 64) & (tops[..., 0] < 192)
     eights, bytes_ = ((x & mask).view(B, HKV, T, D // 4, 8) for x, mask in ((codes, 15), (v >> 8 & 128 | v & 127, 255)))
     shifts = torch.arange(8, device=v.device)
     words = torch.cat([(eights << 4 * shifts).sum(4), (bytes_[..., :4] << 8 * shifts[:4]).sum(4),
                        (bytes_[..., 4:] << 8 * shifts[:4]).sum(4)], 3).to(torch.int32)  # sums of bits: they wrap as int32
     whole = rows.view(torch.int32).view(B, HKV, T, D)
-    words = torch.where(packs[..., None], torch.cat([words, whole[..., 3 * D // 4 :]], 3), whole)
+    words = torch.where(fit[..., None], torch.cat([words, whole[..., 3 * D // 4 :]], 3), whole)
     for b in range(B):
         at = slice(int(ends[b]) - T, int(ends[b]))
-        host.tops[b, :, at] = torch.where(packs[b], (tops[b, ..., 0] - 64 << 8) + tops[b, ..., 1], -1).to(torch.int16)
+        host.tops[b, :, at] = torch.where(fit[b], (tops[b, ..., 0] - 64 << 8) + tops[b, ..., 1], -1).to(torch.int16)
         host.kv[b, :, at] = words[b].view(torch.bfloat16).view(HKV, T, 2, D).to(host.kv.device)
 
 
@@ -227,15 +228,15 @@ def _pack_kernel(rows, ends, host, tops, T, S, r_sb, r_sh, r_st, HKV, D: tl.cons
     top_k = tl.max(tl.where(of_k, exponents, 0), 1)
     top_v = tl.max(tl.where(of_k, 0, exponents), 1)
     codes = tl.where(mask, tl.where(of_k, top_k[:, None], top_v[:, None]) - exponents, 0)
-    packs = (tl.max(codes, 1) < 16) & (top_k >= 64) & (top_k < 192)
-    tl.store(tops + at, tl.where(packs, ((top_k - 64) << 8) + top_v, -1).to(tl.int16), mask=t < T)
+    fit = (tl.max(codes, 1) < 16) & (top_k >= 64) & (top_k < 192)
+    tl.store(tops + at, tl.where(fit, ((top_k - 64) << 8) + top_v, -1).to(tl.int16), mask=t < T)
     tl.store(host.to(tl.pointer_type(tl.int16), bitcast=True) + (at * 2 * D)[:, None] + offs[None, :], v,
-             mask=mask & (packs == 0)[:, None])
+             mask=mask & (fit == 0)[:, None])
     byte = (((bits >> 8) & 128) | (bits & 127)) << (8 * (offs % 4))[None, :]
     codes = (codes & 15) << (4 * (offs % 8))[None, :]
     first = ((offs % 8) < 4)[None, :]
     to = host + (at * D)[:, None] + g[None, :]
-    inside = ((t < T) & packs)[:, None] & (g < D // 4)[None, :]
+    inside = ((t < T) & fit)[:, None] & (g < D // 4)[None, :]
     tl.store(to, tl.sum(tl.reshape(codes, (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
     tl.store(to + D // 4, tl.sum(tl.reshape(tl.where(first, byte, 0), (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
     tl.store(to + D // 2, tl.sum(tl.reshape(tl.where(first, 0, byte), (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
@@ -594,17 +595,19 @@ def predictable_layers(channels, min_agreement, mode):
     return found
 
 
-# What a kernel fetches while a layer of a 7B model computes, and its tokens are chosen, and PCIe idles: measured on an H200.
-IDLE_BYTES = 17e6
+# What a kernel fetches while a layer of a 7B model computes and PCIe idles, and for each token attended to, since choosing them
+# takes the longer the more they are: measured on an H200.
+IDLE_BYTES, IDLE_BYTES_PER_TOKEN = 14e6, 330
 
 
-def idle_heads(config, batch, tokens, dtype, device, pack=True):
+def idle_heads(config, batch, tokens, dtype, device, packed=True):
     """Of how many KV heads so many tokens, none of them resident, are fetched in that time; none on a CPU. At most three of
     eight: more was not measured."""
     if torch.device(device).type == "cpu":
         return 0
-    row_bytes = 2 * config.head_dim * dtype.itemsize * (PACKED if pack and packs(config.head_dim, dtype) else 1)
-    return min(round(IDLE_BYTES / (batch * tokens * row_bytes)), config.n_kv_heads * 3 // 8)
+    row_bytes = 2 * config.head_dim * dtype.itemsize * (PACKED if packed and packs(config.head_dim, dtype) else 1)
+    idle_bytes = IDLE_BYTES + IDLE_BYTES_PER_TOKEN * tokens
+    return min(round(idle_bytes / (batch * tokens * row_bytes)), config.n_kv_heads * 3 // 8)
 
 
 @dataclass(kw_only=True)
@@ -787,12 +790,13 @@ class OffloadCache(KVCache):
     """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds of all."""
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None, resident_tokens=None,
-                 prefetch_heads=None, mode="exact", predictable=None, pack=True, host=None):
+                 prefetch_heads=None, mode="exact", predictable=None, packed=True, host=None):
         """resident_tokens: GPU rows per sequence and KV head, at least what a step may attend to: the budget at max_seq_length,
         and ds.dense_below for the dense steps before; by default as many. prefetch_heads: of so many KV heads of each layer what
         is predicted is fetched ahead, by default idle_heads. mode: of MODES; "predicted" fetches all that is predicted, and attends
         to it. predictable: numbers of the layers of which anything is predicted, by default all that have a layer before them.
-        pack: K and V lie packed, where they can be (see HostRows). host: tensors to use, of the last layers, [B, HKV, S, 2, D].
+        packed: K and V are, where they can be (see HostRows). host: tensors to use, of the last layers, [B, HKV, S, 2, D]; what
+        they hold does not count.
         """
         if mode not in MODES:
             raise ValueError(f"mode={mode}: must be one of {', '.join(MODES)}")
@@ -805,7 +809,7 @@ class OffloadCache(KVCache):
             raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step may attend "
                              f"to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower --dense_below")
         if prefetch_heads is None:
-            prefetch_heads = idle_heads(config, batch, budget, dtype, device, pack) if ds else 0
+            prefetch_heads = idle_heads(config, batch, budget, dtype, device, packed) if ds else 0
         if prefetch_heads > config.n_kv_heads:
             raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {config.n_kv_heads}, the model's KV heads")
         self.ahead = (config.n_kv_heads if mode == "predicted" else prefetch_heads) if ds else 0
@@ -824,7 +828,7 @@ class OffloadCache(KVCache):
             self.foresight.workspaces = [even, odd]
         shape = (batch, config.n_kv_heads, max_seq_length, 2, config.head_dim)
         host = host_layers(count, shape, dtype, device) if host is None else host
-        self.host = [HostRows(kv, device, pack and ds is not None) for kv in host[len(host) - count :]]
+        self.host = [HostRows(kv, device, packed and ds is not None) for kv in host[len(host) - count :]]
         self.side = SideStream(device)
         self.streaming = Streaming([host.kv for host in self.host], device, self.side) if ds is None else None
         super().__init__(config, batch, max_seq_length, device, dtype, ds, label_maps)
@@ -905,7 +909,8 @@ class OffloadCache(KVCache):
         return super().gpu_bytes() | {"slot maps": self.slot_map_bytes(), "staging": staging}
 
     def statistics(self):
-        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead; the
+        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead, packed
+        rows counted as what one of all live tokens takes on average; the
         share of selected tokens that was resident once the selection was known, and the share of predicted tokens that were
         among them, in all and by layer; and where K and V lie."""
         host_bytes = sum(host.kv.nbytes for host in self.host)

@@ -40,6 +40,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 )
+from triton.runtime import JITFunction
 
 import bench
 import calibrate
@@ -50,8 +51,8 @@ import generate
 import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
-    PRESETS, Attention, KVCache, LayerCache, ModelConfig, Residual, Transformer, check_memory, load_label_maps, load_model,
-    memory_need, parameter_shapes
+    PRESETS, Attention, KVCache, LayerCache, ModelConfig, MoEFeedForward, Residual, Transformer, check_memory, load_label_maps,
+    load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
 from tiny import tasks
@@ -1251,6 +1252,33 @@ def test_compiled_blocks_equal_eager_ones_and_are_compiled_once_for_all_layers()
     assert counters["stats"]["unique_graphs"] == 4, "before and after attention, in prefill and in decode"
 
 
+def test_compiled_blocks_leave_experts_to_torch(monkeypatch):
+    seen, forward = [], MoEFeedForward.forward
+
+    def watched(self, x):
+        seen.append(torch.compiler.is_compiling())
+        return forward(self, x)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(MoEFeedForward, "forward", watched)
+    model, *_ = random_model(n_experts=4, experts_per_token=2, dim=40, ffn_dim=72)
+    tokens = torch.arange(30)[None]
+    want = model(tokens)
+    model.compile_blocks()
+    torch.testing.assert_close(model(tokens), want)
+    assert len(seen) == 6 and not any(seen), "three layers, twice"
+
+
+def test_compiling_only_ends_with_its_block():
+    run = JITFunction.run
+    with pytest.raises(ZeroDivisionError), generate.compiling_only():
+        assert JITFunction.run is not run
+        1 / 0
+    assert JITFunction.run is run
+    with generate.compiling_only():
+        assert JITFunction.run is not run
+
+
 def test_programs_start_without_the_compiler():
     """Its modules take seconds to import."""
     code = "import bench, calibrate, eval, generate, sys; print('torch._dynamo' in sys.modules)"
@@ -1503,8 +1531,8 @@ def test_packed_generation_equals_that_of_the_gpu_s_cache(more, resident):
     """And fetches fewer bytes. On a GPU the dense steps at first sum in another order than the GPU's cache does, which bfloat16
     shows: there the offloaded cache that is not packed says what is right."""
     size, n = 130, 40
-    whole, packed = (offload_step(partial(PREFETCHING, resident_tokens=resident, pack=pack), size, dtype=torch.bfloat16, **more)
-                     for pack in (False, True))
+    whole, packed = (offload_step(partial(PREFETCHING, resident_tokens=resident, packed=packed), size, dtype=torch.bfloat16, **more)
+                     for packed in (False, True))
     want = generate.generate(whole, RAGGED, n).token_ids
     assert generate.generate(packed, RAGGED, n).token_ids == want
     if not GPU:
@@ -1582,7 +1610,8 @@ def test_predicted_layers_attend_to_what_is_predicted(monkeypatch):
 
 
 @pytest.mark.parametrize("preset, batch, size, heads", [
-    ("Llama-2-7B", 1, 131072, 5), ("Llama-2-7B", 4, 32768, 5), ("Llama-3.1-8B", 1, 262144, 3), ("Llama-2-7B", 1, 4096, 12)])
+    ("Llama-2-7B", 1, 131072, 5), ("Llama-2-7B", 4, 32768, 5), ("Llama-3.1-8B", 1, 262144, 3), ("Llama-3.1-8B", 1, 524288, 2),
+    ("Llama-2-7B", 1, 4096, 12)])
 def test_default_of_prefetched_heads(preset, batch, size, heads):
     """About the fastest of those measured, and three of eight at most; none on a CPU."""
     config, budget = PRESETS[preset], DSConfig().budget(size)
@@ -2579,6 +2608,10 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
     dense, sparse = bench.generate_rows("tiny", model, 1, 50, ["dense", "ds"], [DSConfig()], 3, "cpu", False)
     assert dense["error"] == sparse["error"] == "CUDA out of memory. Tried to allocate 1 GiB"
     assert sparse["ms_per_step"] is sparse["speedup_vs_dense"] is None
+    monkeypatch.setattr(bench, "time_prefill", out_of_memory)
+    for compiled in (False, True):
+        row, = bench.generate_rows("tiny", model, 1, 50, ["prefill"], [DSConfig()], 3, "cpu", False, compiled)
+        assert f"| tiny{', compiled' * compiled} | 1, 50 | out of memory |" in bench.generate_table([row])
 
 
 def offload_run(**more):
@@ -2607,7 +2640,9 @@ def test_bench_offload_rows(monkeypatch):
     assert tight_predicted["agreement"] is None and tight_predicted["predicted_layers"] == c.n_layers - 1
     assert tight_predicted["logit_error"] > 1e-3 and tight_predicted["speedup_vs_flexgen"] > 0  # of other tokens, and says so
     table = bench.offload_table(rows)
-    assert f"| offload, 0 dense layers, {budget} resident, 1 head ahead | {tight['ms_per_step']:.2f} |" in table
+    ours = f"| offload, 0 dense layers, {budget} resident, 1 head ahead"
+    assert f"{ours}, not packed | {tight['ms_per_step']:.2f} |" in table, "float32 is not"
+    assert f"{ours} | {tight['ms_per_step']:.2f} |" in bench.offload_table([tight | {"packed": True}])
     assert "| yes, 0e+00 |" in table and f", {tight_predicted['logit_error']:.0e} |" in table
     monkeypatch.setattr(offload, "fetch_ref", lambda *_: None)  # what is attended is not there: found out, and no speedup told
     *_, wrong = offload_run(budgets=[1], modes=["flexgen", "gpu", "offload"])
@@ -2622,7 +2657,7 @@ def test_bench_offload_rows(monkeypatch):
 def test_bench_offload_continues_prompts(data):
     """Of a trained model, whose selections are not random."""
     gpu, ours, predicted = offload_run(checkpoint=str(TINY), shapes="2x400", data=data and str(data), budgets=[1], dense_layers=[2],
-                                       steps=4, prefetch_heads=[1], no_pack=False, modes=["gpu", "offload", "offload_predicted"])
+                                       steps=4, prefetch_heads=[1], modes=["gpu", "offload", "offload_predicted"])
     assert ours["weights"] == "trained" and ours["model"] == "tiny" and (ours["B"], ours["S"]) == (2, 400)
     assert ours["data"] == predicted["data"] == ("README.md" if data else "key-value retrieval")
     assert ours["same_tokens"] and ours["hit_rate"] > 0.6 and ours["agreement"] > 0.6 and predicted["predicted_layers"] == 5
@@ -2771,9 +2806,17 @@ def test_offload_on_the_command_line_says_the_same(tmp_path):
     assert predicted["pcie_bytes_per_step"] == predicted["prefetched_bytes_per_step"] > tight["prefetched_bytes_per_step"]
     layers = load_model(TINY, "cpu", torch.float32).config.n_layers
     assert tight["host_bytes"] == plain["kv_cache_bytes"] * (layers - 2) / layers > 2 * tight["kv_cache_bytes"] / layers
+    packed, whole = [], []
+    for found, more in ((packed, []), (whole, ["--no_pack"])):
+        run = command(*arguments, "--dtype", "bfloat16", "--offload", *more)
+        assert run.returncode == 0, run.stderr
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    assert packed[0]["text"] == whole[0]["text"] and packed[0]["hit_rate"] == whole[0]["hit_rate"]
+    assert 0.751 < packed[0]["pcie_bytes_per_step"] / whole[0]["pcie_bytes_per_step"] < 0.8
     streamed = command(*arguments, "--offload", "--compare")
     assert streamed.returncode == 0 and streamed.stderr.count("over PCIe per step") == 2, streamed.stderr
     for more, message in ((["--prefetch_heads", 9], "prefetch_heads=9: without --offload"),
+                          (["--no_pack"], "no_pack=True: without --offload"),
                           (["--offload", "--min_agreement", -1], "min_agreement=-1.0: must be at least 0"),
                           (["--offload", "--sparsity", 1, "--offload_mode", "predicted"], "nothing is selected with --sparsity 1")):
         refused = command("generate.py", "--device", "cpu", "--prompt", "x", *more)
