@@ -367,13 +367,13 @@ def step_seconds(run, steps, device, warm=lambda: None):
 
 def time_gpt_fast(model, B, S, steps, device, _):
     """(seconds per step, bytes of weights and of the allocated cache, which it reads whole)."""
+    import torch._inductor.config as inductor_config  # here: it takes seconds
+
     size = S + steps + WARM_UP
     module = GptFast(model, B, size)
     kv_bytes = sum(buffer.nbytes for name, buffer in module.named_buffers() if name[0] in "kv" and name[1:].isdigit())
     tokens = torch.ones(B, 1, dtype=torch.long, device=device)
     position = torch.tensor([S - 1], device=device)
-    import torch._inductor.config as inductor_config  # here: it takes seconds
-
     compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
 
     def run():
@@ -536,11 +536,6 @@ def mode_name(r):
     return r["mode"] + layers + resident + ahead + whole
 
 
-def is_compiled(r):
-    """Whether torch.compile had a part in a prefill; it had before rows told."""
-    return r["mode"] == "prefill" and r.get("compiled", True)
-
-
 def generate_table(rows):
     """Rows of results/generate.jsonl -> Markdown: a line for each shape, then one for each prefill."""
     prefills = [r for r in rows if r["mode"] == "prefill"]
@@ -577,7 +572,7 @@ def generate_table(rows):
     for r in prefills:
         seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
         rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
-        lines.append(f"| {r['model']}{', compiled' * is_compiled(r)} | {r['B']}, {r['S']} | {seconds} | {rate} | "
+        lines.append(f"| {r['model']}{', compiled' * r['compiled']} | {r['B']}, {r['S']} | {seconds} | {rate} | "
                      f"{cell(r, 'cold_start_s', '.1f')} | {cell(r, 'peak_gib', '.1f')} |")
     return "\n".join(lines).strip()
 
@@ -740,6 +735,7 @@ def offload_table(rows):
 
         time = "out of memory" if "error" in r else cell("ms_per_step", ".2f")
         share = f" ({r['pcie_gbps'] / r['pcie_copy_gbps']:.0%} of a copy)" if r.get("pcie_copy_gbps") else ""
+        aside = r["prefetched_bytes_per_step"] / r["pcie_copy_gbps"] / 1e6 if share and r.get("prefetched_bytes_per_step") else 0
         error = f", {r['logit_error']:.0e}" if "logit_error" in r else ""
         same = {None: "-", True: "yes", False: "no"}[r.get("same_tokens")] + error
         maps = r.get("gpu_label_bytes", 0) + r.get("slot_map_bytes", 0)
@@ -748,7 +744,8 @@ def offload_table(rows):
         lines.append(f"| {r['model']}{data}{reference} | {r['B']}, {r['S']} | {mode_name(r)} | {time} | "
                      f"{cell('tokens_per_s', '.1f')} | {cell('speedup_vs_flexgen', '.1f', 'x')} | "
                      f"{cell('pcie_bytes_per_step', '.1f', scale=1e6)} | "
-                     f"{cell('prefetched_bytes_per_step', '.1f', scale=1e6)} | {cell('pcie_gbps', '.1f')}{share} | "
+                     f"{cell('prefetched_bytes_per_step', '.1f', scale=1e6)}{f' ({aside:.1f} ms)' if aside else ''} | "
+                     f"{cell('pcie_gbps', '.1f')}{share} | "
                      f"{cell('hit_rate', '.0%')} | {cell('agreement', '.0%')} | {same} | "
                      f"{cell('gpu_kv_bytes', '.2f', scale=2**30)} | {maps / 2**30:.2f} | "
                      f"{cell('host_bytes', '.1f', scale=2**30)} |")
@@ -774,7 +771,7 @@ def attention_setting(r):
 
 def generate_setting(r):
     dense_layers = r["config"]["dense_layers"] if r["mode"] == "ds" else None
-    return [*(r[key] for key in ("gpu", "model", "B", "S", "mode", "dtype")), dense_layers, is_compiled(r)]
+    return [*(r[key] for key in ("gpu", "model", "B", "S", "mode", "dtype")), dense_layers, r.get("compiled")]
 
 
 def offload_setting(r):

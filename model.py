@@ -733,8 +733,8 @@ class Transformer(nn.Module):
         return self.logits(x)
 
     def compile_blocks(self):
-        """What a block does before and after attention goes through torch.compile: once for all layers, at first use. Of
-        prefill that takes away a few percent, and adds some 15 s to the first one."""
+        """What a block does before and after attention goes through torch.compile: once for all layers, at first use. It
+        takes a tenth off a prefill, and adds some 15 s to the first one."""
         for name in ("before", "after"):
             compiled = torch.compile(getattr(Block, name), dynamic=True)  # prompts have any length
             for layer in self.layers:

@@ -909,10 +909,9 @@ class OffloadCache(KVCache):
         return super().gpu_bytes() | {"slot maps": self.slot_map_bytes(), "staging": staging}
 
     def statistics(self):
-        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead, packed
-        rows counted as what one of all live tokens takes on average; the
-        share of selected tokens that was resident once the selection was known, and the share of predicted tokens that were
-        among them, in all and by layer; and where K and V lie."""
+        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead, a packed
+        row counted as what those of all live tokens take on average; the share of selected tokens that was resident once the
+        selection was known, and the share of predicted tokens that were among them, in all and by layer; and where K and V lie."""
         host_bytes = sum(host.kv.nbytes for host in self.host)
         found = {"host_bytes": host_bytes, "slot_map_bytes": self.slot_map_bytes(),
                  "prefetch_heads": self.ahead if self.mode == "exact" else None}
