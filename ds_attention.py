@@ -5,15 +5,18 @@ bits (the paper's choice of channels is a map with one-hot columns, section 3.1)
 token with the labels, selects the best N per KV head, and attends to exactly those (section 3.2).
 
 Exact: attention over the selected tokens, the selection given the scores, the first `sink` and the newest `recent`
-tokens. Approximate: the scores, by the map's rank and by the label bits.
+tokens. Approximate: the scores, by the map's rank and by the label bits. With DSConfig.tail the other tokens count, too: as one
+token more, of their mean K and V, with the weight that the label scores give them (the value's mean is SparQ's idea, arXiv
+2312.04985; the weight is ours).
 
 Shapes, used everywhere: B batch rows, T new tokens, S cached tokens (allocated; the live length is in seq_lens),
 HQ / HKV query / KV heads, G = HQ // HKV, D head dim, C label dims, W 32-bit words of one token's label,
 N attended tokens. In a decode call q has no T: its rows are one token each.
 
-Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref (and top_p_ref for budgets by mass). The Triton
-kernels do the same with fewer bytes: `label`, `select` (scores and selection in one or three launches: full scores are never
-written) and `attend`. They run on a GPU and, with TRITON_INTERPRET=1 set before triton is imported, on a CPU.
+Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref (top_p_ref for budgets by mass, rest_ref and
+mean_ref for the tail). The Triton kernels do the same with fewer bytes: `label`, `select` (scores and selection in one or three
+launches: full scores are never written) and `attend`. They run on a GPU and, with TRITON_INTERPRET=1 set before triton is
+imported, on a CPU.
 Last run on: H200 with torch 2.11 / triton 3.6; CPU with torch 2.13 / triton 3.9.
 """
 import math
@@ -33,6 +36,7 @@ class DSConfig:
     n_tokens: int | None = None  # a fixed number of attended tokens instead of a share
     top_p: float | None = None  # of them only as many as hold this share of the attention, estimated from the labels
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
+    tail: bool = False  # the tokens not attended to count as one more, of the mean K and V, with the weight their labels tell
     label_channels: int | None = None  # label dims per KV head; None: as many as 1/sparsity of a 16-bit K's bytes hold
     label_bits: int | str | None = None  # bits per label dim, or dims x bits of each width: "8x4,48x2"; None: default_widths, or
     # 4 with label_channels
@@ -355,6 +359,85 @@ def label(k, positions, labels, label_map):
         HKV, W, m.widths, D, triton.next_power_of_2(D), BLOCK_T)
 
 
+# ---------------------------------------------------------------- mean K and V
+
+MEAN_BLOCK = 256  # tokens after which the sums of K and V are kept
+
+
+def sums_shape(B, HKV, S, D):
+    """Of the sums of a cache of S tokens: entry i has those of its first i blocks of MEAN_BLOCK tokens."""
+    return B, HKV, 1 + S // MEAN_BLOCK, 2, D
+
+
+def sum_blocks(k, v, positions, sums):
+    """Writes the sums of K and V up to the end of each block of MEAN_BLOCK tokens that new tokens complete, in place.
+
+    k, v [B, HKV, S, D], the new tokens in them; positions [B, T] integer, consecutive; sums: of sums_shape, fp32, all 0 at first.
+    """
+    rows = torch.arange(len(k), device=k.device)[:, None]
+    first = positions[:, :1] // MEAN_BLOCK
+    block = first + torch.arange(positions.shape[1] // MEAN_BLOCK + 1, device=k.device)  # [B, blocks]: no more can end
+    ended = (block + 1) * MEAN_BLOCK <= positions[:, -1:] + 1
+    token = (block[..., None] * MEAN_BLOCK + torch.arange(MEAN_BLOCK, device=k.device)).clamp(max=k.shape[2] - 1)
+    of_block = torch.stack([x.transpose(1, 2)[rows[..., None], token].sum(2, dtype=torch.float32) for x in (k, v)], 3)
+    by_block = sums.transpose(1, 2)  # [B, 1 + blocks, HKV, 2, D]
+    upto = by_block[rows, first] + of_block.cumsum(1)
+    # a block that did not end writes the first entry over with itself
+    by_block[rows, torch.where(ended, block + 1, 0)] = torch.where(ended[..., None, None, None], upto, by_block[:, :1])
+
+
+def mean_blocks(seq_lens, window):
+    """The whole blocks of MEAN_BLOCK eligible tokens before the newest: (first, the one after the last), [B] each."""
+    start, _ = live_range(seq_lens, window)
+    end = (seq_lens - 1) // MEAN_BLOCK
+    return torch.minimum((start + MEAN_BLOCK - 1) // MEAN_BLOCK, end), end
+
+
+def mean_ref(sums, seq_lens, window=None):
+    """Mean K and V of the whole blocks of eligible tokens before the newest: two of [B, HKV, D] fp32, 0 if there is none."""
+    begin, end = mean_blocks(seq_lens, window)
+    rows = torch.arange(len(seq_lens), device=sums.device)
+    sums = sums.expand(len(seq_lens), -1, -1, -1, -1).transpose(1, 2)
+    tokens = ((end - begin) * MEAN_BLOCK).clamp(min=1)
+    return ((sums[rows, end] - sums[rows, begin]) / tokens[:, None, None, None]).unbind(2)
+
+
+def rest_ref(scores, seq_lens, indices, n_tokens, window=None):
+    """The weight of the tokens that are not selected, by their label scores, relative to the scores' mean: its logarithm.
+
+    scores, seq_lens as in select_ref, indices and n_tokens as it returns them. To a query whose product with the mean key is m
+    they all weigh exp(m + what is returned). Returns [B, HKV] fp32, -inf without a whole block of tokens to take the mean of.
+    """
+    S = scores.shape[2]
+    begin, end = (block[:, None] * MEAN_BLOCK for block in mean_blocks(seq_lens, window))  # [B, 1]
+    position = torch.arange(S, device=scores.device)
+    inside = ((position >= begin) & (position < end))[:, None]
+    mean = scores.masked_fill(~inside, 0.0).sum(-1) / (end - begin).clamp(min=1)
+    slot = torch.where(torch.arange(indices.shape[2], device=scores.device) < per_head(n_tokens, len(scores[0]))[..., None],
+                       indices, S).long()
+    chosen = torch.zeros(*scores.shape[:2], S + 1, dtype=torch.bool, device=scores.device).scatter_(-1, slot, True)[..., :S]
+    weight = scores.masked_fill(chosen, float("-inf")).logsumexp(-1)
+    return torch.where(end > begin, weight - mean, float("-inf"))
+
+
+@triton.jit
+def _mean_blocks(seq_len, start, MEAN_BLOCK: tl.constexpr):
+    """mean_blocks of one row, in tokens."""
+    end = (seq_len - 1) // MEAN_BLOCK * MEAN_BLOCK
+    return tl.minimum(tl.cdiv(start, MEAN_BLOCK) * MEAN_BLOCK, end), end
+
+
+@triton.jit
+def _mean(sums, begin, end, offs_d, D: tl.constexpr, MEAN_BLOCK: tl.constexpr):
+    """Mean K and V of one row and KV head's tokens from begin to end, both ends of blocks."""
+    tokens = tl.maximum(end - begin, 1)
+    low, high = sums + begin // MEAN_BLOCK * 2 * D + offs_d, sums + end // MEAN_BLOCK * 2 * D + offs_d
+    mask = offs_d < D
+    mean_k = tl.load(high, mask=mask, other=0.0) - tl.load(low, mask=mask, other=0.0)
+    mean_v = tl.load(high + D, mask=mask, other=0.0) - tl.load(low + D, mask=mask, other=0.0)
+    return mean_k / tokens, mean_v / tokens
+
+
 # ---------------------------------------------------------------- score
 
 
@@ -628,6 +711,26 @@ def _cut(keys, total, low, high, n, needed, peak, unit, TOP_P: tl.constexpr, TIL
 
 
 @triton.jit
+def _add(a, b, c, x, y, z):
+    """Combines two triples of sums, for a reduction that makes all three at once."""
+    return a + x, b + y, c + z
+
+
+@triton.jit
+def _lighter(keys, threshold, peak, unit):
+    """The weight of the candidates below the threshold."""
+    return tl.sum(tl.where((keys < threshold) & (keys > DEAD), _weight(keys, peak, unit), 0.0))
+
+
+@triton.jit
+def _rest(lighter, ties, threshold, room, peak, unit, level):
+    """What rest_ref returns, of tokens below the threshold that weigh `lighter` and of the ties past the first `room`; level:
+    log2 of what a token of mean score weighs."""
+    left = tl.where(threshold < FORCED, tl.maximum(ties - room, 0) * _weight(threshold, peak, unit), 0.0)
+    return (tl.log2(lighter + left) - level) * 0.6931471805599453
+
+
+@triton.jit
 def _columns(basis, C, offs_c, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """One KV head's basis [D, C] as [BLOCK_D, BLOCK_C]; a warp's lanes take the dims, so that sums over D stay in a thread."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -645,18 +748,22 @@ def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, B
 
 
 @triton.jit
-def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_tokens, q_sh, l_sw, G: tl.constexpr,
+def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_tokens, sink, recent, unit_per_label, q_sh,
+             l_sw, G: tl.constexpr,
              P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr, M: tl.constexpr,
-             RUN: tl.constexpr, MARGIN: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
+             RUN: tl.constexpr, MARGIN: tl.constexpr, MEAN_BLOCK: tl.constexpr, TAIL: tl.constexpr, WEIGH: tl.constexpr,
+             PTX: tl.constexpr):
     """Writes the label codes of a row's query. From a sample of M tokens, returns a lower bracket of its n-th best score, for
-    TOP_P the best score seen, and the largest of the query's labels, which is 127 in the codes."""
+    WEIGH the best score seen and log2 of what one step of the integer scores weighs, and for TAIL the weight of the tokens
+    below the bracket and log2 of that of the mean score, both relative to the best."""
     SLICES: tl.constexpr = _slices(WIDTHS)
     C: tl.constexpr = _dims(WIDTHS)
     live = seq_len - start
     # the sample: aligned runs of RUN tokens, spread over the live ones
     RUNS: tl.constexpr = M // RUN
     run = tl.arange(0, M) // RUN
-    sampled = (start + run * (live // RUNS) + run * (live % RUNS) // RUNS) // RUN * RUN + tl.arange(0, M) % RUN
+    spread = tl.maximum(live, M)
+    sampled = (start + run * (spread // RUNS) + run * (spread % RUNS) // RUNS) // RUN * RUN + tl.arange(0, M) % RUN
     inside = (sampled < seq_len) & (sampled >= start)
     words = _load_words(labels, sampled, sampled < _readable(seq_len, row_tokens), l_sw, W)
     # the query's label codes, laid out as the label words are sliced: byte b of word (w, t) is of the dim that begins there in
@@ -687,14 +794,34 @@ def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, 
     peak = 0
     share = M * (n.to(tl.float32) / live)
     wanted = (share + MARGIN * tl.sqrt(share)).to(tl.int32) + 1
-    if TOP_P:
-        keys = _token_scores(words, query, W, WIDTHS, P, PTX)
-        peak = tl.max(tl.where(inside & (sampled < seq_len - 1), keys, -FORCED))
+    if WEIGH:
+        scores = _token_scores(words, query, W, WIDTHS, P, PTX)
+        peak = tl.max(tl.where(inside & (sampled < seq_len - 1), scores, -FORCED))
     if (wanted < M // 2) & (live >= M):
-        keys = tl.where(inside, _token_scores(words, query, W, WIDTHS, P, PTX), DEAD)
+        if not WEIGH:
+            scores = _token_scores(words, query, W, WIDTHS, P, PTX)
+        keys = tl.where(inside, scores, DEAD)
         low, high = tl.min(tl.where(inside, keys, FORCED)), tl.max(keys)
         bracket = _search(keys, M, low, high, wanted, wanted // 32, 0, 0.0, False, 0)
-    return bracket, peak, largest
+    unit = largest * unit_per_label
+    below, level = 0.0, 0.0
+    if TAIL:
+        n_recent, n_sink = _forced(n, sink, recent)
+        free = (sampled >= tl.maximum(start, n_sink)) & (sampled < seq_len - n_recent)
+        begin, end = _mean_blocks(seq_len, start, MEAN_BLOCK)
+        whole = (sampled >= begin) & (sampled < end)
+        below, mean, of_mean = tl.reduce((tl.where(free & (scores < bracket), _weight(scores, peak, unit), 0.0),
+                                          tl.where(whole, (scores - peak).to(tl.float32), 0.0), whole.to(tl.float32)), 0, _add)
+        below *= spread / tl.full([], M, tl.float32)
+        level = tl.where(end > begin, mean / tl.maximum(of_mean, 1.0) * unit, float("inf"))
+    return bracket, peak, unit, below, level
+
+
+@triton.jit
+def _forced(n, sink, recent):
+    """How many of the newest and of the first tokens are among n in any case."""
+    n_recent = tl.minimum(recent, n)
+    return n_recent, tl.minimum(sink, n - n_recent)
 
 
 @triton.jit
@@ -702,8 +829,7 @@ def _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S: tl.constexp
     """Scores of the block from token s on, with the tokens that are attended in any case on top and those not eligible at the
     bottom."""
     keys = scores
-    n_recent = tl.minimum(recent, n)
-    n_sink = tl.minimum(sink, n - n_recent)
+    n_recent, n_sink = _forced(n, sink, recent)
     if (s < tl.maximum(n_sink, start)) | (s + BLOCK_S > seq_len - n_recent):
         offs_s = s + tl.arange(0, BLOCK_S)
         keys = tl.where((offs_s >= seq_len - n_recent) | (offs_s < n_sink), FORCED, keys)
@@ -763,7 +889,8 @@ def _place(key, position, threshold, room, above, ties, indices):
 
 
 @triton.jit
-def _take_best(entries, total, low, high, n, needed, peak, unit, n_tokens, indices, TOP_P: tl.constexpr, TILE: tl.constexpr):
+def _take_best(entries, total, low, high, n, needed, peak, unit, below, level, n_tokens, rest, indices, TOP_P: tl.constexpr,
+               TAIL: tl.constexpr, TILE: tl.constexpr):
     """The positions of the best of a list in memory (see _cut), in its order, which is that of positions."""
     threshold, room = _cut(entries, total, low, high, n, needed, peak, unit, TOP_P, TILE)
     above = 0
@@ -771,8 +898,12 @@ def _take_best(entries, total, low, high, n, needed, peak, unit, n_tokens, indic
     for s in range(0, total, TILE):
         key, position = _listed(entries, s, total, TILE)
         above, ties = _place(key, position, threshold, room, above, ties, indices)
+        if TAIL:
+            below += _lighter(key, threshold, peak, unit)
     if TOP_P:
         tl.store(n_tokens, above + tl.minimum(ties, room))
+    if TAIL:
+        tl.store(rest, _rest(below, ties, threshold, room, peak, unit, level))
 
 
 @triton.jit
@@ -812,8 +943,9 @@ def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, 
 
 
 @triton.jit
-def _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens, indices, part,
-                 BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr, TOP_P: tl.constexpr, TILE: tl.constexpr):
+def _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest, indices,
+                 part, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr, TOP_P: tl.constexpr,
+                 TAIL: tl.constexpr, TILE: tl.constexpr):
     """The positions of the best candidates (see _cut), all of which reach the bracket, ascending. Each of PLACERS programs
     finds the threshold and writes its part of them."""
     offset, listed, inside = _sources(counts, before, 0, groups, BLOCK_S, LOG_BLOCKS, TILE)
@@ -821,6 +953,8 @@ def _take_listed(entries, counts, before, total, groups, n, bracket, needed, pea
     low = tl.maximum(bracket, -FORCED)
     high = tl.maximum(tl.max(tl.where(key < FORCED, key, DEAD)), low)
     threshold, room = _cut(key, total, low, high, n, needed, peak, unit, TOP_P, 0)
+    if TAIL:
+        below += _lighter(key, threshold, peak, unit)
     above, ties = 0, 0
     if PLACERS > 1:
         first = part * tl.cdiv(groups, PLACERS) * 4
@@ -831,22 +965,26 @@ def _take_listed(entries, counts, before, total, groups, n, bracket, needed, pea
         key = tl.where(listed, (tl.load(entries + offset, mask=inside, other=0) >> 32).to(tl.int32), DEAD)
     position = tl.load(entries + offset, mask=inside, other=0).to(tl.int32)  # again: registers are scarcer than loads
     above, ties = _place(key, position, threshold, room, above, ties, indices)
-    if TOP_P:
-        if part == PLACERS - 1:
+    if part == PLACERS - 1:
+        if TOP_P:
             tl.store(n_tokens, above + tl.minimum(ties, room))
+        if TAIL:
+            tl.store(rest, _rest(below, ties, threshold, room, peak, unit, level))
 
 
 @triton.jit
-def _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens, seq_len,
-            start, n, bracket, peak, unit, sink, recent, l_sw, part, W: tl.constexpr, WIDTHS: tl.constexpr,
+def _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, rest, row, S, longest, max_tokens,
+            seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, part, W: tl.constexpr, WIDTHS: tl.constexpr,
             P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PLACERS: tl.constexpr,
-            TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr):
+            TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr,
+            PTX: tl.constexpr):
     """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, by each of
     PLACERS programs of a row, longer ones in memory, by the first. labels, query, entries, counts: the row's."""
     before += row.to(tl.int64) * 2**LOG_BLOCKS
     long_entries += row.to(tl.int64) * longest
     indices += row.to(tl.int64) * max_tokens
     n_tokens += row
+    rest += row
     needed = 0.0
     if TOP_P:
         needed = tl.sum(tl.load(needs + row * PARTS + tl.arange(0, PARTS)))
@@ -862,8 +1000,8 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
     missed = total < n
     for i in tl.static_range(TIERS):  # in registers, as many as it takes: the cost follows the live length
         if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)) & (not missed):
-            _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, n_tokens, indices, part, BLOCK_S,
-                         LOG_BLOCKS, PLACERS, TOP_P, TILE << i)
+            _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest,
+                         indices, part, BLOCK_S, LOG_BLOCKS, PLACERS, TOP_P, TAIL, TILE << i)
     if (missed | (groups * 4 > TILE << (TIERS - 1))) & (part == 0):
         low = tl.maximum(bracket, -FORCED)
         high = low
@@ -879,6 +1017,7 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
         else:  # rare: all tokens are candidates
             low = -FORCED + 0
             high = -FORCED + 0
+            below *= 0.0
             total = seq_len - first
             long_entries = entries + first
             for s in range(first, seq_len, BLOCK_S):
@@ -889,24 +1028,26 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
                 tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
                 high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
         tl.debug_barrier()
-        _take_best(long_entries, total, low, high, n, needed, peak, unit, n_tokens, indices, TOP_P, TILE_LONG)
+        _take_best(long_entries, total, low, high, n, needed, peak, unit, below, level, n_tokens, rest, indices, TOP_P, TAIL,
+                   TILE_LONG)
 
 
 @triton.jit
-def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, peaks, units, needs, entries, counts,
+def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query, lower, peaks, weights, needs, entries, counts,
                    before, long_entries, indices, chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens,
                    window, n_fixed, min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr,
                    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
                    M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
                    BRACKET: tl.constexpr, EMIT: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr,
-                   TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, PTX: tl.constexpr,
-                   PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
+                   TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr,
+                   MEAN_BLOCK: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
     """One, or all, of the three stages of a selection; SEGMENTS programs share a row and KV head: its tokens in EMIT, in CHOOSE
     its list."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     SLICES: tl.constexpr = _slices(WIDTHS)
     BLOCKS: tl.constexpr = 2**LOG_BLOCKS
+    WEIGH: tl.constexpr = TOP_P or TAIL
     if BRACKET:
         C: tl.constexpr = _dims(WIDTHS)
         offs_c = tl.arange(0, triton.next_power_of_2(C))
@@ -920,20 +1061,23 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     query += row.to(tl.int64) * P * (W * SLICES + 1)
     entries += row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S
     counts += row.to(tl.int64) * BLOCKS
+    weights += row * 3
     seq_len = tl.load(seq_lens + pid_b)
     start = tl.maximum(seq_len - window, 0)
     first = start // BLOCK_S * BLOCK_S
     n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
     if BRACKET:
-        bracket, peak, largest = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, offs_c, labels, query,
-                                          seq_len, start, n, row_tokens, q_sh, l_sw, G, P, D, BLOCK_D, W, WIDTHS, M, RUN, MARGIN,
-                                          TOP_P, PTX)
-        unit = largest * unit_per_label
+        bracket, peak, unit, below, level = _bracket(
+            q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_tokens, sink,
+            recent, unit_per_label, q_sh, l_sw, G, P, D, BLOCK_D, W, WIDTHS, M, RUN, MARGIN, MEAN_BLOCK, TAIL, WEIGH, PTX)
         tl.store(n_tokens + row, n)
         tl.store(lower + row, bracket)
-        if TOP_P:
+        if WEIGH:
             tl.store(peaks + row, peak)
-            tl.store(units + row, unit)
+            tl.store(weights, unit)
+        if TAIL:
+            tl.store(weights + 1, below)
+            tl.store(weights + 2, level)
     if EMIT:
         span = tl.cdiv(seq_len - first, SEGMENTS * BLOCK_S) * BLOCK_S
         begin = first + segment * span
@@ -945,9 +1089,11 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         bracket = tl.load(lower + row)
-        peak, unit = 0, 0.0
-        if TOP_P:
-            peak, unit = tl.load(peaks + row), tl.load(units + row)
+        peak, unit, below, level = 0, 0.0, 0.0, 0.0
+        if WEIGH:
+            peak, unit = tl.load(peaks + row), tl.load(weights)
+        if TAIL:
+            below, level = tl.load(weights + 1), tl.load(weights + 2)
     if EMIT:
         needed = _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_tokens,
                        sink, recent, l_sw, W, WIDTHS, P, BLOCK_S, TOP_P, PTX)
@@ -956,9 +1102,9 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     if CHOOSE:
         if EMIT:
             tl.debug_barrier()
-        _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, row, S, longest, max_tokens,
-                seq_len, start, n, bracket, peak, unit, sink, recent, l_sw, segment, W, WIDTHS, P, BLOCK_S, LOG_BLOCKS,
-                PARTS, SEGMENTS, TILE, TIERS, TILE_LONG, TOP_P, PTX)
+        _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, rest, row, S, longest, max_tokens,
+                seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, segment, W, WIDTHS, P, BLOCK_S,
+                LOG_BLOCKS, PARTS, SEGMENTS, TILE, TIERS, TILE_LONG, TOP_P, TAIL, PTX)
         if ANNOUNCE:
             tl.debug_barrier()  # after all that the program wrote
             tl.atomic_xchg(chosen + row, 1, sem="release")
@@ -1004,7 +1150,8 @@ class Workspace:
         if config is not None:
             self.segments = segments or (1 if R >= FUSED_ROWS else shared)
             self.n_tokens, self.lower, self.peak = scratch(B, HKV), scratch(R), scratch(R)
-            self.unit = scratch(R, dtype=torch.float32)
+            self.weights = scratch(R, 3, dtype=torch.float32)
+            self.rest = scratch(B, HKV, dtype=torch.float32)
             self.needed = scratch(R, self.segments, dtype=torch.float32)
             self.widths = config.widths(D)
             self.query = scratch(R, HQ // HKV * (config.words(D) * _slices(self.widths) + 1))
@@ -1087,34 +1234,35 @@ class Selection:
         G, (share_num, share_den) = self.q.shape[1] // HKV, c.share()
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
-            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, ws.peak, ws.unit,
-            ws.needed, ws.entries, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2],
+            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.rest, ws.query, ws.lower, ws.peak,
+            ws.weights, ws.needed, ws.entries, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2],
             *self.labels.stride()[:3], S, self.readable_tokens(), ws.longest, ws.indices.shape[2],
             NO_WINDOW if self.window is None else self.window, c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink,
             c.recent, c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV, G, 1 if c.pool == "mean" else G, D,
             triton.next_power_of_2(D), W, m.widths, SAMPLE, RUN, MARGIN, ws.block,
             ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose, TILE=TILE,
-            TIERS=max(1, (ws.tile // TILE).bit_length()), TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, PTX=self.nvidia,
-            PDL=self.overlapped, ANNOUNCE=choose and self.announced, num_warps=num_warps,
+            TIERS=max(1, (ws.tile // TILE).bit_length()), TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, TAIL=c.tail,
+            MEAN_BLOCK=MEAN_BLOCK, PTX=self.nvidia, PDL=self.overlapped, ANNOUNCE=choose and self.announced, num_warps=num_warps,
             enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
             **limits, **(dict(launch_pdl=True) if self.overlapped else {}))
 
 
 def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False, announced=False):
     """select_tokens by kernels, in at most three launches, without writing the scores: what comes back is in the workspace, and
-    indices past n_tokens are not written."""
+    indices past n_tokens are not written. `rest` is estimated, too, from SAMPLE tokens where there are more."""
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
     workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
     for stage in Selection(q, labels, label_map, seq_lens, config, workspace, window, portable, announced).stages():
         stage()
-    return workspace.indices, workspace.n_tokens
+    return workspace.indices, workspace.n_tokens, workspace.rest if config.tail else None
 
 
 def select_tokens(q, labels, label_map, seq_lens, config, window=None, workspace=None):
     """The tokens that a decode step attends to, with the configured implementation; inputs as in score_ref.
 
-    Returns (indices [B, HKV, N] int32, ascending, of which the first n_tokens count; n_tokens [B, HKV] int32).
+    Returns (indices [B, HKV, N] int32, ascending, of which the first n_tokens count; n_tokens [B, HKV] int32; with config.tail
+    rest [B, HKV] fp32, see rest_ref, else None).
     """
     if config.use_triton(q):
         return select(q, labels, label_map, seq_lens, config, window, workspace)
@@ -1124,17 +1272,18 @@ def select_tokens(q, labels, label_map, seq_lens, config, window=None, workspace
     if config.top_p is not None:
         n_tokens = top_p_ref(scores, seq_lens, n_tokens, config.top_p, config.sink, config.recent, window)
     indices = select_ref(scores, seq_lens, n_tokens, int(n_tokens.max()), config.sink, config.recent, window)
-    return indices, n_tokens
+    return indices, n_tokens, rest_ref(scores, seq_lens, indices, n_tokens, window) if config.tail else None
 
 
 # ---------------------------------------------------------------- attend
 
 
-def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
+def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, tail=None):
     """Exact attention of one query per row over the selected tokens, or over all eligible ones (dense decode).
 
     q [B, HQ, D]; k, v [B, HKV, S, D]; seq_lens [B] int32; indices [B, HKV, N] int32 with n_tokens ([B] or [B, HKV]) valid entries
-    in front, or None for all eligible tokens. Returns [B, HQ, D] in q's dtype; fp32 inside.
+    in front, or None for all eligible tokens. tail: (rest [B, HKV], mean K and V [B, HKV, D]): one token more, as rest_ref has it.
+    Returns [B, HQ, D] in q's dtype; fp32 inside.
     """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
@@ -1150,8 +1299,14 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
         operand = "bhnd"
     grouped = q.float().view(B, HKV, HQ // HKV, D)
     logits = torch.einsum(f"bhgd,{operand}->bhgn", grouped, k.float()) / math.sqrt(D)  # [B, HKV, G, N]
-    weights = logits.masked_fill(~valid[:, :, None], float("-inf")).softmax(-1)
-    return torch.einsum(f"bhgn,{operand}->bhgd", weights, v.float()).reshape(B, HQ, D).to(q.dtype)
+    logits = logits.masked_fill(~valid[:, :, None], float("-inf"))
+    if tail is None:
+        return torch.einsum(f"bhgn,{operand}->bhgd", logits.softmax(-1), v.float()).reshape(B, HQ, D).to(q.dtype)
+    rest, mean_k, mean_v = tail
+    of_tail = torch.einsum("bhgd,bhd->bhg", grouped, mean_k) / math.sqrt(D) + rest[..., None]
+    weights = torch.cat([logits, of_tail[..., None]], -1).softmax(-1)
+    out = torch.einsum(f"bhgn,{operand}->bhgd", weights[..., :-1], v.float()) + weights[..., -1:] * mean_v[:, :, None]
+    return out.reshape(B, HQ, D).to(q.dtype)
 
 
 @triton.jit
@@ -1170,16 +1325,34 @@ def _label_newest(key, basis, step, lo, labels, l_sw, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, chosen, out, basis_k, step, lo, labels,
-                   newest, max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw, n_sb,
-                   n_sh, n_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
-                   BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
-                   BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr,
+def _sum_block(k, v, sums, block, k_ss, v_ss, offs_d, D: tl.constexpr, MEAN_BLOCK: tl.constexpr):
+    """Writes the sums of K and V up to the end of one row and KV head's block."""
+    mask = offs_d < D
+    upto = sums + block.to(tl.int64) * 2 * D + offs_d
+    sum_k, sum_v = tl.load(upto, mask=mask, other=0.0), tl.load(upto + D, mask=mask, other=0.0)
+    for t in range(0, MEAN_BLOCK, 8):
+        for i in tl.static_range(8):
+            token = (block * MEAN_BLOCK + t + i).to(tl.int64)
+            sum_k += tl.load(k + token * k_ss + offs_d, mask=mask, other=0.0).to(tl.float32)
+            sum_v += tl.load(v + token * v_ss + offs_d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(upto + 2 * D, sum_k, mask=mask)
+    tl.store(upto + 3 * D, sum_v, mask=mask)
+
+
+@triton.jit
+def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, rest, sums, partial, partial_lse, arrived, chosen, out, basis_k, step, lo,
+                   labels, newest, max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw,
+                   n_sb, n_sh, n_ss, s_sb, s_sh, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
+                   D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+                   W: tl.constexpr, BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr, SUM: tl.constexpr, TAIL: tl.constexpr,
+                   MEAN_BLOCK: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr,
                    ANNOUNCED: tl.constexpr):
     if PDL and not OVERLAP:
         tl.extra.cuda.gdc_wait()
     row, pid_split = tl.program_id(0), tl.program_id(1)
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
+    offs_d, offs_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
+    mask_d, mask_g = offs_d < D, offs_g < G
     if W > 0:  # a program of its own: it takes as long as a short row's attention
         if pid_split == SPLITS:
             C: tl.constexpr = _dims(WIDTHS)
@@ -1187,9 +1360,11 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
             _label_newest(newest + pid_b * n_sb + pid_h * n_sh + last.to(tl.int64) * n_ss, basis_k + pid_h * D * C,
                           step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + last, l_sw, D, BLOCK_D,
                           W, BLOCK_W, WIDTHS)
+            if SUM:
+                if (last + 1) % MEAN_BLOCK == 0:
+                    _sum_block(k + pid_b * k_sb + pid_h * k_sh, v + pid_b * v_sb + pid_h * v_sh, sums + pid_b * s_sb + pid_h * s_sh,
+                               last // MEAN_BLOCK, k_ss, v_ss, offs_d, D, MEAN_BLOCK)
             return
-    offs_d, offs_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
-    mask_d, mask_g = offs_d < D, offs_g < G
     query = tl.load(q + pid_b * q_sb + (pid_h * G + offs_g[:, None]) * q_sh + offs_d[None, :],
                     mask=mask_g[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_G, BLOCK_D]
     if UPCAST:
@@ -1197,6 +1372,16 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     seq_len = tl.load(seq_lens + pid_b)
     k += pid_b * k_sb + pid_h * k_sh
     v += pid_b * v_sb + pid_h * v_sh
+    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    if TAIL:
+        if pid_split == 0:  # begins with the tail
+            begin, end = _mean_blocks(seq_len, tl.maximum(seq_len - window, 0), MEAN_BLOCK)
+            mean_k, mean_v = _mean(sums + pid_b * s_sb + pid_h * s_sh, begin, end, offs_d, D, MEAN_BLOCK)
+            top = tl.sum(query.to(tl.float32) * mean_k[None, :], 1) * scale_log2
+            total += 1.0
+            acc += mean_v[None, :]
     if ANNOUNCED:  # what ran before the selection has ended: all its programs waited for that before this one could begin
         while tl.atomic_add(chosen + row, 0, sem="acquire") == 0:  # its result is used, else Triton 3.6 leaves it out
             done = 0
@@ -1209,9 +1394,8 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
     per_split = tl.cdiv(end - begin, SPLITS * BLOCK_N) * BLOCK_N
     begin += pid_split * per_split
     end = tl.minimum(begin + per_split, end)
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    if TAIL:
+        top += tl.load(rest + row) * 1.4426950408889634
     offs_n = begin + tl.arange(0, BLOCK_N)
     token = offs_n
     if SPARSE:
@@ -1262,16 +1446,19 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
 
 
 def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, labels=None, label_map=None,
-           newest=None, overlap=False, announced=False, block_n=None, num_warps=None, stages=2):
+           newest=None, rest=None, sums=None, overlap=False, announced=False, block_n=None, num_warps=None, stages=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts.
 
     labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too; the key is read at
-    seq_lens - 1 in `newest` [B, HKV, S, D], by default k. overlap: read q, k and seq_lens while `select`, called right before,
-    ends; they must be older than that. announced: that call announced each row, and they are attended to as they are chosen.
+    seq_lens - 1 in `newest` [B, HKV, S, D], by default k, and then those of `sums` which end with it, as by sum_blocks. rest
+    [B, HKV] fp32: one token more, as rest_ref has it, its K and V those of mean_ref(sums). overlap: read q, k, v and seq_lens while
+    `select`, called right before, ends; they must be older than that. announced: that call announced each row, and they are
+    attended to as they are chosen.
     """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     G = HQ // HKV
+    grows = sums is not None and labels is not None and newest is None
     newest = k if newest is None else newest
     assert q.stride(2) == k.stride(3) == v.stride(3) == newest.stride(3) == 1
     ws = workspace or Workspace(B, HQ, HKV, D, S, q.device)
@@ -1286,12 +1473,13 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     splits = max(1, ws.splits // 2) if wide else ws.splits
     num_warps = num_warps or ((2 if wide else 1) if q.element_size() == 2 else 4)
     _attend_kernel[(B * HKV, splits + (W > 0))](
-        q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, ws.chosen, out,
+        q, k, v, seq_lens, indices, n_tokens, rest, sums, ws.partial, ws.partial_lse, ws.arrived, ws.chosen, out,
         *((m.basis_k, m.step, m.lo, labels, newest) if W else (None,) * 5), S if indices is None else indices.shape[-1],
         NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],
-        *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3], indices is not None, HKV, G,
+        *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3],
+        *(sums.stride()[:2] if sums is not None else (0, 0)), indices is not None, HKV, G,
         max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), splits, block_n or (64 if wide else 32), stages, W,
-        triton.next_power_of_2(W), m.widths if W else (),
+        triton.next_power_of_2(W), m.widths if W else (), SUM=grows, TAIL=rest is not None, MEAN_BLOCK=MEAN_BLOCK,
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
         PDL=overlapped, OVERLAP=overlap, ANNOUNCED=announced, num_warps=num_warps,
         **(dict(launch_pdl=True) if overlapped else {}))
@@ -1313,27 +1501,31 @@ def label_newest_ref(k, seq_lens, labels, label_map):
     label_ref(k.gather(2, rows), newest, labels, label_map)
 
 
-def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None, label_map=None):
+def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None, label_map=None, sums=None):
     """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in attend_ref.
 
-    labels, label_map: if given, the label of each row's newest key is written, for sparse steps to come.
+    labels, label_map, sums: if given, the label of each row's newest key and the sums are written, for sparse steps to come.
     """
     if impl == "triton" or (impl == "auto" and q.is_cuda):
-        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels, label_map=label_map)
+        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels, label_map=label_map, sums=sums)
     if labels is not None:
         label_newest_ref(k, seq_lens, labels, label_map)
+    if sums is not None:
+        sum_blocks(k, v, (seq_lens - 1)[:, None], sums)
     live = int(seq_lens.max())
     return attend_ref(q, k[:, :, :live], v[:, :, :live], seq_lens, window=window)
 
 
-def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None, label_newest=True):
+def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None, label_newest=True, sums=None):
     """One query per row over the tokens that its label scores select.
 
     q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32; label_map: LabelMap of this layer;
     seq_lens [B] int32, at least 1, newest token included; window: sliding window in tokens or None; workspace: scratch of this
-    shape, so that nothing but the output is allocated; label_newest: write the label of each row's newest key. Returns
-    [B, HQ, D]. Rows may share one cache, k, v and labels expanded along B, if its labels are there: without label_newest.
+    shape, so that nothing but the output is allocated; label_newest: write the label of each row's newest key, and the sums;
+    sums: of sums_shape, for config.tail. Returns [B, HQ, D]. Rows may share one cache, k, v, labels and sums expanded along B, if
+    its labels are there: without label_newest.
     """
+    assert not config.tail or sums is not None, "tail needs the sums of K and V"
     assert not label_newest or labels.stride(0) or len(q) == 1, "rows that share a cache would overwrite labels others read"
     if config.use_triton(q):
         B, HQ, D = q.shape
@@ -1342,14 +1534,17 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
         announced = dict(workspace=workspace, announced=workspace.announced)
         newest = dict(labels=labels, label_map=label_map) if label_newest else {}
         try:
-            indices, n_tokens = select(q, labels, label_map, seq_lens, config, window, **announced)
-            return attend(q, k, v, seq_lens, indices, n_tokens, overlap=True, **newest, **announced)
+            indices, n_tokens, rest = select(q, labels, label_map, seq_lens, config, window, **announced)
+            return attend(q, k, v, seq_lens, indices, n_tokens, window, rest=rest, sums=sums, overlap=True, **newest, **announced)
         except BaseException:  # rows announced to nobody
             workspace.chosen.zero_()
             raise
     if label_newest:
         label_newest_ref(k, seq_lens, labels, label_map)
+        if sums is not None:
+            sum_blocks(k, v, (seq_lens - 1)[:, None], sums)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
     k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
-    indices, n_tokens = select_tokens(q, labels, label_map, seq_lens, config, window)
-    return attend_ref(q, k, v, seq_lens, indices, n_tokens)
+    indices, n_tokens, rest = select_tokens(q, labels, label_map, seq_lens, config, window)
+    tail = (rest, *mean_ref(sums, seq_lens, window)) if config.tail else None
+    return attend_ref(q, k, v, seq_lens, indices, n_tokens, tail=tail)

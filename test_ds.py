@@ -68,7 +68,7 @@ SHARED = ROOT.parent / "shared" / "data"  # the project's test data, absent in a
 # ---------------------------------------------------------------- ds_attention: stages
 
 
-def shapes(B=2, HQ=4, HKV=2, D=64, S=200, bits=4, window=None, pool="mean", C=32, dtype=torch.float32, top_p=None):
+def shapes(B=2, HQ=4, HKV=2, D=64, S=200, bits=4, window=None, pool="mean", C=32, dtype=torch.float32, top_p=None, tail=False):
     return dict(locals())
 
 
@@ -85,6 +85,8 @@ CASES = {
     "top-p-window-mixed": shapes(HQ=8, S=333, window=100, pool="max", top_p=0.3, bits="4x8,6x4,12x2,16x1"),
     "bf16": shapes(HQ=8, HKV=2, D=128, dtype=torch.bfloat16),
     "fp16-mha": shapes(HQ=2, D=128, dtype=torch.float16),
+    "tail": shapes(S=1500, D=128, bits="8x4,48x2", tail=True),
+    "tail-bf16-top-p-window": shapes(HQ=8, S=1033, window=900, pool="max", top_p=0.3, dtype=torch.bfloat16, tail=True),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -100,7 +102,8 @@ class Problem:
             return torch.randn(*shape, generator=generator).to(DEVICE)
 
         self.config = DSConfig(sparsity=8, min_tokens=4, sink=2, recent=4, label_bits=self.bits,
-                               label_channels=None if isinstance(self.bits, str) else self.C, pool=self.pool, top_p=self.top_p)
+                               label_channels=None if isinstance(self.bits, str) else self.C, pool=self.pool, top_p=self.top_p,
+                               tail=self.tail)
         self.widths, self.C = self.config.widths(self.D), self.config.channels(self.D)
         self.q = normal(self.B, self.HQ, self.D).to(self.dtype)
         self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
@@ -113,6 +116,9 @@ class Problem:
         self.labels = torch.full((self.B, self.HKV, self.config.words(self.D), self.S), -1, dtype=torch.int32, device=DEVICE)
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).expand(self.B, -1).contiguous()
         ds.label_ref(self.k, self.positions, self.labels, self.map)
+        self.sums = torch.zeros(ds.sums_shape(self.B, self.HKV, self.S, self.D), device=DEVICE) if self.tail else None
+        if self.tail:
+            ds.sum_blocks(self.k, self.v, self.positions, self.sums)
         lens = seq_lens or [max(1, self.S - 37 * b) for b in range(self.B)]
         self.seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
         self.live = ds.live_range(self.seq_lens, self.window)[1]
@@ -245,7 +251,11 @@ def check_selection(p):
     """
     scores = p.scores()
     want = ds.select_ref(scores, *p.selection)
-    got, n_got = poisoned(lambda: ds.select(p.q, p.labels, p.map, p.seq_lens, p.config, p.window))
+    got, n_got, rest = poisoned(lambda: ds.select(p.q, p.labels, p.map, p.seq_lens, p.config, p.window))
+    if p.tail:
+        of_reference = ds.rest_ref(scores, p.seq_lens, want, p.n_tokens, p.window)
+        error = (rest - of_reference).nan_to_num(0.0, posinf=float("inf")).abs()  # two of -inf: no whole block
+        assert error.max() < (0.1 if p.live.max() > ds.SAMPLE - ds.RUN else 0.02 if p.top_p else 1e-3)
     start, _ = ds.live_range(p.seq_lens, p.window)
     same = []
     for b in range(p.B):
@@ -277,6 +287,62 @@ def launched(how, monkeypatch):
 def test_kernel_selection_equals_reference(case, how, monkeypatch):
     launched(how, monkeypatch)
     assert check_selection(Problem(case)) > 0.99
+
+
+@pytest.mark.parametrize("how", ["staged", "shared", "fused", "in-memory"])
+@pytest.mark.parametrize("crowd", ["many-ties", "ascending", "descending", "best-in-one-place"])
+def test_rest_of_adversarial_scores(crowd, how, monkeypatch):
+    """What is not selected is weighed within a tenth: candidates exactly, those below the bracket as the sample has them."""
+    launched(how, monkeypatch)
+    p = adversarial(CROWDS[crowd], tail=True)
+    p.map.step /= 60
+    assert check_selection(p) == 1.0
+
+
+@pytest.mark.parametrize("window", [None, 900])
+def test_the_tail_weighs_what_is_not_selected(window):
+    """With labels that tell all of q . k, attention is the dense one, but that each token left out has the mean V."""
+    p = Problem(shapes(HQ=2, S=1500, D=64, bits=16, C=64, window=window, tail=True))
+    eye = torch.eye(64, device=DEVICE).expand(2, -1, -1)
+    p.map = LabelMap.from_statistics(eye, eye, p.map.lo * 0, torch.ones_like(p.map.lo), ((64, 16),))
+    ds.label_ref(p.k, p.positions, p.labels, p.map)
+    config = replace(p.config, impl="torch")
+    got = ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, window, sums=p.sums)
+    indices, n_tokens, _ = ds.select_tokens(p.q, p.labels, p.map, p.seq_lens, config, window)
+    for b, length in enumerate(p.seq_lens.tolist()):
+        start = 0 if window is None else length - window
+        first, last = -(-start // 256) * 256, (length - 1) // 256 * 256
+        for h in range(2):
+            chosen = torch.zeros(1500, dtype=torch.bool, device=DEVICE)
+            chosen[indices[b, h, : n_tokens[b, h]].long()] = True
+            live = slice(start, length)
+            values = torch.where(chosen[:, None], p.v[b, h], p.v[b, h, first:last].mean(0))[live]
+            weights = (p.k[b, h, live] @ p.q[b, h] / 8).softmax(0)
+            assert weights[~chosen[live]].sum() > 0.2, "the case has no tail to speak of"
+            torch.testing.assert_close(got[b, h], weights @ values, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_sums_of_blocks_follow_the_cache(impl, monkeypatch):
+    """By chunks of any length, then token by token: as if summed anew; a step repeated or another's blocks change nothing."""
+    monkeypatch.setattr(ds, "MEAN_BLOCK", 16)
+    p = Problem(shapes(S=203, HQ=4, tail=True), seq_lens=[120, 77])
+    config = replace(p.config, impl=impl)
+    sums = torch.zeros_like(p.sums)
+    for b, edges in enumerate(((0, 5, 16, 17, 50, 64, 120), (0, 31, 77))):
+        for start, end in zip(edges, edges[1:]):
+            ds.sum_blocks(p.k[b : b + 1], p.v[b : b + 1], p.positions[:1, start:end], sums[b : b + 1])
+    for step in range(44):  # both pass the end of a block
+        p.seq_lens += step % 5 > 0
+        if step % 2:
+            ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, sums=sums)
+        else:
+            ds.dense_decode(p.q, p.k, p.v, p.seq_lens, impl=impl, labels=p.labels, label_map=p.map, sums=sums)
+    for b, length in enumerate(p.seq_lens.tolist()):
+        for block in range(sums.shape[2]):
+            whole = block * 16 <= length
+            want = p.kv[b, :, : block * 16].sum(1) * whole
+            torch.testing.assert_close(sums[b, :, block], want, atol=1e-4, rtol=0)
 
 
 CROWDS = {  # codes of the first of the dims, of which the query looks at the first two: 127 and 8 to 1
@@ -381,7 +447,7 @@ def test_labels_are_not_read_past_their_memory():
     for labels, row_tokens in ((p.labels, 203), (padded, 208)):
         workspace = ds.Workspace(2, 4, 2, 64, 203, torch.device(DEVICE), p.config)
         assert ds.Selection(p.q, labels, p.map, p.seq_lens, p.config, workspace).readable_tokens() == row_tokens
-        indices, n = ds.select(p.q, labels, p.map, p.seq_lens, p.config, workspace=workspace)
+        indices, n, _ = ds.select(p.q, labels, p.map, p.seq_lens, p.config, workspace=workspace)
         found.append([indices[b, h, : n[b, h]].tolist() for b in range(2) for h in range(2)])
     assert found[0] == found[1]
 
@@ -475,7 +541,7 @@ def test_decode_step_by_kernels_equals_reference(case):
     for impl in ("torch", "triton") + GPU * ("triton",):  # the interpreter's order is fixed
         config = DSConfig(**{**vars(p.config), "impl": impl})
         labels = p.labels.scatter(3, newest, 0)
-        outs.append(poisoned(lambda: ds.ds_decode(p.q, p.k, p.v, labels, p.map, p.seq_lens, config, p.window)))
+        outs.append(poisoned(lambda: ds.ds_decode(p.q, p.k, p.v, labels, p.map, p.seq_lens, config, p.window, sums=p.sums)))
         assert torch.equal(labels.scatter(3, newest, 0), p.labels.scatter(3, newest, 0))
         got, want = (ds.unpack(x.gather(3, newest).transpose(2, 3), p.widths) for x in (labels, p.labels))
         assert (got - want).abs().max() <= (8 if p.bits == 16 else 1)  # sums in another order
@@ -485,7 +551,8 @@ def test_decode_step_by_kernels_equals_reference(case):
 
 
 @pytest.mark.parametrize("how, case", [
-    *(pytest.param(how, CASES[case], id=f"{how}-{case}") for how in ("staged", "fused") for case in ("bf16", "top-p-window-mixed")),
+    *(pytest.param(how, CASES[case], id=f"{how}-{case}") for how in ("staged", "fused")
+      for case in ("bf16", "top-p-window-mixed", "tail-bf16-top-p-window")),
     pytest.param("in-memory", shapes(B=3, HQ=2, HKV=1, S=6000), id="in-memory-6000")])
 def test_rows_attended_to_while_others_are_chosen(how, case, monkeypatch):
     """The same bits as when attend waits for all rows, step after step: what announces a row is taken back."""
@@ -494,7 +561,7 @@ def test_rows_attended_to_while_others_are_chosen(how, case, monkeypatch):
     config = replace(p.config, impl="triton")
 
     def decode(workspace):
-        return ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window, workspace)
+        return ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window, workspace, sums=p.sums)
 
     patient, eager = (ds.Workspace(p.B, p.HQ, p.HKV, p.D, p.S, torch.device(DEVICE), config, p.window) for _ in range(2))
     patient.announced, eager.announced = False, True
@@ -554,7 +621,7 @@ def test_lengths_change_inside_a_cuda_graph():
 def test_reference_equals_dense_when_n_covers_s(case):
     p = Problem(case)
     config = DSConfig(**{**vars(p.config), "n_tokens": p.S + 5, "top_p": None, "impl": "torch"})
-    sparse = ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window)
+    sparse = ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window, sums=p.sums)
     dense = ds.attend_ref(p.q, p.k, p.v, p.seq_lens, window=p.window)
     torch.testing.assert_close(sparse, dense, atol=2e-6 if p.dtype == torch.float32 else 1e-2, rtol=0)
 
@@ -567,14 +634,16 @@ def test_dense_decode_equals_sdpa():
 
 
 def test_rows_over_one_shared_cache_equal_rows_with_their_own():
-    p = Problem(shapes(B=1, S=150))
-    lens = torch.tensor([150, 90, 7], dtype=torch.int32, device=DEVICE)
+    p = Problem(shapes(B=1, S=600, tail=True))
+    lens = torch.tensor([600, 300, 7], dtype=torch.int32, device=DEVICE)
     q = torch.randn(3, 4, 64, device=DEVICE)
-    views = [x.expand(3, -1, -1, -1) for x in (p.k, p.v, p.labels)]
+    views = [x.expand(3, *x.shape[1:]) for x in (p.k, p.v, p.labels, p.sums)]
     for impl in ("torch", "triton"):
         config = DSConfig(**{**vars(p.config), "impl": impl})
-        shared = ds.ds_decode(q, *views, p.map, lens, config, label_newest=False)
-        own = ds.ds_decode(q, *(x.clone() for x in views), p.map, lens, config)
+        *shared, sums = views
+        shared = ds.ds_decode(q, *shared, p.map, lens, config, label_newest=False, sums=sums)
+        *own, sums = (x.clone() for x in views)
+        own = ds.ds_decode(q, *own, p.map, lens, config, sums=sums)
         torch.testing.assert_close(shared, own, atol=1e-6, rtol=0)
 
 
@@ -1000,14 +1069,17 @@ def test_chunked_prefill_equals_whole_prefill(window):
                 assert (got.labels != want.labels).float().mean() < 0.01  # a value between two codes may fall either way
 
 
-def test_decode_rows_equal_decoding_one_by_one():
+@pytest.mark.parametrize("tail", [False, True])
+def test_decode_rows_equal_decoding_one_by_one(tail, monkeypatch):
+    monkeypatch.setattr(ds, "MEAN_BLOCK", 16)
     model, maps, config = random_model()
+    config = replace(config, tail=tail)
     tokens = torch.randint(3, 64, (60,))
     cache = KVCache(model.config, 1, 60, "cpu", torch.float32, config, maps)
     one_by_one = torch.cat([model.decode(token[None], cache) for token in tokens])
     cache = KVCache(model.config, 1, 60, "cpu", torch.float32, config, maps)
     rows = torch.cat([model.decode_rows(part, cache) for part in tokens.split(25)])
-    torch.testing.assert_close(rows, one_by_one, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rows, one_by_one, atol=1e-3 if tail else 1e-4, rtol=0)  # sums in another order may turn a code
 
 
 DECODES = {  # with dim 40, ffn_dim 36 and a vocabulary of 65: no multiples of any block
@@ -1458,13 +1530,13 @@ def test_residency_is_as_stated(impl, R, packed):
     assert (r.slot_token == -1).all() and r.counts.sum() == 0
 
 
-def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", seed=0, dtype=torch.float32, **more):
+def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", seed=0, dtype=torch.float32, tail=False, **more):
     """A DecodeStep of random_model with this type of cache, whose texts do not end."""
     model, maps, config = random_model(seed, **(dict(eos_ids=(), n_kv_heads=2, max_positions=4096) | more))
     HKV = model.config.n_kv_heads
     maps = [LabelMap(*(t[:1].repeat(HKV, *[1] * (t.ndim - 1)) for t in (m.basis_k, m.basis_q, m.lo, m.step)), m.widths)
             for m in maps]
-    config = replace(config, dense_below=below, impl=impl)
+    config = replace(config, dense_below=below, impl=impl, tail=tail)
     cache = cache_type(model.config, batch, size, DEVICE, dtype, config, maps)
     return generate.DecodeStep(model.to(DEVICE, dtype), cache)
 
@@ -1540,6 +1612,21 @@ def test_packed_generation_equals_that_of_the_gpu_s_cache(more, resident):
     assert packed.cache.host[0].tops is not None and whole.cache.host[0].tops is None
     packed, whole = packed.cache.statistics(), whole.cache.statistics()
     assert packed["hit_rate"] == whole["hit_rate"] and 0.74 < packed["pcie_bytes_per_step"] / whole["pcie_bytes_per_step"] < 0.9
+
+
+@pytest.mark.parametrize("dtype, packed", [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_an_offloaded_tail_is_that_of_the_gpu_s_cache(dtype, packed, monkeypatch):
+    """Sums of blocks that the prompt completed and of those that decoding did, read back from the host, a second turn included."""
+    for module in (ds, offload):
+        monkeypatch.setattr(module, "MEAN_BLOCK", 16)
+    plain = offload_step(size=160, dtype=dtype, tail=True)
+    ours = offload_step(partial(PREFETCHING, packed=packed), 160, dtype=dtype, tail=True)
+    for start in (0, 60):
+        want, found = (generate.generate(step, RAGGED, 35, start=start) for step in (plain, ours))
+        assert found.token_ids == want.token_ids
+        for a, b in zip(plain.cache.layers[1:], ours.cache.layers[1:]):
+            assert a.sums.any()
+            torch.testing.assert_close(a.sums, b.sums, atol=1e-4, rtol=1e-5)  # a CPU adds in another order
 
 
 def turned(*arguments, queries=Attention.queries):
@@ -2119,13 +2206,15 @@ def test_baselines_choose_by_their_own_definition(method):
             torch.testing.assert_close(out[b, h], weights @ v[0, h, chosen], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method, top_p", [("ds", None), ("ds", 0.6), ("exact_topk", None), ("exact_topk", 0.6),
-                                           ("quest", None), ("streaming", None)])
-def test_methods_by_kernels_equal_the_reference(method, top_p):
+@pytest.mark.parametrize("method, top_p, tail", [
+    ("ds", None, False), ("ds", 0.6, False), ("ds", None, True), ("exact_topk", None, False), ("exact_topk", 0.6, False),
+    ("quest", None, False), ("streaming", None, False)])
+def test_methods_by_kernels_equal_the_reference(method, top_p, tail, monkeypatch):
     """Groups of two query heads, rows over one cache in runs of several lengths, whose scratch is taken anew."""
+    monkeypatch.setattr(ds, "MEAN_BLOCK", 16)
     p, found = Problem(shapes(B=1, HQ=4, HKV=2, S=150)), {}
     for impl in ("torch", "triton"):
-        config = replace(p.config, impl=impl, dense_layers=0, recent=16, label_channels=32, top_p=top_p,
+        config = replace(p.config, impl=impl, dense_layers=0, recent=16, label_channels=32, top_p=top_p, tail=tail,
                          sparsity=2 if top_p else 8)
         cache = KVCache(ModelConfig(256, 1, 4, 2, 64, 64, 50, 150), 1, 150, DEVICE, torch.float32, config, [p.map])
         scratch = {}
@@ -2150,7 +2239,7 @@ def test_exact_topk_takes_as_many_as_hold_top_p():
     k, v, q = (torch.randn(*shape, generator=torch.Generator().manual_seed(s)).to(DEVICE) * 1.5
                for s, shape in enumerate(((1, 2, 100, 32), (1, 2, 100, 32), (4, 2, 32))))
     layer.write(k, v, torch.arange(100, device=DEVICE)[None])
-    indices, n = layer.choose(q, torch.full((4,), 100, dtype=torch.int32, device=DEVICE))
+    indices, n, _ = layer.choose(q, torch.full((4,), 100, dtype=torch.int32, device=DEVICE))
     for b in range(4):
         for h in range(2):
             mass = (k[0, h, :99] @ q[b, h] / 32**0.5).softmax(0).tolist()
@@ -2304,7 +2393,8 @@ def test_mmlu_runs_on_files_of_its_format(tiny, tmp_path):
 
 @pytest.mark.parametrize("text, wanted", [
     ("1/32", dict(sparsity=32)), ("n=64", dict(n_tokens=64)), ("n=64,1/8", dict(sparsity=8, n_tokens=64)),
-    ("n=64,top_p=0.9", dict(n_tokens=64, top_p=0.9)), ("top_p=0.75", dict(top_p=0.75))])
+    ("n=64,top_p=0.9", dict(n_tokens=64, top_p=0.9)), ("top_p=0.75", dict(top_p=0.75)),
+    ("n=64,tail", dict(n_tokens=64, tail=True)), ("1/32,tail", dict(sparsity=32.0, tail=True))])
 def test_budgets_are_read_and_named_alike(text, wanted):
     base = DSConfig(sink=2)
     config = evaluation.parse_budget(text, base)
@@ -2500,6 +2590,8 @@ def test_the_published_wikitext_is_the_one_expected():
     (["agreement", "--sparsity", "1"], "sparsity=1: dense has no methods"), (["--budgets", "n=x"], "budgets=n=x"),
     (["--methods", "topk"], "methods=topk: must be one of"),
     (["lines", "--limit", "1", "--lengths", "300", "--methods", "quest", "--top_p", "0.9"], "top_p=0.9: only ds and exact_topk"),
+    (["lines", "--limit", "1", "--lengths", "300", "--methods", "quest", "--tail"], "tail: only ds weighs"),
+    (["lines", "--limit", "1", "--lengths", "300", "--sparsity", "1", "--tail"], "tail=True: --sparsity 1 is dense"),
     (["kv_retrieval", "--data", "{}/empty.jsonl"], "empty.jsonl: no items in it"),
     (["kv_retrieval", "--data", "{}/odd.jsonl"], "do not hold its key and value"),
     (["perplexity", "--context", "9000"], "8192 positions")])
