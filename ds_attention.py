@@ -1330,11 +1330,10 @@ def _sum_block(k, v, sums, block, k_ss, v_ss, offs_d, D: tl.constexpr, MEAN_BLOC
     mask = offs_d < D
     upto = sums + block.to(tl.int64) * 2 * D + offs_d
     sum_k, sum_v = tl.load(upto, mask=mask, other=0.0), tl.load(upto + D, mask=mask, other=0.0)
-    for t in range(0, MEAN_BLOCK, 8):
-        for i in tl.static_range(8):
-            token = (block * MEAN_BLOCK + t + i).to(tl.int64)
-            sum_k += tl.load(k + token * k_ss + offs_d, mask=mask, other=0.0).to(tl.float32)
-            sum_v += tl.load(v + token * v_ss + offs_d, mask=mask, other=0.0).to(tl.float32)
+    for t in tl.range(0, MEAN_BLOCK, loop_unroll_factor=32):
+        token = (block * MEAN_BLOCK + t).to(tl.int64)
+        sum_k += tl.load(k + token * k_ss + offs_d, mask=mask, other=0.0).to(tl.float32)
+        sum_v += tl.load(v + token * v_ss + offs_d, mask=mask, other=0.0).to(tl.float32)
     tl.store(upto + 2 * D, sum_k, mask=mask)
     tl.store(upto + 3 * D, sum_v, mask=mask)
 

@@ -319,7 +319,7 @@ def _sum_ended_kernel(host, tops, seq_lens, sums, S, s_sb, s_sh, HKV, D: tl.cons
         if PACKED_ROWS:  # a word has two values: the even ones, and the odd ones
             mask = offs < D
             even, odd = tl.load(sums + 2 * offs, mask=mask, other=0.0), tl.load(sums + 2 * offs + 1, mask=mask, other=0.0)
-            for t in range(length - MEAN_BLOCK, length):
+            for t in tl.range(length - MEAN_BLOCK, length, loop_unroll_factor=8):
                 at = row.to(tl.int64) * S + t + tl.arange(0, 1)
                 words = tl.reshape(_unpacked(host, tops, at, at >= 0, D, BLOCK), (BLOCK,))
                 even += (words << 16).to(tl.float32, bitcast=True)
@@ -329,7 +329,7 @@ def _sum_ended_kernel(host, tops, seq_lens, sums, S, s_sb, s_sh, HKV, D: tl.cons
         else:
             mask = offs < 2 * D
             total = tl.load(sums + offs, mask=mask, other=0.0)
-            for t in range(length - MEAN_BLOCK, length):
+            for t in tl.range(length - MEAN_BLOCK, length, loop_unroll_factor=8):
                 total += tl.load(host + (row.to(tl.int64) * S + t) * 2 * D + offs, mask=mask, other=0.0).to(tl.float32)
             tl.store(sums + 2 * D + offs, total, mask=mask)
 

@@ -2621,17 +2621,19 @@ def test_bench_times_labels_that_fit_the_head(monkeypatch):
     timed = []
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: None)
     monkeypatch.setattr(bench, "attention_row", lambda B, S, HQ, HKV, D, dtype, config, *_: timed.append(config.channels(D)))
-    args = SimpleNamespace(sparsity=16, label_channels=None, label_bits=None, shapes=None, head_dim=32, dtype="bfloat16")
-    assert len(list(bench.run_attention(args, "cuda"))) == len(timed) == 2 * len(bench.SHAPES) + 3
+    args = SimpleNamespace(sparsity=16, label_channels=None, label_bits=None, shapes=None, head_dim=32, dtype="bfloat16",
+                           tail=False)
+    assert len(list(bench.run_attention(args, "cuda"))) == len(timed) == 3 * len(bench.SHAPES) + 3
 
 
-def test_bench_checks_its_rows_on_a_cpu():
-    config = DSConfig(impl="torch")
+@pytest.mark.parametrize("tail", [False, True])
+def test_bench_checks_its_rows_on_a_cpu(tail):
+    config = DSConfig(impl="torch", tail=tail)
     row = bench.attention_row(2, 600, 4, 2, 64, torch.float32, config, "cpu", None)
     assert row["max_rel_err"] < 1e-4 and row["selected_mass"] > 0.9999 and row["ds_us"] > 0 and "speedup" not in row
     x = bench.Inputs(1, 600, 4, 2, 64, torch.float32, config, "cpu", 0)
     wrong = ds.dense_decode(x.q, x.k, x.v, x.seq_lens)  # attention to other tokens is found out
-    assert bench.check(x, config, wrong)[0] > 0.1
+    assert bench.check(x, config, wrong)["max_rel_err"] > 0.1
 
 
 def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
@@ -2649,12 +2651,16 @@ def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
         assert torch.equal(theirs, tokens)
 
 
+def generate_rows(**more):
+    """The rows of `bench.py generate` on a CPU, but for gpt_fast, which compiles for long."""
+    args = dict(modes=["prefill", "dense", "ds"], dense_layers=[2, 0], dense_below=0, steps=3, shapes=None, model=None,
+                compile=False, tail=False)
+    return [row for rows in bench.run_generate(SimpleNamespace(**(args | more)), "cpu") for row in rows]
+
+
 @pytest.fixture
 def generate_run():
-    """The rows of `bench.py generate` on a CPU, but for gpt_fast, which compiles for long."""
-    args = SimpleNamespace(modes=["prefill", "dense", "ds"], dense_layers=[2, 0], dense_below=0, steps=3, shapes=None,
-                           model=None, compile=False)
-    return [row for rows in bench.run_generate(args, "cpu") for row in rows]
+    return generate_rows()
 
 
 def test_bench_generate_rows(generate_run):
@@ -2669,6 +2675,17 @@ def test_bench_generate_rows(generate_run):
     for row in (dense, default, bare):
         assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms_per_step"])
         assert row["speedup_vs_dense"] == dense["ms_per_step"] / row["ms_per_step"] and row["speedup_vs_gpt_fast"] is None
+
+
+def test_bench_generate_with_the_tail_is_another_row(generate_run):
+    """It reads K's and V's sums at two places of each sequence and head, fp32, in every layer, and is shown beside the other."""
+    *_, plain = generate_run
+    tail, = generate_rows(modes=["ds"], dense_layers=[0], tail=True)
+    c = bench.CPU_MODEL
+    assert tail["bytes_per_step"] - plain["bytes_per_step"] == c.n_layers * 2 * c.n_kv_heads * 2 * 2 * c.head_dim * 4
+    assert bench.generate_setting(tail) != bench.generate_setting(plain)
+    header = bench.generate_table([plain, tail]).splitlines()[0]
+    assert "| ds, 0 dense layers | ds, 0 dense layers, tail |" in header
 
 
 def test_bench_generate_table_shows_its_newest_rows(generate_run, tmp_path, monkeypatch):
@@ -2709,7 +2726,7 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
 def offload_run(**more):
     """The rows of `bench.py offload` on a CPU."""
     args = dict(modes=None, dense_layers=[0], budgets=[1, 2], prefetch_heads=[1], no_pack=False, steps=3, shapes=None, model=None,
-                compile=False, checkpoint=None, data=None)
+                compile=False, checkpoint=None, data=None, tail=False)
     return [row for rows in bench.run_offload(SimpleNamespace(**(args | more)), "cpu") for row in rows]
 
 
