@@ -102,7 +102,7 @@ def label_all(kv, labels, sums, label_map, config):
 
 
 class Inputs:
-    """One decode call's random inputs: q, an interleaved KV cache, its labels and sums, all tokens live."""
+    """One decode call's random inputs: q, an interleaved KV cache, its labels and sums, all tokens live (but one with the tail)."""
 
     def __init__(self, B, S, HQ, HKV, D, dtype, config, device, seed):
         generator = torch.Generator(device).manual_seed(seed)
@@ -117,7 +117,8 @@ class Inputs:
         self.labels = torch.zeros(B, HKV, config.words(D), S, dtype=torch.int32, device=device)
         self.sums = torch.zeros(ds.sums_shape(B, HKV, S, D), device=device) if config.tail else None
         label_all(self.kv, self.labels, self.sums, self.map, config)
-        self.seq_lens = torch.full((B,), S, dtype=torch.int32, device=device)
+        # with the tail one token short of a block's end, as 255 of 256 steps are
+        self.seq_lens = torch.full((B,), S - config.tail, dtype=torch.int32, device=device)
 
 
 def dense_kernels(x, workspace):
@@ -180,7 +181,7 @@ def right(row):
 
 def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     """Checks, then times one shape: the row of results/attention.jsonl."""
-    n = config.budget(S)
+    n = config.budget(S - config.tail)
     label_bytes = B * HKV * S * config.words(D) * 4
     token_bytes = 2 * D * dtype.itemsize
     step_bytes = label_bytes + B * HKV * n * token_bytes + config.tail * B * HKV * 2 * 2 * D * 4
@@ -232,7 +233,8 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
 
     launches = len(Selection(xs[0].q, xs[0].labels, xs[0].map, xs[0].seq_lens, config, workspace).stages())
     upto = [graph_us([stages(x, last) for x in xs], device) for last in range(1, launches + 1)]
-    row["ds_us"] = graph_us([lambda x=x: step(x, workspace) for x in xs], device)
+    steps = [lambda x=x: step(x, workspace) for x in xs]
+    row["ds_us"] = graph_us(steps, device)
     score_us = upto[1] if launches > 1 else None  # else one launch scores and selects
     row |= {"score_us": score_us, "select_us": upto[-1] - (score_us or 0), "attend_us": row["ds_us"] - upto[-1]}
     try:
@@ -240,6 +242,10 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     except torch.OutOfMemoryError:
         row["naive_us"] = None
     row["speedup"] = row["dense_us"] / row["ds_us"] if right(row) else None
+    if config.tail:  # a step in which every row ends a block and sums it up
+        for x in xs:
+            x.seq_lens.fill_(S // ds.MEAN_BLOCK * ds.MEAN_BLOCK)
+        row["block_end_us"] = graph_us(steps, device)
     return row | provenance(device)
 
 
@@ -261,9 +267,10 @@ def attention_table(rows):
         stages = " + ".join(us(r[name]) for name in ("score_us", "select_us", "attend_us") if r.get(name) is not None) or "-"
         speedup = f"{r['speedup']:.1f}x" if r.get("speedup") else "wrong" if "speedup" in r else "CPU reference"
         limit = f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})" if "limit_us" in r else "-"
+        block_end = f" (a block's end: {us(r['block_end_us'])})" if "block_end_us" in r else ""
         dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))
         lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {labels_name(r)} | {dense} | "
-                     f"{us(r['ds_us'])} | {stages} | {speedup} | {r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | "
+                     f"{us(r['ds_us'])}{block_end} | {stages} | {speedup} | {r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | "
                      f"{us(r.get('naive_us'))} |")
     return "\n".join(lines)
 
