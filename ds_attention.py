@@ -678,12 +678,24 @@ def _nth_best(entries, total, low, high, n, TILE: tl.constexpr):
 
 @triton.jit
 def _search(keys, total, low, high, wanted, slack, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
-    """The largest value in [low, high] whose _reach is `wanted` at least, as low's is, or one with `wanted` to `wanted` + slack."""
+    """The largest value in [low, high] whose _reach is `wanted` at least, as low's is, or one with `wanted` to `wanted` + slack.
+    By numbers (not MASS) the keys are in registers, up to 32,767 of them."""
     while low < high:
-        middle = low + (high - low + 1) // 2
-        reached = _reach(keys, total, middle, peak, unit, MASS, TILE)
-        low = tl.where(reached >= wanted, middle, low)
-        high = tl.where(reached > wanted + slack, high, tl.where(reached >= wanted, middle, middle - 1))
+        if MASS:
+            middle = low + (high - low + 1) // 2
+            reached = _reach(keys, total, middle, peak, unit, MASS, TILE)
+            low = tl.where(reached >= wanted, middle, low)
+            high = tl.where(reached > wanted + slack, high, tl.where(reached >= wanted, middle, middle - 1))
+        else:  # in thirds: one sum counts for both of their ends
+            third = (high - low + 2) // 3
+            lower = low + third
+            upper = tl.minimum(lower + third, high)
+            both = tl.sum((keys >= lower).to(tl.int32) + ((keys >= upper).to(tl.int32) << 16))
+            at_upper = (both >> 16) >= wanted
+            reached = tl.where(at_upper, both >> 16, both & 0xFFFF)
+            low = tl.where(at_upper, upper, tl.where(reached >= wanted, lower, low))
+            high = tl.where(at_upper, high, tl.where(reached >= wanted, upper - 1, lower - 1))
+            high = tl.where((reached >= wanted) & (reached <= wanted + slack), low, high)
     return low
 
 
@@ -1123,9 +1135,13 @@ PROGRAMS = 1024  # that fill the GPU: fewer rows are shared by so many
 FUSED_ROWS = 512  # from here on one program a row fills the GPU: one launch selects
 
 
+def nvidia(tensor):
+    return tensor.is_cuda and torch.version.cuda is not None
+
+
 def pdl(tensor):
     """Whether kernels may start while the one before them ends (programmatic dependent launch)."""
-    return tensor.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    return nvidia(tensor) and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 class Workspace:
@@ -1195,7 +1211,7 @@ class Selection:
         assert self.config.budget(S if self.window is None else min(S, self.window)) <= self.workspace.indices.shape[2], (
             "a workspace for fewer tokens")
         self.rows = B * HKV
-        self.nvidia = not self.portable and self.q.is_cuda and torch.version.cuda is not None
+        self.nvidia = not self.portable and nvidia(self.q)
         self.overlapped = not self.portable and pdl(self.q)
 
     def stages(self):
@@ -1481,6 +1497,8 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
         triton.next_power_of_2(W), m.widths if W else (), SUM=grows, TAIL=rest is not None, MEAN_BLOCK=MEAN_BLOCK,
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
         PDL=overlapped, OVERLAP=overlap, ANNOUNCED=announced, num_warps=num_warps,
+        # as many as fit: left alone, the compiler takes 168 with some labels, and has fewer loads on the way
+        **(dict(maxnreg=216) if wide and nvidia(q) else {}),
         **(dict(launch_pdl=True) if overlapped else {}))
     return out
 
