@@ -913,6 +913,7 @@ def percents(values):
 # The columns that only some rows have: heading, and what stands there
 MORE_COLUMNS = {
     "labels": ("labels", lambda row: " of ".join(filter(None, (row["labels"], row.get("channels"))))),
+    "config": ("dense layers", lambda row: row["config"]["dense_layers"]),
     "by_length": ("% by length", lambda row: f"{percents(row['by_length'].values())} at {' '.join(row['by_length'])}"),
     "by_depth": ("% by fifth of depth", lambda row: percents(row["by_depth"])),
 }

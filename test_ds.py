@@ -2425,7 +2425,7 @@ def test_quality_tables_are_those_of_the_results(page):
 
 
 ROW = {"task": "lines", "checkpoint": "tiny", "data": "generated", "context": 900, "method": "ds", "budget": "1/16", "n_items": 4,
-       "gpu": "none (CPU)", "config": {"sparsity": 16.0}, "mean_tokens": 128.2, "score": 75.0, "dense_score": 100.0,
+       "gpu": "none (CPU)", "config": {"dense_layers": 2}, "mean_tokens": 128.2, "score": 75.0, "dense_score": 100.0,
        "labels": "32 x 4 bit", "by_length": {"512": 50.0, "1024": 100.0}, "by_depth": [100.0, None, 50.0, 75.0, 100.0]}
 
 
@@ -2433,13 +2433,13 @@ def test_table_keeps_a_task_and_text_together_and_shows_the_newest(tmp_path):
     perplexity = ROW | {"task": "perplexity", "score": 11.0, "dense_score": 10.0, "dense_bits_per_byte": 1.5, "by_depth": None,
                         "by_length": None}
     later = ROW | {"method": "quest", "labels": None, "budget": "n=32"}
-    rows = [ROW | {"score": 1.0}, perplexity, ROW | {"config": {"sparsity": 16.0, "sink": DSConfig.sink}}, later,
+    rows = [ROW | {"score": 1.0}, perplexity, ROW | {"config": {"dense_layers": 2, "sink": DSConfig.sink}}, later,
             later | {"method": "dense", "budget": "all"}]
     (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = evaluation.table(evaluation.read_rows(tmp_path / "rows", evaluation.SETTING).values()).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in cells[2:]] == ["lines", "lines", "perplexity"] and len(set(map(len, cells))) == 1
-    assert cells[2][3:] == ["ds", "1/16", "128", "75.0%", "100.0%", "4", "32 x 4 bit", "50 100 at 512 1024", "100 - 50 75 100"]
+    assert cells[2][3:] == ["ds", "1/16", "128", "75.0%", "100.0%", "4", "32 x 4 bit", "2", "50 100 at 512 1024", "100 - 50 75 100"]
     assert cells[3][3:5] == ["quest", "n=32"] and cells[3][9] == "-" and cells[4][6] == "11.000 (1.1000x)"
 
 
