@@ -761,10 +761,9 @@ def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, B
 
 @triton.jit
 def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_tokens, sink, recent, unit_per_label, q_sh,
-             l_sw, G: tl.constexpr,
-             P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr, M: tl.constexpr,
-             RUN: tl.constexpr, MARGIN: tl.constexpr, MEAN_BLOCK: tl.constexpr, TAIL: tl.constexpr, WEIGH: tl.constexpr,
-             PTX: tl.constexpr):
+             l_sw, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
+             M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, MEAN_BLOCK: tl.constexpr, TAIL: tl.constexpr,
+             WEIGH: tl.constexpr, PTX: tl.constexpr):
     """Writes the label codes of a row's query. From a sample of M tokens, returns a lower bracket of its n-th best score, for
     WEIGH the best score seen and log2 of what one step of the integer scores weighs, and for TAIL the weight of the tokens
     below the bracket and log2 of that of the mean score, both relative to the best."""
@@ -824,7 +823,7 @@ def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, 
         whole = (sampled >= begin) & (sampled < end)
         below, mean, of_mean = tl.reduce((tl.where(free & (scores < bracket), _weight(scores, peak, unit), 0.0),
                                           tl.where(whole, (scores - peak).to(tl.float32), 0.0), whole.to(tl.float32)), 0, _add)
-        below *= spread / tl.full([], M, tl.float32)
+        below *= spread.to(tl.float32) / M
         level = tl.where(end > begin, mean / tl.maximum(of_mean, 1.0) * unit, float("inf"))
     return bracket, peak, unit, below, level
 
