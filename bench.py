@@ -101,8 +101,13 @@ def label_all(kv, labels, sums, label_map, config):
             ds.sum_blocks(k, v, positions, sums)
 
 
+def live_tokens(S, config):
+    """S, or with the tail one less where S ends a block of its means: as 255 of 256 steps are."""
+    return S - (config.tail and S % ds.MEAN_BLOCK == 0)
+
+
 class Inputs:
-    """One decode call's random inputs: q, an interleaved KV cache, its labels and sums, all tokens live (but one with the tail)."""
+    """One decode call's random inputs: q, an interleaved KV cache, its labels and sums, live_tokens of it live."""
 
     def __init__(self, B, S, HQ, HKV, D, dtype, config, device, seed):
         generator = torch.Generator(device).manual_seed(seed)
@@ -117,8 +122,7 @@ class Inputs:
         self.labels = torch.zeros(B, HKV, config.words(D), S, dtype=torch.int32, device=device)
         self.sums = torch.zeros(ds.sums_shape(B, HKV, S, D), device=device) if config.tail else None
         label_all(self.kv, self.labels, self.sums, self.map, config)
-        # with the tail one token short of a block's end, as 255 of 256 steps are
-        self.seq_lens = torch.full((B,), S - config.tail, dtype=torch.int32, device=device)
+        self.seq_lens = torch.full((B,), live_tokens(S, config), dtype=torch.int32, device=device)
 
 
 def dense_kernels(x, workspace):
@@ -181,7 +185,7 @@ def right(row):
 
 def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     """Checks, then times one shape: the row of results/attention.jsonl."""
-    n = config.budget(S - config.tail)
+    n = config.budget(live_tokens(S, config))
     label_bytes = B * HKV * S * config.words(D) * 4
     token_bytes = 2 * D * dtype.itemsize
     step_bytes = label_bytes + B * HKV * n * token_bytes + config.tail * B * HKV * 2 * 2 * D * 4
@@ -242,7 +246,7 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     except torch.OutOfMemoryError:
         row["naive_us"] = None
     row["speedup"] = row["dense_us"] / row["ds_us"] if right(row) else None
-    if config.tail:  # a step in which every row ends a block and sums it up
+    if config.tail and S >= ds.MEAN_BLOCK:  # a step in which every row ends a block and sums it up
         for x in xs:
             x.seq_lens.fill_(S // ds.MEAN_BLOCK * ds.MEAN_BLOCK)
         row["block_end_us"] = graph_us(steps, device)
@@ -486,7 +490,7 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
     """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each. first: of this process.
     compiled: whether the model's blocks are."""
     rows = []
-    of_mode = {"prefill": configs[:1], "gpt_fast": [None], "dense": [None], "ds": configs}
+    of_mode = {"prefill": [replace(config, tail=False) for config in configs[:1]], "gpt_fast": [None], "dense": [None], "ds": configs}
     for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
         row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode, "config": config and asdict(config),
                "dtype": str(model.dtype).removeprefix("torch."), "steps": steps, "ms_per_step": None}
@@ -509,6 +513,7 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
         for mode in ("dense", "gpt_fast"):
             other = next((r["ms_per_step"] for r in rows if r["mode"] == mode), None)
             row[f"speedup_vs_{mode}"] = other / row["ms_per_step"] if other and row["ms_per_step"] else None
+            row[f"{mode}_ms_per_step"] = other  # of the same run: the file's newest may be another's
     return rows
 
 

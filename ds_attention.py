@@ -6,8 +6,8 @@ token with the labels, selects the best N per KV head, and attends to exactly th
 
 Exact: attention over the selected tokens, the selection given the scores, the first `sink` and the newest `recent`
 tokens. Approximate: the scores, by the map's rank and by the label bits. With DSConfig.tail the other tokens count, too: as one
-token more, of their mean K and V, with the weight that the label scores give them (the value's mean is SparQ's idea, arXiv
-2312.04985; the weight is ours).
+token more, of the mean K and V of all whole blocks of 256 tokens, with the weight that the label scores give them (the value's
+mean is SparQ's idea, arXiv 2312.04985; the weight is ours).
 
 Shapes, used everywhere: B batch rows, T new tokens, S cached tokens (allocated; the live length is in seq_lens),
 HQ / HKV query / KV heads, G = HQ // HKV, D head dim, C label dims, W 32-bit words of one token's label,
@@ -633,21 +633,19 @@ def _listed(entries, s, total, TILE: tl.constexpr):
 
 
 @triton.jit
-def _reach(keys, total, at, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
-    """How many keys reach `at`, or for MASS the weight of those that do and are not FORCED.
+def _mass(keys, total, at, peak, unit, TILE: tl.constexpr):
+    """The weight of the keys that reach `at` and are not FORCED.
 
     keys: a tensor, or with a TILE the list in memory of `total` entries.
     """
     if TILE:
-        reached = 0.0 if MASS else 0
+        mass = 0.0
         for s in range(0, total, TILE):
             key, _ = _listed(keys, s, total, TILE)
-            reached += _reach(key, total, at, peak, unit, MASS, 0)
-    elif MASS:
-        reached = tl.sum(tl.where((keys >= at) & (keys < FORCED), _weight(keys, peak, unit), 0.0))
+            mass += _mass(key, total, at, peak, unit, 0)
     else:
-        reached = tl.sum((keys >= at).to(tl.int32))
-    return reached
+        mass = tl.sum(tl.where((keys >= at) & (keys < FORCED), _weight(keys, peak, unit), 0.0))
+    return mass
 
 
 BINS = tl.constexpr(256)  # parts of a range of keys that are counted at a time, the last for those above it
@@ -677,25 +675,32 @@ def _nth_best(entries, total, low, high, n, TILE: tl.constexpr):
 
 
 @triton.jit
-def _search(keys, total, low, high, wanted, slack, peak, unit, MASS: tl.constexpr, TILE: tl.constexpr):
-    """The largest value in [low, high] whose _reach is `wanted` at least, as low's is, or one with `wanted` to `wanted` + slack.
-    By numbers (not MASS) the keys are in registers, up to 32,767 of them."""
+def _search(keys, low, high, wanted, slack):
+    """The largest value in [low, high] that `wanted` of the keys reach, as they do low, or one that `wanted` to `wanted` + slack do.
+
+    Keys: at most 32,767, so that one sum counts for two thresholds; each pass leaves a third of the range.
+    """
     while low < high:
-        if MASS:
-            middle = low + (high - low + 1) // 2
-            reached = _reach(keys, total, middle, peak, unit, MASS, TILE)
-            low = tl.where(reached >= wanted, middle, low)
-            high = tl.where(reached > wanted + slack, high, tl.where(reached >= wanted, middle, middle - 1))
-        else:  # in thirds: one sum counts for both of their ends
-            third = (high - low + 2) // 3
-            lower = low + third
-            upper = tl.minimum(lower + third, high)
-            both = tl.sum((keys >= lower).to(tl.int32) + ((keys >= upper).to(tl.int32) << 16))
-            at_upper = (both >> 16) >= wanted
-            reached = tl.where(at_upper, both >> 16, both & 0xFFFF)
-            low = tl.where(at_upper, upper, tl.where(reached >= wanted, lower, low))
-            high = tl.where(at_upper, high, tl.where(reached >= wanted, upper - 1, lower - 1))
-            high = tl.where((reached >= wanted) & (reached <= wanted + slack), low, high)
+        third = (high - low + 2) // 3
+        lower = low + third
+        upper = tl.minimum(lower + third, high)
+        both = tl.sum((keys >= lower).to(tl.int32) + ((keys >= upper).to(tl.int32) << 16))
+        at_upper = (both >> 16) >= wanted
+        reached = tl.where(at_upper, both >> 16, both & 0xFFFF)
+        low = tl.where(at_upper, upper, tl.where(reached >= wanted, lower, low))
+        high = tl.where(at_upper, high, tl.where(reached >= wanted, upper - 1, lower - 1))
+        high = tl.where((reached >= wanted) & (reached <= wanted + slack), low, high)
+    return low
+
+
+@triton.jit
+def _search_mass(keys, total, low, high, wanted, peak, unit, TILE: tl.constexpr):
+    """The largest value in [low, high] that keys of weight `wanted` reach, as they do low (see _mass)."""
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        enough = _mass(keys, total, middle, peak, unit, TILE) >= wanted
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
     return low
 
 
@@ -708,14 +713,14 @@ def _cut(keys, total, low, high, n, needed, peak, unit, TOP_P: tl.constexpr, TIL
     if TILE:
         threshold, above = _nth_best(keys, total, low, high, n, TILE)
     else:
-        threshold = _search(keys, total, low, high, n, 0, peak, unit, False, TILE)
-        above = _reach(keys, total, threshold + 1, peak, unit, False, TILE)
+        threshold = _search(keys, low, high, n, 0)
+        above = tl.sum((keys > threshold).to(tl.int32))
     room = n - above
     if TOP_P:
-        mass = _reach(keys, total, threshold, peak, unit, True, TILE)
+        mass = _mass(keys, total, threshold, peak, unit, TILE)
         if (mass > needed) & (threshold < FORCED):
-            cut = _search(keys, total, threshold, high, needed, 0.0, peak, unit, True, TILE)
-            missing = needed - _reach(keys, total, cut + 1, peak, unit, True, TILE)
+            cut = _search_mass(keys, total, threshold, high, needed, peak, unit, TILE)
+            missing = needed - _mass(keys, total, cut + 1, peak, unit, TILE)
             ties = tl.maximum(tl.ceil(missing / _weight(cut, peak, unit)), 0.0).to(tl.int32)
             room = tl.where(cut == threshold, tl.minimum(ties, room), ties)
             threshold = cut
@@ -813,7 +818,7 @@ def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, 
             scores = _token_scores(words, query, W, WIDTHS, P, PTX)
         keys = tl.where(inside, scores, DEAD)
         low, high = tl.min(tl.where(inside, keys, FORCED)), tl.max(keys)
-        bracket = _search(keys, M, low, high, wanted, wanted // 32, 0, 0.0, False, 0)
+        bracket = _search(keys, low, high, wanted, wanted // 32)
     unit = largest * unit_per_label
     below, level = 0.0, 0.0
     if TAIL:
@@ -1264,7 +1269,8 @@ class Selection:
 
 def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False, announced=False):
     """select_tokens by kernels, in at most three launches, without writing the scores: what comes back is in the workspace, and
-    indices past n_tokens are not written. `rest` is estimated, too, from SAMPLE tokens where there are more."""
+    indices past n_tokens are not written. `rest` is estimated, too, from SAMPLE tokens where there are more: to a tenth of its
+    logarithm, unless these tokens are not like the others."""
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
     workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
@@ -1464,10 +1470,10 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts.
 
     labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too; the key is read at
-    seq_lens - 1 in `newest` [B, HKV, S, D], by default k, and then those of `sums` which end with it, as by sum_blocks. rest
-    [B, HKV] fp32: one token more, as rest_ref has it, its K and V those of mean_ref(sums). overlap: read q, k, v and seq_lens while
-    `select`, called right before, ends; they must be older than that. announced: that call announced each row, and they are
-    attended to as they are chosen.
+    seq_lens - 1 in `newest` [B, HKV, S, D], by default k: only then are those of `sums` written which end with it, as by
+    sum_blocks. rest [B, HKV] fp32: one token more, as rest_ref has it, its K and V those of mean_ref(sums). overlap: read q, k, v,
+    sums and seq_lens while `select`, called right before, ends; they must be older than that. announced: that call announced each
+    row, and they are attended to as they are chosen.
     """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
@@ -1517,17 +1523,23 @@ def label_newest_ref(k, seq_lens, labels, label_map):
     label_ref(k.gather(2, rows), newest, labels, label_map)
 
 
+def write_newest_ref(k, v, seq_lens, labels, label_map, sums):
+    """What attend writes beside what it returns: the labels of the newest keys and, unless they are None, the sums."""
+    label_newest_ref(k, seq_lens, labels, label_map)
+    if sums is not None:
+        sum_blocks(k, v, (seq_lens - 1)[:, None], sums)
+
+
 def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None, label_map=None, sums=None):
     """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in attend_ref.
 
-    labels, label_map, sums: if given, the label of each row's newest key and the sums are written, for sparse steps to come.
+    labels, label_map, and sums beside them: if given, the label of each row's newest key and the sums are written, for sparse
+    steps to come.
     """
     if impl == "triton" or (impl == "auto" and q.is_cuda):
         return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels, label_map=label_map, sums=sums)
     if labels is not None:
-        label_newest_ref(k, seq_lens, labels, label_map)
-    if sums is not None:
-        sum_blocks(k, v, (seq_lens - 1)[:, None], sums)
+        write_newest_ref(k, v, seq_lens, labels, label_map, sums)
     live = int(seq_lens.max())
     return attend_ref(q, k[:, :, :live], v[:, :, :live], seq_lens, window=window)
 
@@ -1556,9 +1568,7 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
             workspace.chosen.zero_()
             raise
     if label_newest:
-        label_newest_ref(k, seq_lens, labels, label_map)
-        if sums is not None:
-            sum_blocks(k, v, (seq_lens - 1)[:, None], sums)
+        write_newest_ref(k, v, seq_lens, labels, label_map, sums)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
     k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
     indices, n_tokens, rest = select_tokens(q, labels, label_map, seq_lens, config, window)

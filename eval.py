@@ -136,7 +136,7 @@ class Sparse(LayerCache):
         return attend_ref(q.reshape(R * HKV, -1, D), k, v, lengths, tail=tail).view_as(q)
 
     def best(self, scores, seq_lens):
-        """scores [R, HKV, S] -> (indices [R, HKV, N], n_tokens [R], None: nothing is left to weigh)."""
+        """scores [R, HKV, S] -> (indices [R, HKV, N], n_tokens [R], None: no weight for the rest)."""
         S, forced = scores.shape[2], (self.ds.sink, self.ds.recent, self.window)
         n = self.ds.budget(live_range(seq_lens, self.window)[1])
         if self.ds.top_p is not None:
@@ -281,13 +281,16 @@ def parse_method(text):
     return name, calibration or None, label_bits(bits) if bits else None
 
 
-BUDGET_FIELDS = {"n": "n_tokens", "top_p": "top_p", "tail": "tail"}
+BUDGET_FIELDS = {"n": "n_tokens", "top_p": "top_p"}
 
 
 def parse_budget(text, ds):
     """"1/16" (as --sparsity 16: of the tokens, and of K's bytes for labels), "n=256", "top_p=0.9", "tail", or several, as in
     "1/16,n=256" -> DSConfig."""
     for part in sorted(text.split(","), key=lambda part: not part.startswith("1/")):  # n=N holds, whichever comes first
+        if part == "tail":
+            ds = replace(ds, tail=True)
+            continue
         name, _, value = part.partition("=")
         field = BUDGET_FIELDS.get(name)
         if part.startswith("1/"):
@@ -296,7 +299,7 @@ def parse_budget(text, ds):
         if field is None:
             raise ValueError(f"budgets={text}: must look like 1/16, n=256 or n=512,top_p=0.9,tail")
         try:
-            value = True if part == "tail" else int(value) if field == "n_tokens" else float(value)
+            value = int(value) if field == "n_tokens" else float(value)
         except ValueError:
             raise ValueError(f"budgets={text}: {value or 'nothing'} is not a number") from None
         ds = replace(ds, **{field: value})
@@ -307,8 +310,7 @@ def budget_name(ds):
     """What parse_budget would read, or "all" for dense."""
     if ds is None:
         return "all"
-    parts = [name if value is True else f"{name}={value:g}"
-             for name, field in BUDGET_FIELDS.items() if (value := getattr(ds, field))]
+    parts = [f"{name}={value:g}" for name, field in BUDGET_FIELDS.items() if (value := getattr(ds, field))] + ["tail"] * ds.tail
     labels_alone = ds.n_tokens and ds.sparsity == DSConfig.sparsity  # what the share is for then, by default
     return ",".join(parts if labels_alone else [f"1/{ds.sparsity:g}", *parts])
 

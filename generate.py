@@ -499,8 +499,8 @@ def add_sparsity_arguments(parser):
     parser.add_argument("--top_p", type=float, metavar="P", help="of these only as many, the best first, as hold this share of the "
                                                                 "attention that the labels foresee (default: all)")
     parser.add_argument("--tail", action="store_true", default=default.tail,
-                        help="count the tokens that are not attended to as one more, of their mean K and V, with the weight that "
-                             "the labels give them")
+                        help="count the tokens that are not attended to as one more, of the mean K and V of all whole blocks of "
+                             "256 tokens, with the weight that the labels give them")
     parser.add_argument("--label_channels", type=int, metavar="C", help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=label_bits, metavar="BITS",
                         help="bits per label dim: 1, 2, 4, 8 or 16; or dims x bits of each width, the most important first, as "
@@ -514,7 +514,7 @@ def sparsity_from(args):
     """DSConfig of the arguments, or None for dense. Raises ValueError for values out of bounds."""
     if args.sparsity == 1 and args.n_tokens is None:
         for name in ("top_p", "tail", "label_channels", "label_bits"):
-            if getattr(args, name) not in (None, False):
+            if getattr(args, name) is not None and getattr(args, name) is not False:
                 raise ValueError(f"{name}={getattr(args, name)}: --sparsity 1 is dense; take a larger one, or leave this out")
         return None
     names = {f.name for f in fields(DSConfig)}

@@ -30,7 +30,7 @@ import triton.language as tl
 from tqdm import tqdm
 
 from ds_attention import (
-    MEAN_BLOCK, Workspace, attend, attend_ref, dense_decode, label_newest_ref, live_range, mean_ref, per_head, select_tokens,
+    MEAN_BLOCK, Workspace, _sum_block, attend, attend_ref, dense_decode, label_newest_ref, live_range, mean_ref, per_head, select_tokens,
     sum_blocks)
 from model import KVCache, LayerCache, open_tensors
 
@@ -314,33 +314,31 @@ def _sum_ended_kernel(host, tops, seq_lens, sums, S, s_sb, s_sh, HKV, D: tl.cons
     row = tl.program_id(0)
     length = tl.load(seq_lens + row // HKV)
     if length % MEAN_BLOCK == 0:
-        sums += (row // HKV).to(tl.int64) * s_sb + (row % HKV).to(tl.int64) * s_sh + (length // MEAN_BLOCK - 1).to(tl.int64) * 2 * D
+        sums += (row // HKV).to(tl.int64) * s_sb + (row % HKV).to(tl.int64) * s_sh
+        block = length // MEAN_BLOCK - 1
         offs = tl.arange(0, BLOCK)
         if PACKED_ROWS:  # a word has two values: the even ones, and the odd ones
             mask = offs < D
-            even, odd = tl.load(sums + 2 * offs, mask=mask, other=0.0), tl.load(sums + 2 * offs + 1, mask=mask, other=0.0)
+            upto = sums + block.to(tl.int64) * 2 * D + 2 * offs
+            even, odd = tl.load(upto, mask=mask, other=0.0), tl.load(upto + 1, mask=mask, other=0.0)
             for t in tl.range(length - MEAN_BLOCK, length, loop_unroll_factor=8):
                 at = row.to(tl.int64) * S + t + tl.arange(0, 1)
                 words = tl.reshape(_unpacked(host, tops, at, at >= 0, D, BLOCK), (BLOCK,))
                 even += (words << 16).to(tl.float32, bitcast=True)
                 odd += (words >> 16 << 16).to(tl.float32, bitcast=True)
-            tl.store(sums + 2 * D + 2 * offs, even, mask=mask)
-            tl.store(sums + 2 * D + 2 * offs + 1, odd, mask=mask)
+            tl.store(upto + 2 * D, even, mask=mask)
+            tl.store(upto + 2 * D + 1, odd, mask=mask)
         else:
-            mask = offs < 2 * D
-            total = tl.load(sums + offs, mask=mask, other=0.0)
-            for t in tl.range(length - MEAN_BLOCK, length, loop_unroll_factor=8):
-                total += tl.load(host + (row.to(tl.int64) * S + t) * 2 * D + offs, mask=mask, other=0.0).to(tl.float32)
-            tl.store(sums + 2 * D + offs, total, mask=mask)
+            k = host + row.to(tl.int64) * S * 2 * D
+            _sum_block(k, k + D, sums, block, 2 * D, 2 * D, offs, D, MEAN_BLOCK)
 
 
 def sum_ended(host, seq_lens, sums):
     """As sum_ended_ref, in the order in which attend sums them up."""
     B, HKV, S, _, D = host.kv.shape
     packed = host.tops is not None
-    _sum_ended_kernel[(B * HKV,)](
-        host.kv.view(torch.int32) if packed else host.kv, host.tops, seq_lens, sums, S, *sums.stride()[:2], HKV, D,
-        triton.next_power_of_2(D if packed else 2 * D), packed, MEAN_BLOCK, num_warps=1 if packed else 4)
+    _sum_ended_kernel[(B * HKV,)](host.kv.view(torch.int32) if packed else host.kv, host.tops, seq_lens, sums, S, *sums.stride()[:2],
+                                  HKV, D, triton.next_power_of_2(D), packed, MEAN_BLOCK, num_warps=1)
 
 
 # ---------------------------------------------------------------- resident tokens
