@@ -30,8 +30,8 @@ import triton.language as tl
 from tqdm import tqdm
 
 from ds_attention import (
-    MEAN_BLOCK, Workspace, _sum_block, attend, attend_ref, dense_decode, label_newest_ref, live_range, mean_ref, per_head, select_tokens,
-    sum_blocks)
+    MEAN_BLOCK, Workspace, _sum_block, attend, attend_ref, dense_decode, label_newest_ref, live_range, mean_ref, per_head,
+    select_tokens, sum_blocks)
 from model import KVCache, LayerCache, open_tensors
 
 # ---------------------------------------------------------------- host memory

@@ -291,12 +291,13 @@ def test_kernel_selection_equals_reference(case, how, monkeypatch):
     assert check_selection(Problem(case)) > 0.99
 
 
-@pytest.mark.parametrize("how", ["staged", "shared", "fused", "in-memory"])
-@pytest.mark.parametrize("crowd, within", [("many-ties", 0.1), ("ascending", 0.1), ("descending", 0.1), ("best-in-one-place", 0.1),
-                                           ("sample-sees-the-best", 0.8)])  # whose mean score is the sample's all the same
-def test_rest_of_adversarial_scores(crowd, within, how, monkeypatch):
+@pytest.mark.parametrize("crowd, how", [
+    *((crowd, "staged") for crowd in ("ascending", "descending", "best-in-one-place")),
+    *((crowd, how) for crowd in ("many-ties", "sample-sees-the-best") for how in ("staged", "shared", "fused", "in-memory"))])
+def test_rest_of_adversarial_scores(crowd, how, monkeypatch):
     """What is not selected is weighed within a tenth: candidates exactly, those below the bracket as the sample has them."""
     launched(how, monkeypatch)
+    within = 0.8 if crowd == "sample-sees-the-best" else 0.1  # the mean score is the sample's all the same
     p = adversarial(CROWDS[crowd], tail=True)
     p.map.step /= 60
     assert check_selection(p, within) == 1.0
@@ -343,7 +344,7 @@ def test_sums_of_blocks_follow_the_cache(impl, monkeypatch):
     for b, edges in enumerate(((0, 5, 16, 17, 50, 64, 120), (0, 31, 77))):
         for start, end in zip(edges, edges[1:]):
             ds.sum_blocks(p.k[b : b + 1], p.v[b : b + 1], p.positions[:1, start:end], sums[b : b + 1])
-    for step in range(44):  # both pass the end of a block
+    for step in range(12):  # both pass the end of a block
         p.seq_lens += step % 5 > 0
         if step % 2:
             ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, sums=sums)
@@ -562,8 +563,8 @@ def test_decode_step_by_kernels_equals_reference(case):
 
 
 @pytest.mark.parametrize("how, case", [
-    *(pytest.param(how, CASES[case], id=f"{how}-{case}") for how in ("staged", "fused")
-      for case in ("bf16", "top-p-window-mixed", "tail-bf16-top-p-window")),
+    *(pytest.param(how, CASES[case], id=f"{how}-{case}") for how, case in (
+        ("staged", "bf16"), ("staged", "top-p-window-mixed"), ("fused", "bf16"), ("fused", "tail-bf16-top-p-window"))),
     pytest.param("in-memory", shapes(B=3, HQ=2, HKV=1, S=6000), id="in-memory-6000")])
 def test_rows_attended_to_while_others_are_chosen(how, case, monkeypatch):
     """The same bits as when attend waits for all rows, step after step: what announces a row is taken back."""
