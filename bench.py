@@ -490,7 +490,8 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
     """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each. first: of this process.
     compiled: whether the model's blocks are."""
     rows = []
-    of_mode = {"prefill": [replace(config, tail=False) for config in configs[:1]], "gpt_fast": [None], "dense": [None], "ds": configs}
+    prefilled = [replace(config, tail=False) for config in configs[:1]]
+    of_mode = {"prefill": prefilled, "gpt_fast": [None], "dense": [None], "ds": configs}
     for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
         row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode, "config": config and asdict(config),
                "dtype": str(model.dtype).removeprefix("torch."), "steps": steps, "ms_per_step": None}

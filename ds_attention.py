@@ -676,7 +676,7 @@ def _nth_best(entries, total, low, high, n, TILE: tl.constexpr):
 
 @triton.jit
 def _search(keys, low, high, wanted, slack):
-    """The largest value in [low, high] that `wanted` of the keys reach, as they do low, or one that `wanted` to `wanted` + slack do.
+    """The largest value in [low, high] that `wanted` keys reach, as they do low, or one that `wanted` to `wanted` + slack reach.
 
     Keys: at most 32,767, so that one sum counts for two thresholds; each pass leaves a third of the range.
     """

@@ -337,8 +337,9 @@ def sum_ended(host, seq_lens, sums):
     """As sum_ended_ref, in the order in which attend sums them up."""
     B, HKV, S, _, D = host.kv.shape
     packed = host.tops is not None
-    _sum_ended_kernel[(B * HKV,)](host.kv.view(torch.int32) if packed else host.kv, host.tops, seq_lens, sums, S, *sums.stride()[:2],
-                                  HKV, D, triton.next_power_of_2(D), packed, MEAN_BLOCK, num_warps=1)
+    rows = host.kv.view(torch.int32) if packed else host.kv
+    _sum_ended_kernel[(B * HKV,)](rows, host.tops, seq_lens, sums, S, *sums.stride()[:2], HKV, D, triton.next_power_of_2(D), packed,
+                                  MEAN_BLOCK, num_warps=1)
 
 
 # ---------------------------------------------------------------- resident tokens
