@@ -609,7 +609,6 @@ def _token_scores(words, query, W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.con
 
 FORCED = tl.constexpr(2**30)  # key of a token that is attended in any case: above all scores
 DEAD = tl.constexpr(-(2**31) + 1)  # key of a token that is not eligible: below all scores
-NO_ENTRY = tl.constexpr((-(2**31) + 1) * 2**32)  # such a key in an _entry
 
 
 @triton.jit
@@ -705,6 +704,13 @@ def _search_mass(keys, total, low, high, wanted, peak, unit, TILE: tl.constexpr)
 
 
 @triton.jit
+def _tied_room(missing, cut, threshold, room, peak, unit):
+    """How many keys tied at `cut` make up for the missing weight: no more than `room` where that is the threshold of the n best."""
+    ties = tl.maximum(tl.ceil(missing / _weight(cut, peak, unit)), 0.0).to(tl.int32)
+    return tl.where(cut == threshold, tl.minimum(ties, room), ties)
+
+
+@triton.jit
 def _cut(keys, total, low, high, n, needed, peak, unit, TOP_P: tl.constexpr, TILE: tl.constexpr):
     """(threshold, room): the n best keys, all of which reach low, are those above the threshold and the first `room` tied with it.
 
@@ -721,8 +727,7 @@ def _cut(keys, total, low, high, n, needed, peak, unit, TOP_P: tl.constexpr, TIL
         if (mass > needed) & (threshold < FORCED):
             cut = _search_mass(keys, total, threshold, high, needed, peak, unit, TILE)
             missing = needed - _mass(keys, total, cut + 1, peak, unit, TILE)
-            ties = tl.maximum(tl.ceil(missing / _weight(cut, peak, unit)), 0.0).to(tl.int32)
-            room = tl.where(cut == threshold, tl.minimum(ties, room), ties)
+            room = _tied_room(missing, cut, threshold, room, peak, unit)
             threshold = cut
     return threshold, room
 
@@ -868,8 +873,8 @@ def _append(entries, slot, key, position, bracket):
 
 
 @triton.jit
-def _sources(counts, before, s, groups, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TILE: tl.constexpr):
-    """Where the candidates of a row lie, as [4, TILE / 4], from the s-th on: (offsets, which are candidates, groups to load).
+def _candidates(entries, counts, before, s, groups, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TILE: tl.constexpr):
+    """The candidates of a row from the s-th on, as [4, TILE / 4]: (keys, positions, where these lie, which lie there at all).
 
     A block's list fills whole groups of four slots; counts, before [2**LOG_BLOCKS]: its candidates, and the groups before it.
     """
@@ -882,7 +887,9 @@ def _sources(counts, before, s, groups, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.co
     offset = (block * (BLOCK_S // 4) + nth) * 4
     inside = (group < groups)[None, :]
     listed = (tl.arange(0, 4)[:, None] < (tl.load(counts + block) - 4 * nth)[None, :]) & inside
-    return offset[None, :] + tl.arange(0, 4)[:, None], listed, inside
+    offset = offset[None, :] + tl.arange(0, 4)[:, None]
+    entry = tl.load(entries + offset, mask=inside, other=0)
+    return tl.where(listed, (entry >> 32).to(tl.int32), DEAD), entry.to(tl.int32), offset, inside
 
 
 @triton.jit
@@ -960,26 +967,124 @@ def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, 
 
 @triton.jit
 def _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest, indices,
-                 part, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr, TOP_P: tl.constexpr,
-                 TAIL: tl.constexpr, TILE: tl.constexpr):
-    """The positions of the best candidates (see _cut), all of which reach the bracket, ascending. Each of PLACERS programs
-    finds the threshold and writes its part of them."""
-    offset, listed, inside = _sources(counts, before, 0, groups, BLOCK_S, LOG_BLOCKS, TILE)
-    key = tl.where(listed, (tl.load(entries + offset, mask=inside, other=0) >> 32).to(tl.int32), DEAD)
+                 BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr):
+    """The positions of the best candidates (see _cut), all of which reach the bracket, ascending."""
+    key, _, offset, inside = _candidates(entries, counts, before, 0, groups, BLOCK_S, LOG_BLOCKS, TILE)
     low = tl.maximum(bracket, -FORCED)
     high = tl.maximum(tl.max(tl.where(key < FORCED, key, DEAD)), low)
     threshold, room = _cut(key, total, low, high, n, needed, peak, unit, TOP_P, 0)
     if TAIL:
         below += _lighter(key, threshold, peak, unit)
-    above, ties = 0, 0
-    if PLACERS > 1:
-        first = part * tl.cdiv(groups, PLACERS) * 4
-        earlier = tl.sum(tl.where(_fours(0, TILE) < first, _both(key, threshold), 0))
-        above, ties = earlier >> 16, earlier & 0xFFFF
-        last = tl.minimum((part + 1) * tl.cdiv(groups, PLACERS), groups)
-        offset, listed, inside = _sources(counts, before, first, last, BLOCK_S, LOG_BLOCKS, TILE // PLACERS)
-        key = tl.where(listed, (tl.load(entries + offset, mask=inside, other=0) >> 32).to(tl.int32), DEAD)
     position = tl.load(entries + offset, mask=inside, other=0).to(tl.int32)  # again: registers are scarcer than loads
+    above, ties = _place(key, position, threshold, room, 0, 0, indices)
+    if TOP_P:
+        tl.store(n_tokens, above + tl.minimum(ties, room))
+    if TAIL:
+        tl.store(rest, _rest(below, ties, threshold, room, peak, unit, level))
+
+
+SHARED_BINS = tl.constexpr(32)  # parts of a range of keys that programs which share a row count at a time; more would take longer
+
+
+@triton.jit
+def _exchange(board, part, turn, values, PLACERS: tl.constexpr, LANES: tl.constexpr):
+    """What each of a row's programs gives in its turn-th exchange, int32: as [LANES, SHARED_BINS], zeros from PLACERS on. Waits
+    for all of them. values: [SHARED_BINS], or one for all of these.
+
+    board [2, PLACERS, SHARED_BINS] int64, zeroed before: turn << 32 and value, of the last two turns. None is overwritten unread:
+    who writes has seen the turn between, which others wrote when they had read. All of a row's programs run at a time: they are
+    few, and programs start in order. LANES: so many that no two threads read one word, which they might see at different times.
+    """
+    bins = tl.arange(0, SHARED_BINS)
+    lanes = tl.arange(0, LANES)[:, None]
+    board += turn % 2 * PLACERS * SHARED_BINS
+    given = tl.zeros([SHARED_BINS], tl.int64) + (values.to(tl.int64) & 0xFFFFFFFF) + (turn.to(tl.int64) << 32)
+    tl.atomic_xchg(board + part * SHARED_BINS + bins, given, sem="relaxed")
+    words = tl.zeros([LANES, SHARED_BINS], tl.int64)
+    while tl.min((words >> 32).to(tl.int32)) < turn:
+        words = tl.load(board + lanes * SHARED_BINS + bins[None, :], mask=lanes < PLACERS, other=2**62, volatile=True)
+    return words.to(tl.int32)
+
+
+@triton.jit
+def _sum_shared(board, part, turn, value, PLACERS: tl.constexpr, LANES: tl.constexpr):
+    """The sum over a row's programs of an fp32 value."""
+    values = _exchange(board, part, turn, value.to(tl.int32, bitcast=True), PLACERS, LANES)
+    return tl.sum(tl.where(tl.arange(0, SHARED_BINS)[None, :] == 0, values.to(tl.float32, bitcast=True), 0.0))
+
+
+@triton.jit
+def _add_two(a, b, x, y):
+    """Combines two pairs of sums."""
+    return a + x, b + y
+
+
+@triton.jit
+def _cut_shared(key, board, part, low, n, needed, peak, unit, STEP: tl.constexpr, TOP_P: tl.constexpr, PLACERS: tl.constexpr,
+                LANES: tl.constexpr):
+    """_cut of the candidates of all of a row's programs, each of which has a part of them in `key`; all reach low.
+
+    The n-th best is looked for in 31 steps of 2**STEP from low up, then within one of them or, if it is beyond, in longer ones.
+    Returns (threshold, room, better and tied candidates in the parts before, turns).
+    """
+    bins = tl.arange(0, SHARED_BINS)
+    before = tl.arange(0, LANES)[:, None] < part
+    turn = 0
+    step = STEP + 0
+    high = low + ((SHARED_BINS - 1) << STEP) - 1
+    room, above, ties = n, n, n
+    more = low <= high
+    while more:
+        turn += 1
+        # those above high in the last bin, those below low in none
+        bin = tl.where(key > high, SHARED_BINS - 1, tl.where(key < low, SHARED_BINS, (key - low) >> step))
+        bin = tl.reshape(bin, [key.shape[0] * key.shape[1]], can_reorder=True)
+        of_parts = _exchange(board, part, turn, tl.histogram(bin, SHARED_BINS, mask=bin < SHARED_BINS), PLACERS, LANES)
+        count, earlier = tl.reduce((of_parts, tl.where(before, of_parts, 0)), 0, _add_two)
+        best = tl.sum((tl.cumsum(count, 0, reverse=True) >= n).to(tl.int32)) - 1
+        better, above, ties = tl.reduce((tl.where(bins > best, count, 0), tl.where(bins > best, earlier, 0),
+                                         tl.where(bins == best, earlier, 0)), 0, _add)
+        room = n - better
+        beyond = best == SHARED_BINS - 1
+        more = beyond | (step > 0)
+        low = tl.where(beyond, high + 1, low + (best << step))
+        within = low + (1 << step) - 1
+        step = tl.where(beyond, tl.minimum(step + 5, 25), tl.maximum(step - 4, 0))
+        high = tl.where(beyond, tl.minimum(low + ((SHARED_BINS - 1) << step) - 1, FORCED), within)
+    if TOP_P:
+        turn += 1
+        mass = _sum_shared(board, part, turn, _mass(key, 0, low, peak, unit, 0), PLACERS, LANES)
+        if (mass > needed) & (low < FORCED):
+            threshold = low
+            turn += 1
+            high = tl.max(_exchange(board, part, turn, tl.max(tl.where(key < FORCED, key, DEAD)), PLACERS, LANES))
+            while low < high:
+                middle = low + (high - low + 1) // 2
+                turn += 1
+                enough = _sum_shared(board, part, turn, _mass(key, 0, middle, peak, unit, 0), PLACERS, LANES) >= needed
+                low = tl.where(enough, middle, low)
+                high = tl.where(enough, high, middle - 1)
+            missing = needed - _sum_shared(board, part, turn + 1, _mass(key, 0, low + 1, peak, unit, 0), PLACERS, LANES)
+            room = _tied_room(missing, low, threshold, room, peak, unit)
+            turn += 2
+            of_parts = _exchange(board, part, turn, tl.sum(_both(key, low)), PLACERS, LANES)
+            of_parts = tl.where(before & (bins[None, :] == 0), of_parts, 0)
+            above, ties = tl.sum(of_parts >> 16), tl.sum(of_parts & 0xFFFF)
+    return low, room, above, ties, turn
+
+
+@triton.jit
+def _take_shared(entries, board, counts, before, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest, indices,
+                 part, STEP: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr,
+                 LANES: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr):
+    """_take_listed by PLACERS programs, of which each has a part of the candidates in registers, and places it."""
+    first = part * tl.cdiv(groups, PLACERS)
+    last = tl.minimum(first + tl.cdiv(groups, PLACERS), groups)
+    key, position, _, _ = _candidates(entries, counts, before, 4 * first, last, BLOCK_S, LOG_BLOCKS, TILE)
+    threshold, room, above, ties, turn = _cut_shared(key, board, part, tl.maximum(bracket, -FORCED), n, needed, peak, unit, STEP,
+                                                     TOP_P, PLACERS, LANES)
+    if TAIL:
+        below += _sum_shared(board, part, turn + 1, _lighter(key, threshold, peak, unit), PLACERS, LANES)
     above, ties = _place(key, position, threshold, room, above, ties, indices)
     if part == PLACERS - 1:
         if TOP_P:
@@ -989,13 +1094,14 @@ def _take_listed(entries, counts, before, total, groups, n, bracket, needed, pea
 
 
 @triton.jit
-def _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, rest, row, S, longest, max_tokens,
-            seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, part, W: tl.constexpr, WIDTHS: tl.constexpr,
-            P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PLACERS: tl.constexpr,
-            TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr,
-            PTX: tl.constexpr):
-    """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, by each of
-    PLACERS programs of a row, longer ones in memory, by the first. labels, query, entries, counts: the row's."""
+def _choose(labels, query, needs, entries, board, counts, before, long_entries, indices, n_tokens, rest, row, S, longest,
+            max_tokens, seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, part, W: tl.constexpr,
+            WIDTHS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+            PLACERS: tl.constexpr, SHARE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, TIERS: tl.constexpr,
+            TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, PTX: tl.constexpr):
+    """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, by the first
+    of PLACERS programs of a row, those of up to SHARE for each of these by all of them, longer ones in memory, by the first.
+    labels, query, entries, board, counts: the row's."""
     before += row.to(tl.int64) * 2**LOG_BLOCKS
     long_entries += row.to(tl.int64) * longest
     indices += row.to(tl.int64) * max_tokens
@@ -1015,20 +1121,27 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
     tl.debug_barrier()
     missed = total < n
     for i in tl.static_range(TIERS):  # in registers, as many as it takes: the cost follows the live length
-        if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)) & (not missed):
+        if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)) & (not missed) & (part == 0):
             _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest,
-                         indices, part, BLOCK_S, LOG_BLOCKS, PLACERS, TOP_P, TAIL, TILE << i)
-    if (missed | (groups * 4 > TILE << (TIERS - 1))) & (part == 0):
+                         indices, BLOCK_S, LOG_BLOCKS, TOP_P, TAIL, TILE << i)
+    alone = groups * 4 > TILE << (TIERS - 1)
+    if SHARE:
+        THREADS: tl.constexpr = TILE_LONG // 8
+        LANES: tl.constexpr = THREADS // SHARED_BINS if THREADS > PLACERS * SHARED_BINS else PLACERS
+        if alone & (groups * 4 <= SHARE * PLACERS) & (not missed):
+            _take_shared(entries, board, counts, before, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest,
+                         indices, part, STEP, BLOCK_S, LOG_BLOCKS, PLACERS, LANES, TOP_P, TAIL, SHARE)
+        alone = groups * 4 > SHARE * PLACERS
+    if (missed | alone) & (part == 0):
         low = tl.maximum(bracket, -FORCED)
         high = low
         if (groups * 4 <= longest) & (not missed):
             # in memory, the blocks' lists one behind the other
             total = groups * 4
             for s in range(0, total, TILE_LONG):
-                offset, listed, inside = _sources(counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
-                entry = tl.where(listed, tl.load(entries + offset, mask=inside, other=0), NO_ENTRY)
+                key, position, _, inside = _candidates(entries, counts, before, s, groups, BLOCK_S, LOG_BLOCKS, TILE_LONG)
+                entry = _entry(key, tl.where(key > DEAD, position, 0))  # what lies where nothing is listed may be anything
                 tl.store(long_entries + _fours(s, TILE_LONG), entry, mask=inside)
-                key = (entry >> 32).to(tl.int32)
                 high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
         else:  # rare: all tokens are candidates
             low = -FORCED + 0
@@ -1049,13 +1162,14 @@ def _choose(labels, query, needs, entries, counts, before, long_entries, indices
 
 
 @triton.jit
-def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query, lower, peaks, weights, needs, entries, counts,
-                   before, long_entries, indices, chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens,
+def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query, lower, peaks, weights, needs, entries, board,
+                   counts, before, long_entries, indices, chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens,
                    window, n_fixed, min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr,
                    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
                    M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
                    BRACKET: tl.constexpr, EMIT: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr,
-                   TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr,
+                   PLACERS: tl.constexpr, SHARE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, TIERS: tl.constexpr,
+                   TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr,
                    MEAN_BLOCK: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
     """One, or all, of the three stages of a selection; SEGMENTS programs share a row and KV head: its tokens in EMIT, in CHOOSE
     its list."""
@@ -1077,6 +1191,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query
     query += row.to(tl.int64) * P * (W * SLICES + 1)
     entries += row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S
     counts += row.to(tl.int64) * BLOCKS
+    board += row * 2 * PLACERS * SHARED_BINS
     weights += row * 3
     seq_len = tl.load(seq_lens + pid_b)
     start = tl.maximum(seq_len - window, 0)
@@ -1088,6 +1203,8 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query
             recent, unit_per_label, q_sh, l_sw, G, P, D, BLOCK_D, W, WIDTHS, M, RUN, MARGIN, MEAN_BLOCK, TAIL, WEIGH, PTX)
         tl.store(n_tokens + row, n)
         tl.store(lower + row, bracket)
+        if SHARE:
+            tl.store(board + tl.arange(0, 2 * PLACERS * SHARED_BINS), 0)
         if WEIGH:
             tl.store(peaks + row, peak)
             tl.store(weights, unit)
@@ -1118,9 +1235,9 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query
     if CHOOSE:
         if EMIT:
             tl.debug_barrier()
-        _choose(labels, query, needs, entries, counts, before, long_entries, indices, n_tokens, rest, row, S, longest, max_tokens,
-                seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, segment, W, WIDTHS, P, BLOCK_S,
-                LOG_BLOCKS, PARTS, SEGMENTS, TILE, TIERS, TILE_LONG, TOP_P, TAIL, PTX)
+        _choose(labels, query, needs, entries, board, counts, before, long_entries, indices, n_tokens, rest, row, S, longest,
+                max_tokens, seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, segment, W, WIDTHS, P,
+                BLOCK_S, LOG_BLOCKS, PARTS, PLACERS, SHARE, STEP, TILE, TIERS, TILE_LONG, TOP_P, TAIL, PTX)
         if ANNOUNCE:
             tl.debug_barrier()  # after all that the program wrote
             tl.atomic_xchg(chosen + row, 1, sem="release")
@@ -1133,6 +1250,8 @@ MARGIN = 6.0  # standard deviations of a sampled rank between the bracket and th
 BLOCK = 1024  # tokens that emit scores at a time; twice as many of one word each, where all stages are one launch
 TILE = 2048  # candidates that choose searches in registers; doubled for long contexts, up to MAX_TILE
 MAX_TILE = 16384
+SHARING = 256  # programs of choose, if rows are few or lists longer than that: several share a row's
+MAX_PLACERS = 32  # to a row: all must run at a time
 FEW_ROWS = 128  # up to so many leave multiprocessors idle
 MANY_ROWS = 256  # with more, small programs search lists of up to 2 * TILE in registers, longer ones in memory
 PROGRAMS = 1024  # that fill the GPU: fewer rows are shared by so many
@@ -1156,7 +1275,7 @@ class Workspace:
 
     def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None, segments=None, placers=None):
         """config: DSConfig, or None for dense decode alone. splits, segments, placers: programs that share a row's tokens in
-        attend (at most) and in emit, and its list in choose; powers of two."""
+        attend (at most) and in emit, and its list in choose, if it is long; powers of two."""
         def scratch(*shape, dtype=torch.int32):
             return torch.empty(*shape, dtype=dtype, device=device)
 
@@ -1180,14 +1299,27 @@ class Workspace:
             self.entries = scratch(R, triton.cdiv(S, self.block) * self.block, dtype=torch.int64)
             self.counts, self.before = scratch(R, self.blocks), scratch(R, self.blocks)
             max_tokens = config.budget(S if window is None else min(S, window))
-            self.tile = min(max(TILE, triton.next_power_of_2(max_tokens * 7 // 4)), 2 * TILE if R > MANY_ROWS else MAX_TILE)
-            self.placers = placers or (2 if R <= FEW_ROWS // 2 and self.tile > 2 * TILE else 1)
+            self.share_list(R, triton.next_power_of_2(max_tokens * 7 // 4), placers)
+            finest = sum(dims * (2**bits - 1) for dims, bits in self.widths) * 127  # what integer scores may differ by
+            self.step = max(0, finest.bit_length() - 12)
+            self.board = scratch(R, 2, self.placers, SHARED_BINS.value, dtype=torch.int64)
             # whether attend may begin with a row while others are still being chosen: with few rows, or not many and long lists,
             # it gave nothing
-            self.announced = R >= FEW_ROWS and (self.tile == TILE or R > MANY_ROWS) and self.placers == 1 and pdl(self.lower)
+            self.announced = R >= FEW_ROWS and (self.tile == TILE or R > MANY_ROWS) and not self.share and pdl(self.lower)
             self.longest = 4 * max_tokens  # candidates searched in memory
             self.long_entries = scratch(R, self.longest, dtype=torch.int64)
             self.indices = scratch(B, HKV, max_tokens)
+
+    def share_list(self, R, candidates, placers):
+        """How many candidates one program of choose has in registers, how many programs share a longer list, and how many of its
+        candidates each of them has; 0: none does."""
+        most = 2 * TILE if R > MANY_ROWS else MAX_TILE
+        self.tile, self.placers, self.share = min(max(TILE, candidates), most), 1, 0
+        # they wait for each other: in the interpreter programs run one after the other
+        if placers or (nvidia(self.lower) and self.segments > 1 and candidates > (TILE if R <= FEW_ROWS // 2 else most)):
+            by_list = max(1, candidates // TILE * 2), max(1, candidates // TILE // 2)
+            self.placers = placers or min(MAX_PLACERS, by_list[0], max(by_list[1], SHARING // triton.next_power_of_2(R)))
+            self.tile, self.share = TILE, max(16, candidates // self.placers)
 
 
 @dataclass
@@ -1238,8 +1370,8 @@ class Selection:
 
     def choose(self, num_warps=None):
         """Exactly n of them, into workspace.indices."""
-        per_warp = 256 if self.rows <= MANY_ROWS else 512  # few rows leave multiprocessors idle: more warps to each
-        self.launch(self.workspace.placers, choose=True, num_warps=num_warps or max(1, min(16, self.workspace.tile // per_warp)))
+        ws, per_warp = self.workspace, 256 if self.rows <= MANY_ROWS else 512  # few rows leave multiprocessors idle: more warps to each
+        self.launch(ws.placers, choose=True, num_warps=num_warps or (8 if ws.share else max(1, min(16, ws.tile // per_warp))))
 
     def readable_tokens(self):
         """Tokens that may be read of a row of label words: up to the next multiple of 16, if the memory goes on so far."""
@@ -1255,13 +1387,13 @@ class Selection:
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
             self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.rest, ws.query, ws.lower, ws.peak,
-            ws.weights, ws.needed, ws.entries, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2],
+            ws.weights, ws.needed, ws.entries, ws.board, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2],
             *self.labels.stride()[:3], S, self.readable_tokens(), ws.longest, ws.indices.shape[2],
             NO_WINDOW if self.window is None else self.window, c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink,
             c.recent, c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV, G, 1 if c.pool == "mean" else G, D,
             triton.next_power_of_2(D), W, m.widths, SAMPLE, RUN, MARGIN, ws.block,
-            ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose, TILE=TILE,
-            TIERS=max(1, (ws.tile // TILE).bit_length()), TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, TAIL=c.tail,
+            ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose,
+            PLACERS=ws.placers, SHARE=ws.share, STEP=ws.step, TILE=TILE, TIERS=max(1, (ws.tile // TILE).bit_length()), TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, TAIL=c.tail,
             MEAN_BLOCK=MEAN_BLOCK, PTX=self.nvidia, PDL=self.overlapped, ANNOUNCE=choose and self.announced, num_warps=num_warps,
             enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
             **limits, **(dict(launch_pdl=True) if self.overlapped else {}))

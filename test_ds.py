@@ -275,13 +275,16 @@ def check_selection(p, rest_within=0.1):
 
 
 def launched(how, monkeypatch):
-    """The ways to launch a selection: three stages, the last by four programs a row ("shared"), all in one program ("fused"),
-    lists of more than 512 searched in memory."""
+    """The ways to launch a selection: three stages; lists of more than 64 shared by four programs a row, of which the interpreter
+    can run but one ("shared"); all in one program ("fused"); lists of more than 512 searched in memory."""
     if how in ("shared", "fused"):
-        monkeypatch.setattr(ds, "Workspace", partial(ds.Workspace, **{"shared": dict(placers=4), "fused": dict(segments=1)}[how]))
+        more = dict(placers=4 if GPU else 1) if how == "shared" else dict(segments=1)
+        monkeypatch.setattr(ds, "Workspace", partial(ds.Workspace, **more))
+    if how == "shared":
+        monkeypatch.setattr(ds, "TILE", 64)
     if how == "in-memory":
-        for name, value in dict(TILE=256, MANY_ROWS=0).items():
-            monkeypatch.setattr(ds, name, value)
+        monkeypatch.setattr(ds, "TILE", 256)
+        monkeypatch.setattr(ds.Workspace, "share_list", lambda ws, *_: vars(ws).update(tile=512, placers=1, share=0))
 
 
 @cases
@@ -478,8 +481,35 @@ def test_lists_of_all_lengths_are_searched(tile, monkeypatch):
     monkeypatch.setattr(ds, "TILE", 256)
     p = Problem(shapes(B=3, HQ=2, S=6000), seq_lens=[6000, 3000, 200])
     workspace = ds.Workspace(3, 2, 2, 64, 6000, torch.device(DEVICE), p.config)
-    workspace.tile = tile
+    workspace.tile, workspace.placers, workspace.share = tile, 1, 0
     check_exact(p, ds.select(p.q, p.labels, p.map, p.seq_lens, p.config, workspace=workspace)[0])
+
+
+@pytest.mark.skipif(not GPU, reason="programs that wait for each other need a GPU")
+@pytest.mark.parametrize("B, HKV, S, placers, bits", [(1, 3, 140_000, 32, 4), (2, 16, 70_000, 8, "8x4,48x2"), (2, 2, 70_000, 16, 16)])
+def test_long_lists_are_shared_by_programs(B, HKV, S, placers, bits):
+    """As many as the shape asks for, steps of all lengths back to back in one graph."""
+    p = Problem(shapes(B=B, HQ=HKV, HKV=HKV, S=S, C=8 if bits == 16 else 32, bits=bits, dtype=torch.bfloat16))
+    workspace = ds.Workspace(B, HKV, HKV, 64, S, torch.device(DEVICE), p.config)
+    assert workspace.placers == placers
+    lengths = [torch.tensor([n] * B, dtype=torch.int32, device=DEVICE) - torch.arange(B, device=DEVICE, dtype=torch.int32) * 999
+               for n in (S, S - 1, 3000, S // 2, 20_000, S)]
+
+    def run():
+        return [tuple(x.clone() for x in ds.select(p.q, p.labels, p.map, lens, p.config, workspace=workspace)[:2]) for lens in lengths]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for _ in range(20):
+        for indices, _ in found:
+            indices.fill_(-7)
+        graph.replay()
+        for lens, (indices, n_tokens) in zip(lengths, found):
+            p.seq_lens, p.n_tokens = lens, ds.per_head(p.config.budget(lens), HKV)
+            assert torch.equal(n_tokens, p.n_tokens)
+            check_exact(p, indices)
 
 
 def check_exact(p, indices):
