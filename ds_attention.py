@@ -1038,7 +1038,7 @@ def _cut_shared(key, board, part, low, n, needed, peak, unit, STEP: tl.constexpr
         turn += 1
         # those above high in the last bin, those below low in none
         bin = tl.where(key > high, SHARED_BINS - 1, tl.where(key < low, SHARED_BINS, (key - low) >> step))
-        bin = tl.reshape(bin, [key.shape[0] * key.shape[1]], can_reorder=True)
+        bin = tl.ravel(tl.trans(bin))  # as they lie in the threads
         of_parts = _exchange(board, part, turn, tl.histogram(bin, SHARED_BINS, mask=bin < SHARED_BINS), PLACERS, LANES)
         count, earlier = tl.reduce((of_parts, tl.where(before, of_parts, 0)), 0, _add_two)
         best = tl.sum((tl.cumsum(count, 0, reverse=True) >= n).to(tl.int32)) - 1
