@@ -894,7 +894,7 @@ def _candidates(entries, counts, before, s, groups, BLOCK_S: tl.constexpr, LOG_B
 
 @triton.jit
 def _both(key, threshold):
-    """1 << 16 for a key above the threshold, 1 for one tied with it: their sum counts both."""
+    """1 << 16 for a key above the threshold, 1 for one tied with it: their sum counts both, of up to 32,767 keys."""
     return ((key > threshold).to(tl.int32) << 16) + (key == threshold).to(tl.int32)
 
 
@@ -983,6 +983,7 @@ def _take_listed(entries, counts, before, total, groups, n, bracket, needed, pea
         tl.store(rest, _rest(below, ties, threshold, room, peak, unit, level))
 
 
+SEEN = tl.constexpr(2**62)  # a word of no program, of later than any turn
 SHARED_BINS = tl.constexpr(32)  # parts of a range of keys that programs which share a row count at a time; more would take longer
 
 
@@ -992,8 +993,9 @@ def _exchange(board, part, turn, values, PLACERS: tl.constexpr, LANES: tl.conste
     for all of them. values: [SHARED_BINS], or one for all of these.
 
     board [2, PLACERS, SHARED_BINS] int64, zeroed before: turn << 32 and value, of the last two turns. None is overwritten unread:
-    who writes has seen the turn between, which others wrote when they had read. All of a row's programs run at a time: they are
-    few, and programs start in order. LANES: so many that no two threads read one word, which they might see at different times.
+    who writes has seen the turn between, which others wrote when they had read. All of a row's programs run at a time: no more
+    than multiprocessors, they start in the order of their numbers, as on NVIDIA's GPUs. LANES: so many that no two threads read
+    one word, which they might see at different times.
     """
     bins = tl.arange(0, SHARED_BINS)
     lanes = tl.arange(0, LANES)[:, None]
@@ -1002,7 +1004,7 @@ def _exchange(board, part, turn, values, PLACERS: tl.constexpr, LANES: tl.conste
     tl.atomic_xchg(board + part * SHARED_BINS + bins, given, sem="relaxed")
     words = tl.zeros([LANES, SHARED_BINS], tl.int64)
     while tl.min((words >> 32).to(tl.int32)) < turn:
-        words = tl.load(board + lanes * SHARED_BINS + bins[None, :], mask=lanes < PLACERS, other=2**62, volatile=True)
+        words = tl.load(board + lanes * SHARED_BINS + bins[None, :], mask=lanes < PLACERS, other=SEEN, volatile=True)
     return words.to(tl.int32)
 
 
@@ -1020,24 +1022,24 @@ def _add_two(a, b, x, y):
 
 
 @triton.jit
-def _cut_shared(key, board, part, low, n, needed, peak, unit, STEP: tl.constexpr, TOP_P: tl.constexpr, PLACERS: tl.constexpr,
+def _cut_shared(key, board, part, low, n, needed, peak, unit, LOG_STEP: tl.constexpr, TOP_P: tl.constexpr, PLACERS: tl.constexpr,
                 LANES: tl.constexpr):
     """_cut of the candidates of all of a row's programs, each of which has a part of them in `key`; all reach low.
 
-    The n-th best is looked for in 31 steps of 2**STEP from low up, then within one of them or, if it is beyond, in longer ones.
+    The n-th best is looked for in 31 steps of 2**LOG_STEP from low up, then within one of them or, if it is beyond, in longer ones.
     Returns (threshold, room, better and tied candidates in the parts before, turns).
     """
     bins = tl.arange(0, SHARED_BINS)
     before = tl.arange(0, LANES)[:, None] < part
     turn = 0
-    step = STEP + 0
-    high = low + ((SHARED_BINS - 1) << STEP) - 1
-    room, above, ties = n, n, n
-    more = low <= high
+    log_step = LOG_STEP + 0
+    high = low + ((SHARED_BINS - 1) << LOG_STEP) - 1
+    room, above, ties = n, n, n  # what the loop sets
+    more = low <= high  # at first always
     while more:
         turn += 1
         # those above high in the last bin, those below low in none
-        bin = tl.where(key > high, SHARED_BINS - 1, tl.where(key < low, SHARED_BINS, (key - low) >> step))
+        bin = tl.where(key > high, SHARED_BINS - 1, tl.where(key < low, SHARED_BINS, (key - low) >> log_step))
         bin = tl.ravel(tl.trans(bin))  # as they lie in the threads
         of_parts = _exchange(board, part, turn, tl.histogram(bin, SHARED_BINS, mask=bin < SHARED_BINS), PLACERS, LANES)
         count, earlier = tl.reduce((of_parts, tl.where(before, of_parts, 0)), 0, _add_two)
@@ -1046,27 +1048,30 @@ def _cut_shared(key, board, part, low, n, needed, peak, unit, STEP: tl.constexpr
                                          tl.where(bins == best, earlier, 0)), 0, _add)
         room = n - better
         beyond = best == SHARED_BINS - 1
-        more = beyond | (step > 0)
-        low = tl.where(beyond, high + 1, low + (best << step))
-        within = low + (1 << step) - 1
-        step = tl.where(beyond, tl.minimum(step + 5, 25), tl.maximum(step - 4, 0))
-        high = tl.where(beyond, tl.minimum(low + ((SHARED_BINS - 1) << step) - 1, FORCED), within)
+        more = beyond | (log_step > 0)
+        low = tl.where(beyond, high + 1, low + (best << log_step))
+        within = low + (1 << log_step) - 1
+        # 31 steps beyond stay below 2**31; one step within falls into 16, as 32 would leave no bin for those above
+        log_step = tl.where(beyond, tl.minimum(log_step + 5, 25), tl.maximum(log_step - 4, 0))
+        high = tl.where(beyond, tl.minimum(low + ((SHARED_BINS - 1) << log_step) - 1, FORCED), within)
     if TOP_P:
         turn += 1
         mass = _sum_shared(board, part, turn, _mass(key, 0, low, peak, unit, 0), PLACERS, LANES)
         if (mass > needed) & (low < FORCED):
             threshold = low
             turn += 1
-            high = tl.max(_exchange(board, part, turn, tl.max(tl.where(key < FORCED, key, DEAD)), PLACERS, LANES))
+            highest = _exchange(board, part, turn, tl.max(tl.where(key < FORCED, key, DEAD)), PLACERS, LANES)
+            high = tl.max(tl.where(tl.arange(0, LANES)[:, None] < PLACERS, highest, DEAD))
             while low < high:
                 middle = low + (high - low + 1) // 2
                 turn += 1
                 enough = _sum_shared(board, part, turn, _mass(key, 0, middle, peak, unit, 0), PLACERS, LANES) >= needed
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle - 1)
-            missing = needed - _sum_shared(board, part, turn + 1, _mass(key, 0, low + 1, peak, unit, 0), PLACERS, LANES)
+            turn += 1
+            missing = needed - _sum_shared(board, part, turn, _mass(key, 0, low + 1, peak, unit, 0), PLACERS, LANES)
             room = _tied_room(missing, low, threshold, room, peak, unit)
-            turn += 2
+            turn += 1
             of_parts = _exchange(board, part, turn, tl.sum(_both(key, low)), PLACERS, LANES)
             of_parts = tl.where(before & (bins[None, :] == 0), of_parts, 0)
             above, ties = tl.sum(of_parts >> 16), tl.sum(of_parts & 0xFFFF)
@@ -1075,14 +1080,14 @@ def _cut_shared(key, board, part, low, n, needed, peak, unit, STEP: tl.constexpr
 
 @triton.jit
 def _take_shared(entries, board, counts, before, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest, indices,
-                 part, STEP: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr,
+                 part, LOG_STEP: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr,
                  LANES: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr):
     """_take_listed by PLACERS programs, of which each has a part of the candidates in registers, and places it."""
     first = part * tl.cdiv(groups, PLACERS)
     last = tl.minimum(first + tl.cdiv(groups, PLACERS), groups)
     key, position, _, _ = _candidates(entries, counts, before, 4 * first, last, BLOCK_S, LOG_BLOCKS, TILE)
-    threshold, room, above, ties, turn = _cut_shared(key, board, part, tl.maximum(bracket, -FORCED), n, needed, peak, unit, STEP,
-                                                     TOP_P, PLACERS, LANES)
+    threshold, room, above, ties, turn = _cut_shared(key, board, part, tl.maximum(bracket, -FORCED), n, needed, peak, unit,
+                                                     LOG_STEP, TOP_P, PLACERS, LANES)
     if TAIL:
         below += _sum_shared(board, part, turn + 1, _lighter(key, threshold, peak, unit), PLACERS, LANES)
     above, ties = _place(key, position, threshold, room, above, ties, indices)
@@ -1097,7 +1102,7 @@ def _take_shared(entries, board, counts, before, groups, n, bracket, needed, pea
 def _choose(labels, query, needs, entries, board, counts, before, long_entries, indices, n_tokens, rest, row, S, longest,
             max_tokens, seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, part, W: tl.constexpr,
             WIDTHS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
-            PLACERS: tl.constexpr, SHARE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, TIERS: tl.constexpr,
+            PLACERS: tl.constexpr, SHARE: tl.constexpr, LOG_STEP: tl.constexpr, TILE: tl.constexpr, TIERS: tl.constexpr,
             TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, PTX: tl.constexpr):
     """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, by the first
     of PLACERS programs of a row, those of up to SHARE for each of these by all of them, longer ones in memory, by the first.
@@ -1124,15 +1129,15 @@ def _choose(labels, query, needs, entries, board, counts, before, long_entries, 
         if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)) & (not missed) & (part == 0):
             _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest,
                          indices, BLOCK_S, LOG_BLOCKS, TOP_P, TAIL, TILE << i)
-    alone = groups * 4 > TILE << (TIERS - 1)
+    too_long = groups * 4 > TILE << (TIERS - 1)
     if SHARE:
         THREADS: tl.constexpr = TILE_LONG // 8
         LANES: tl.constexpr = THREADS // SHARED_BINS if THREADS > PLACERS * SHARED_BINS else PLACERS
-        if alone & (groups * 4 <= SHARE * PLACERS) & (not missed):
+        if too_long & (groups * 4 <= SHARE * PLACERS) & (not missed):
             _take_shared(entries, board, counts, before, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest,
-                         indices, part, STEP, BLOCK_S, LOG_BLOCKS, PLACERS, LANES, TOP_P, TAIL, SHARE)
-        alone = groups * 4 > SHARE * PLACERS
-    if (missed | alone) & (part == 0):
+                         indices, part, LOG_STEP, BLOCK_S, LOG_BLOCKS, PLACERS, LANES, TOP_P, TAIL, SHARE)
+        too_long &= groups * 4 > SHARE * PLACERS
+    if (missed | too_long) & (part == 0):
         low = tl.maximum(bracket, -FORCED)
         high = low
         if (groups * 4 <= longest) & (not missed):
@@ -1168,9 +1173,9 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query
                    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
                    M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
                    BRACKET: tl.constexpr, EMIT: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr,
-                   PLACERS: tl.constexpr, SHARE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, TIERS: tl.constexpr,
-                   TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr,
-                   MEAN_BLOCK: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
+                   PLACERS: tl.constexpr, SHARE: tl.constexpr, LOG_STEP: tl.constexpr, TILE: tl.constexpr, TIERS: tl.constexpr,
+                   TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, MEAN_BLOCK: tl.constexpr, PTX: tl.constexpr,
+                   PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
     """One, or all, of the three stages of a selection; SEGMENTS programs share a row and KV head: its tokens in EMIT, in CHOOSE
     its list."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
@@ -1237,7 +1242,7 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query
             tl.debug_barrier()
         _choose(labels, query, needs, entries, board, counts, before, long_entries, indices, n_tokens, rest, row, S, longest,
                 max_tokens, seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, segment, W, WIDTHS, P,
-                BLOCK_S, LOG_BLOCKS, PARTS, PLACERS, SHARE, STEP, TILE, TIERS, TILE_LONG, TOP_P, TAIL, PTX)
+                BLOCK_S, LOG_BLOCKS, PARTS, PLACERS, SHARE, LOG_STEP, TILE, TIERS, TILE_LONG, TOP_P, TAIL, PTX)
         if ANNOUNCE:
             tl.debug_barrier()  # after all that the program wrote
             tl.atomic_xchg(chosen + row, 1, sem="release")
@@ -1250,12 +1255,17 @@ MARGIN = 6.0  # standard deviations of a sampled rank between the bracket and th
 BLOCK = 1024  # tokens that emit scores at a time; twice as many of one word each, where all stages are one launch
 TILE = 2048  # candidates that choose searches in registers; doubled for long contexts, up to MAX_TILE
 MAX_TILE = 16384
-SHARING = 256  # programs of choose, if rows are few or lists longer than that: several share a row's
-MAX_PLACERS = 32  # to a row: all must run at a time
-FEW_ROWS = 128  # up to so many leave multiprocessors idle
-MANY_ROWS = 256  # with more, small programs search lists of up to 2 * TILE in registers, longer ones in memory
+FEW_ROWS = 128  # up to so many leave multiprocessors idle; up to half of it several programs share a row's list
+MANY_ROWS = 256  # with more, programs are small, and search lists of up to 2 * TILE in registers
+SHARING = 256  # programs of choose, where several share a list, of TILE / 2 to 2 * TILE candidates each
+MAX_PLACERS = 32  # of a row
 PROGRAMS = 1024  # that fill the GPU: fewer rows are shared by so many
 FUSED_ROWS = 512  # from here on one program a row fills the GPU: one launch selects
+
+
+def score_range(widths):
+    """What the integer scores of labels of these widths differ by, at most."""
+    return sum(dims * (2**bits - 1) for dims, bits in widths) * 127
 
 
 def nvidia(tensor):
@@ -1273,9 +1283,9 @@ class Workspace:
     Nothing in it carries over from call to call: a new prompt, another length or batch row start clean.
     """
 
-    def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None, segments=None, placers=None):
-        """config: DSConfig, or None for dense decode alone. splits, segments, placers: programs that share a row's tokens in
-        attend (at most) and in emit, and its list in choose, if it is long; powers of two."""
+    def __init__(self, B, HQ, HKV, D, S, device, config=None, window=None, splits=None, segments=None):
+        """config: DSConfig, or None for dense decode alone. splits, segments: programs that share a row's tokens in attend (at
+        most) and in emit; powers of two."""
         def scratch(*shape, dtype=torch.int32):
             return torch.empty(*shape, dtype=dtype, device=device)
 
@@ -1299,27 +1309,28 @@ class Workspace:
             self.entries = scratch(R, triton.cdiv(S, self.block) * self.block, dtype=torch.int64)
             self.counts, self.before = scratch(R, self.blocks), scratch(R, self.blocks)
             max_tokens = config.budget(S if window is None else min(S, window))
-            self.share_list(R, triton.next_power_of_2(max_tokens * 7 // 4), placers)
-            finest = sum(dims * (2**bits - 1) for dims, bits in self.widths) * 127  # what integer scores may differ by
-            self.step = max(0, finest.bit_length() - 12)
+            self.plan_choose(R, triton.next_power_of_2(max_tokens * 7 // 4))
+            # 31 steps of 2**log_step from the bracket up reach the n-th score, of random and of real rows (notes-attention.md)
+            self.log_step = max(0, score_range(self.widths).bit_length() - 12)
             self.board = scratch(R, 2, self.placers, SHARED_BINS.value, dtype=torch.int64)
-            # whether attend may begin with a row while others are still being chosen: with few rows, or not many and long lists,
-            # it gave nothing
+            # whether attend may begin with a row while others are still being chosen, as the one program that chooses it says: with
+            # few rows, or not many and long lists, it gave nothing
             self.announced = R >= FEW_ROWS and (self.tile == TILE or R > MANY_ROWS) and not self.share and pdl(self.lower)
             self.longest = 4 * max_tokens  # candidates searched in memory
             self.long_entries = scratch(R, self.longest, dtype=torch.int64)
             self.indices = scratch(B, HKV, max_tokens)
 
-    def share_list(self, R, candidates, placers):
-        """How many candidates one program of choose has in registers, how many programs share a longer list, and how many of its
-        candidates each of them has; 0: none does."""
-        most = 2 * TILE if R > MANY_ROWS else MAX_TILE
+    def plan_choose(self, R, candidates):
+        """Sets how many candidates of a row one program of choose has in registers (tile), and how many programs share a longer
+        list and have how many of it each (placers, share; 0: none do). What is longer than that is searched in memory."""
+        most = MAX_TILE if R <= MANY_ROWS else 2 * TILE
         self.tile, self.placers, self.share = min(max(TILE, candidates), most), 1, 0
-        # they wait for each other: in the interpreter programs run one after the other
-        if placers or (nvidia(self.lower) and self.segments > 1 and candidates > (TILE if R <= FEW_ROWS // 2 else most)):
-            by_list = max(1, candidates // TILE * 2), max(1, candidates // TILE // 2)
-            self.placers = placers or min(MAX_PLACERS, by_list[0], max(by_list[1], SHARING // triton.next_power_of_2(R)))
-            self.tile, self.share = TILE, max(16, candidates // self.placers)
+        # programs that share wait for each other: the interpreter runs one after the other
+        if self.segments > 1 and candidates > (2 * TILE if R <= FEW_ROWS // 2 else most) and nvidia(self.lower):
+            at_a_time = torch.cuda.get_device_properties(self.lower.device).multi_processor_count
+            least, enough = candidates // (2 * TILE), 2 * candidates // TILE
+            self.placers = min(max(SHARING // triton.next_power_of_2(R), least), enough, 1 << at_a_time.bit_length() - 1, MAX_PLACERS)
+            self.tile, self.share = TILE, min(candidates // self.placers, MAX_TILE)
 
 
 @dataclass
@@ -1340,7 +1351,8 @@ class Selection:
         widths = self.label_map.widths
         assert widths == self.config.widths(self.q.shape[2]), "a label map of other widths"
         assert self.q.stride(2) == self.labels.stride(3) == 1
-        assert sum(dims * (2**bits - 1) for dims, bits in widths) * 127 < 2**30, f"{widths_name(widths)}: overflow the scores"
+        assert score_range(widths) < 2**30, f"{widths_name(widths)}: overflow the scores"
+        assert not (self.announced and self.workspace.share), "several programs choose a row: none knows when it is chosen"
         B, HKV, W, S = self.labels.shape
         assert (B, self.q.shape[1], HKV, self.q.shape[2], S) == self.workspace.shape, "a workspace of another shape"
         assert widths == self.workspace.widths, "a workspace for labels of other widths"
@@ -1369,8 +1381,9 @@ class Selection:
         self.launch(self.workspace.segments, emit=True, num_warps=num_warps)
 
     def choose(self, num_warps=None):
-        """Exactly n of them, into workspace.indices."""
-        ws, per_warp = self.workspace, 256 if self.rows <= MANY_ROWS else 512  # few rows leave multiprocessors idle: more warps to each
+        """Exactly n of them, into workspace.indices; once after each bracket."""
+        ws = self.workspace
+        per_warp = 256 if self.rows <= MANY_ROWS else 512  # few rows leave multiprocessors idle: more warps to each
         self.launch(ws.placers, choose=True, num_warps=num_warps or (8 if ws.share else max(1, min(16, ws.tile // per_warp))))
 
     def readable_tokens(self):
@@ -1387,14 +1400,15 @@ class Selection:
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
             self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.rest, ws.query, ws.lower, ws.peak,
-            ws.weights, ws.needed, ws.entries, ws.board, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2],
-            *self.labels.stride()[:3], S, self.readable_tokens(), ws.longest, ws.indices.shape[2],
+            ws.weights, ws.needed, ws.entries, ws.board, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen,
+            *self.q.stride()[:2], *self.labels.stride()[:3], S, self.readable_tokens(), ws.longest, ws.indices.shape[2],
             NO_WINDOW if self.window is None else self.window, c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink,
             c.recent, c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV, G, 1 if c.pool == "mean" else G, D,
             triton.next_power_of_2(D), W, m.widths, SAMPLE, RUN, MARGIN, ws.block,
             ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose,
-            PLACERS=ws.placers, SHARE=ws.share, STEP=ws.step, TILE=TILE, TIERS=max(1, (ws.tile // TILE).bit_length()), TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, TAIL=c.tail,
-            MEAN_BLOCK=MEAN_BLOCK, PTX=self.nvidia, PDL=self.overlapped, ANNOUNCE=choose and self.announced, num_warps=num_warps,
+            PLACERS=ws.placers, SHARE=ws.share, LOG_STEP=ws.log_step, TILE=TILE, TIERS=max(1, (ws.tile // TILE).bit_length()),
+            TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, TAIL=c.tail, MEAN_BLOCK=MEAN_BLOCK, PTX=self.nvidia,
+            PDL=self.overlapped, ANNOUNCE=choose and self.announced, num_warps=num_warps,
             enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
             **limits, **(dict(launch_pdl=True) if self.overlapped else {}))
 

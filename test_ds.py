@@ -277,18 +277,18 @@ def check_selection(p, rest_within=0.1):
 def launched(how, monkeypatch):
     """The ways to launch a selection: three stages; lists of more than 64 shared by four programs a row, of which the interpreter
     can run but one ("shared"); all in one program ("fused"); lists of more than 512 searched in memory."""
-    if how in ("shared", "fused"):
-        more = dict(placers=4 if GPU else 1) if how == "shared" else dict(segments=1)
-        monkeypatch.setattr(ds, "Workspace", partial(ds.Workspace, **more))
-    if how == "shared":
-        monkeypatch.setattr(ds, "TILE", 64)
-    if how == "in-memory":
-        monkeypatch.setattr(ds, "TILE", 256)
-        monkeypatch.setattr(ds.Workspace, "share_list", lambda ws, *_: vars(ws).update(tile=512, placers=1, share=0))
+    if how == "fused":
+        monkeypatch.setattr(ds, "Workspace", partial(ds.Workspace, segments=1))
+    if how in ("shared", "in-memory"):
+        placers = 4 if GPU else 1
+        tile, plan = {"shared": (64, dict(tile=64, placers=placers, share=2048 // placers)),
+                      "in-memory": (256, dict(tile=512, placers=1, share=0))}[how]
+        monkeypatch.setattr(ds, "TILE", tile)
+        monkeypatch.setattr(ds.Workspace, "plan_choose", lambda workspace, *_: vars(workspace).update(plan))
 
 
 @cases
-@pytest.mark.parametrize("how", ["shared", "fused"])
+@pytest.mark.parametrize("how", ["staged", "shared", "fused"])
 def test_kernel_selection_equals_reference(case, how, monkeypatch):
     launched(how, monkeypatch)
     assert check_selection(Problem(case)) > 0.99
@@ -486,7 +486,8 @@ def test_lists_of_all_lengths_are_searched(tile, monkeypatch):
 
 
 @pytest.mark.skipif(not GPU, reason="programs that wait for each other need a GPU")
-@pytest.mark.parametrize("B, HKV, S, placers, bits", [(1, 3, 140_000, 32, 4), (2, 16, 70_000, 8, "8x4,48x2"), (2, 2, 70_000, 16, 16)])
+@pytest.mark.parametrize("B, HKV, S, placers, bits",
+                         [(1, 3, 140_000, 32, 4), (2, 16, 70_000, 8, "8x4,48x2"), (2, 2, 70_000, 16, 16)])
 def test_long_lists_are_shared_by_programs(B, HKV, S, placers, bits):
     """As many as the shape asks for, steps of all lengths back to back in one graph."""
     p = Problem(shapes(B=B, HQ=HKV, HKV=HKV, S=S, C=8 if bits == 16 else 32, bits=bits, dtype=torch.bfloat16))
@@ -496,20 +497,42 @@ def test_long_lists_are_shared_by_programs(B, HKV, S, placers, bits):
                for n in (S, S - 1, 3000, S // 2, 20_000, S)]
 
     def run():
-        return [tuple(x.clone() for x in ds.select(p.q, p.labels, p.map, lens, p.config, workspace=workspace)[:2]) for lens in lengths]
+        found = []
+        for lens in lengths:
+            workspace.indices.fill_(-7)
+            found.append([x.clone() for x in ds.select(p.q, p.labels, p.map, lens, p.config, workspace=workspace)[:2]])
+        return found
 
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run()
     for _ in range(20):
-        for indices, _ in found:
-            indices.fill_(-7)
         graph.replay()
         for lens, (indices, n_tokens) in zip(lengths, found):
             p.seq_lens, p.n_tokens = lens, ds.per_head(p.config.budget(lens), HKV)
             assert torch.equal(n_tokens, p.n_tokens)
             check_exact(p, indices)
+
+
+def test_programs_that_choose_are_planned(monkeypatch):
+    """They have room for the list, run at a time, and announce nothing; where one program does all it does not wait for others."""
+    for name in ("nvidia", "pdl"):
+        monkeypatch.setattr(ds, name, lambda tensor: True)
+    monkeypatch.setattr(ds, "PROGRAMS", 1024)
+    shared = set()
+    for multiprocessors in (132, 20):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=multiprocessors))
+        for rows, S, segments in itertools.product((1, 32, 60, 128, 300), (1000, 16_384, 131_072, 2**20), (None, 1)):
+            plan = ds.Workspace(1, rows, rows, 64, S, torch.device("meta"), DSConfig(), segments=segments)
+            if plan.share:
+                assert plan.segments > 1 and 1 < plan.placers <= multiprocessors and not plan.announced
+                assert plan.tile == ds.TILE and S / 16 * 1.75 <= plan.placers * plan.share and plan.share <= ds.MAX_TILE
+                assert plan.placers & (plan.placers - 1) == plan.share & (plan.share - 1) == 0, "no powers of two"
+                shared.add((rows, S))
+            else:
+                assert plan.placers == 1 and (plan.segments == 1 or S / 16 * 1.75 <= plan.tile)
+    assert shared == {(rows, S) for rows in (1, 32, 60, 128, 300) for S in (131_072, 2**20)} - {(128, 131_072)}
 
 
 def check_exact(p, indices):
