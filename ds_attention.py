@@ -1258,7 +1258,7 @@ MAX_TILE = 16384
 FEW_ROWS = 128  # up to so many leave multiprocessors idle; up to half of it several programs share a row's list
 MANY_ROWS = 256  # with more, programs are small, and search lists of up to 2 * TILE in registers
 SHARING = 256  # programs of choose, where several share a list, of TILE / 2 to 2 * TILE candidates each
-MAX_PLACERS = 32  # of a row
+MAX_PLACERS = 32  # of these to a row
 PROGRAMS = 1024  # that fill the GPU: fewer rows are shared by so many
 FUSED_ROWS = 512  # from here on one program a row fills the GPU: one launch selects
 
@@ -1327,9 +1327,10 @@ class Workspace:
         self.tile, self.placers, self.share = min(max(TILE, candidates), most), 1, 0
         # programs that share wait for each other: the interpreter runs one after the other
         if self.segments > 1 and candidates > (2 * TILE if R <= FEW_ROWS // 2 else most) and nvidia(self.lower):
-            at_a_time = torch.cuda.get_device_properties(self.lower.device).multi_processor_count
+            multiprocessors = torch.cuda.get_device_properties(self.lower.device).multi_processor_count
+            at_a_time = min(MAX_PLACERS, 1 << multiprocessors.bit_length() - 1)
             least, enough = candidates // (2 * TILE), 2 * candidates // TILE
-            self.placers = min(max(SHARING // triton.next_power_of_2(R), least), enough, 1 << at_a_time.bit_length() - 1, MAX_PLACERS)
+            self.placers = min(max(SHARING // triton.next_power_of_2(R), least), enough, at_a_time)
             self.tile, self.share = TILE, min(candidates // self.placers, MAX_TILE)
 
 
