@@ -1131,7 +1131,7 @@ def _choose(labels, query, needs, entries, board, counts, before, long_entries, 
                          indices, BLOCK_S, LOG_BLOCKS, TOP_P, TAIL, TILE << i)
     too_long = groups * 4 > TILE << (TIERS - 1)
     if SHARE:
-        THREADS: tl.constexpr = TILE_LONG // 8
+        THREADS: tl.constexpr = TILE_LONG // 8  # TILE_LONG: 8 candidates to a thread
         LANES: tl.constexpr = THREADS // SHARED_BINS if THREADS > PLACERS * SHARED_BINS else PLACERS
         if too_long & (groups * 4 <= SHARE * PLACERS) & (not missed):
             _take_shared(entries, board, counts, before, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest,
