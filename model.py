@@ -35,13 +35,14 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "
 # and so do we: a sliding_window under llama, for one, changes nothing.
 _SHARED_DEFAULTS = dict(
     hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, head_dim=None, hidden_act="silu",
-    rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, eos_token_id=2, bos_token_id=1)
+    rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, bos_token_id=1,
+    eos_token_id=None)  # where config.json names none, transformers' generation has none
 _MISTRAL_DEFAULTS = _SHARED_DEFAULTS | dict(
     vocab_size=32000, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072,
     sliding_window=4096)
 _QWEN_DEFAULTS = _SHARED_DEFAULTS | dict(
     vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
-    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None, eos_token_id=None,
+    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None,
     bos_token_id=None)
 DEFAULTS = {
     "llama": _SHARED_DEFAULTS | dict(
