@@ -237,6 +237,8 @@ PRESETS = {
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 131072, 128256, rope_theta=500000.0, bos_id=128000, eos_ids=(128001,),
                            rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+    "Qwen2.5-7B": _llama(3584, 18944, 28, 28, 4, 131072, 152064, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
+    "Qwen3-8B": _llama(4096, 12288, 36, 32, 8, 40960, 151936, norm_eps=1e-6, rope_theta=1e6, qk_norm=True),
 }
 
 # ---------------------------------------------------------------- rotary embedding

@@ -1199,7 +1199,8 @@ def test_presets_have_the_published_sizes():
     """Billions of parameters of the published checkpoints, embeddings included."""
     sizes = {name: sum(math.prod(s) for s in parameter_shapes(config).values()) / 1e9 for name, config in PRESETS.items()}
     published = {"Llama-7B": 6.738, "Llama-2-7B": 6.738, "Llama-2-70B": 68.977, "Vicuna-7B-v1.5-16K": 6.738,
-                 "Mistral-7B-v0.1": 7.242, "Mixtral-8x7B-v0.1": 46.703, "Llama-3.1-8B": 8.030}
+                 "Mistral-7B-v0.1": 7.242, "Mixtral-8x7B-v0.1": 46.703, "Llama-3.1-8B": 8.030, "Qwen2.5-7B": 7.616,
+                 "Qwen3-8B": 8.191}
     assert sizes == pytest.approx(published, abs=1e-3)
 
 
