@@ -1,4 +1,4 @@
-"""Converts a Hugging Face checkpoint (Llama, Mistral, Mixtral) to ours: one model.safetensors with fused tensors.
+"""Converts a Hugging Face checkpoint (Llama, Mistral, Mixtral, Qwen2, Qwen3) to ours: one model.safetensors with fused tensors.
 
 Usage:
     python convert_hf.py /models/Llama-2-7b-hf checkpoints/llama-2-7b
@@ -15,6 +15,7 @@ import math
 import pickle
 import shutil
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from model import ArgumentParser, ModelConfig, open_tensors, parameter_shapes, run_command
+from model import (
+    ArgumentParser, ModelConfig, ignored_keys, open_tensors, parameter_shapes, read_json, run_command
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -102,6 +105,13 @@ def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, t
         pieces[f"{ours}.attn.wqkv.weight"] = {f"{hf}.self_attn.q_proj.weight": (q_rows, dim),
                                               f"{hf}.self_attn.k_proj.weight": (kv_rows, dim),
                                               f"{hf}.self_attn.v_proj.weight": (kv_rows, dim)}
+        if config.qkv_bias:
+            pieces[f"{ours}.attn.wqkv.bias"] = {f"{hf}.self_attn.q_proj.bias": (q_rows,),
+                                                f"{hf}.self_attn.k_proj.bias": (kv_rows,),
+                                                f"{hf}.self_attn.v_proj.bias": (kv_rows,)}
+        if config.qk_norm:
+            for norm in ("q_norm", "k_norm"):
+                pieces[f"{ours}.attn.{norm}.weight"] = {f"{hf}.self_attn.{norm}.weight": (config.head_dim,)}
         pieces[f"{ours}.attn.wo.weight"] = {f"{hf}.self_attn.o_proj.weight": (dim, q_rows)}
         pieces[f"{ours}.ffn_norm.weight"] = {f"{hf}.post_attention_layernorm.weight": (dim,)}
         if E == 0:
@@ -208,6 +218,8 @@ def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Pat
     if not (hf_dir / "config.json").is_file():
         raise ValueError(f"{source}: no config.json: not a Hugging Face checkpoint")
     config = ModelConfig.from_file(hf_dir / "config.json")  # before the weights are downloaded
+    if ignored := ignored_keys(read_json(hf_dir / "config.json")):
+        print(f"{source}: config.json has keys that change nothing here: {', '.join(ignored)}", file=sys.stderr)
     hf_dir = hf_dir_of(source, COPIED_FILES + ["model*.safetensors", "model.safetensors.index.json"])
     if not any(hf_dir.glob("model*.safetensors")):
         hf_dir = hf_dir_of(source, COPIED_FILES + ["pytorch_model*.bin", "pytorch_model.bin.index.json"])

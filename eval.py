@@ -353,7 +353,7 @@ class Decoder:
         ids = torch.tensor(tokens, device=self.model.device)
         for first, part in zip(range(0, len(tokens), self.rows), ids.split(self.rows)):
             T = len(part)
-            window = self.model.config.sliding_window or self.length + T
+            window = self.model.config.longest_window or self.length + T
             self.live += sum(min(live, window) for live in range(self.length + 1, self.length + T + 1))
             self.length += T
             self.decoded += T
@@ -834,7 +834,7 @@ class Evaluation:
     def unfit(self, method, budget):
         """Why a setting cannot be measured, or None."""
         ds = parse_budget(budget, self.ds or DSConfig()) if budget else self.ds
-        return METHODS[parse_method(method)[0]].unfit(ds, self.model.config.sliding_window)
+        return METHODS[parse_method(method)[0]].unfit(ds, self.model.config.longest_window)
 
     def configured(self, method, budget):
         """(DSConfig, label maps, what a row says of them) of a setting; Nones for dense."""

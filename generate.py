@@ -553,7 +553,7 @@ def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
     if max_seq_length and max_seq_length <= longest:
         raise ValueError(f"max_seq_length={max_seq_length}: must be more than the {longest} tokens of the longest prompt")
     total = min(wanted, max_seq_length or wanted)
-    live = min(total, config.sliding_window or total)
+    live = min(total, config.longest_window or total)
     if ds is not None and not ds.sparse_at(live):
         least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"the least budget, {ds.min_tokens} tokens,"
         why = f"{least} is no less" if ds.budget(live) >= live else f"dense_below={ds.dense_below} is more"

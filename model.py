@@ -1,6 +1,6 @@
 """The transformer of the Llama family, with a static cache that a decode step reads dense or sparse.
 
-Llama 1/2/3, Vicuna, Mistral and Mixtral. Shapes follow the key at the top of ds_attention.py; `dim` is the model's
+Llama 1/2/3, SmolLM, Vicuna, Mistral, Mixtral, Qwen2/2.5 and Qwen3. Shapes follow the key at the top of ds_attention.py; `dim` is the model's
 width. Three ways through the same blocks:
   forward        whole sequences without a cache: training
   prefill        a prompt into the cache, layer by layer and in chunks, dense causal attention
@@ -29,16 +29,38 @@ from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode,
 
 # ---------------------------------------------------------------- configuration
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral"}
-# Keys of a Hugging Face config.json with no effect on inference ...
-IGNORED_KEYS = set(
-    "_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache initializer_range "
-    "pretraining_tp attention_dropout output_router_logits router_aux_loss_coef router_jitter_noise pad_token_id "
-    "return_dict output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder problem_type "
-    "id2label label2id max_sequence_length torchscript add_cross_attention tie_encoder_decoder cross_attention_hidden_size "
-    "unsloth_version _attn_implementation_autoset".split())
-# ... and those that must have the one value that is implemented.
-REQUIRED_VALUES = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral",
+                 "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+# What transformers takes where a config.json lacks a key, by model_type. It reads these keys alone,
+# and so do we: a sliding_window under llama, for one, changes nothing.
+_SHARED_DEFAULTS = dict(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, head_dim=None, hidden_act="silu",
+    rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, bos_token_id=1,
+    eos_token_id=None)  # where config.json names none, transformers' generation has none
+_MISTRAL_DEFAULTS = _SHARED_DEFAULTS | dict(
+    vocab_size=32000, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072,
+    sliding_window=4096)
+_QWEN_DEFAULTS = _SHARED_DEFAULTS | dict(
+    vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
+    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None,
+    bos_token_id=None)
+DEFAULTS = {
+    "llama": _SHARED_DEFAULTS | dict(
+        vocab_size=32000, intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048,
+        attention_bias=False, mlp_bias=False),
+    "mistral": _MISTRAL_DEFAULTS,
+    "mixtral": _MISTRAL_DEFAULTS | dict(
+        sliding_window=None, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
+    "qwen2": _QWEN_DEFAULTS,
+    "qwen3": _QWEN_DEFAULTS | dict(head_dim=128, attention_bias=False),
+}
+# Of keys that are read, those that must have a value that is implemented.
+REQUIRED_VALUES = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None), "mlp_bias": (False, None)}
+# Keys that are read elsewhere, or have no effect on inference: not worth a word.
+SILENT_KEYS = set(
+    "architectures model_type rope_scaling rope_parameters quantization_config auto_map _name_or_path torch_dtype dtype "
+    "transformers_version use_cache initializer_range pretraining_tp attention_dropout output_router_logits pad_token_id "
+    "router_aux_loss_coef router_jitter_noise unk_token_id max_sequence_length torchscript".split())
 
 
 @dataclass(frozen=True)
@@ -55,23 +77,37 @@ class ModelConfig:
     max_positions: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ..., ...}
+    rope_scaling: dict | None = None  # {"rope_type": of ROPE_SCALINGS, "factor": ..., ...}
     sliding_window: int | None = None  # tokens, the query's own included
+    full_layers: tuple[int, ...] = ()  # layers to which it does not apply
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head's q and k, before RoPE
     n_experts: int = 0  # 0: a dense feed-forward
     experts_per_token: int = 0
     bos_id: int | None = 1
     eos_ids: tuple[int, ...] = (2,)
 
+    def window(self, layer):
+        """The sliding window of a layer, or None."""
+        return None if layer in self.full_layers else self.sliding_window
+
+    @property
+    def longest_window(self):
+        """The most tokens that any layer looks back over, or None for all."""
+        return None if self.full_layers else self.sliding_window
+
     @staticmethod
     def from_file(path):
-        """Reads config.json. Raises ValueError for another architecture, an unknown key or an unsupported value."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: not a JSON object")
+        """Reads config.json, and the end tokens of a generation_config.json beside it, which come first, as in transformers.
+
+        Raises ValueError, naming the file, for what from_dict refuses.
+        """
+        path = Path(path)
+        content = read_json(path)
+        generation = path.with_name("generation_config.json")
+        if generation.is_file():
+            content |= {"eos_token_id": read_json(generation).get("eos_token_id")}
         try:
             return ModelConfig.from_dict(content)
         except ValueError as error:
@@ -79,42 +115,33 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(content):
-        """content: a Hugging Face config, in the hub's older form or in that of transformers 5 (rope_parameters)."""
-        c = dict(content)
-        architecture = (c.get("architectures") or ["none"])[0]
-        if architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture {architecture}: must be one of {', '.join(ARCHITECTURES)}")
-        for key, value in REQUIRED_VALUES.items():
-            if c.pop(key, value) != value:
-                raise ValueError(f"{key}={content[key]}: only {value} is implemented")
-        rope = dict(c.pop("rope_parameters", None) or c.pop("rope_scaling", None) or {})
-        c.pop("rope_scaling", None)
-        rope_theta = rope.pop("rope_theta", None) or c.get("rope_theta", 10000.0)
-        kind = rope.pop("type", None)
-        rope["rope_type"] = rope.get("rope_type", kind) or "default"
-        if rope["rope_type"] not in ROPE_SCALINGS:
-            raise ValueError(f"rope_type={rope['rope_type']}: must be one of {', '.join(ROPE_SCALINGS)}")
-        c.pop("rope_theta", None)
+        """content: a Hugging Face config, in the hub's older form or in that of transformers 5 (rope_parameters).
+
+        Raises ValueError for another architecture, and for what would change the result and is not implemented.
+        """
+        model_type = _model_type(content)
+        c = DEFAULTS[model_type] | {key: content[key] for key in content if key in DEFAULTS[model_type]}
+        for key, values in REQUIRED_VALUES.items():
+            if c.get(key, values[0]) not in values:
+                raise ValueError(f"{key}={c[key]}: only {values[0]} is implemented")
         try:
-            heads = c.pop("num_attention_heads")
-            dim = c.pop("hidden_size")
-            positions = c.pop("max_position_embeddings")
-            if rope["rope_type"] == "linear":  # positions are squeezed: that many times the trained length is addressed
-                positions = c.get("max_sequence_length") or int(positions * rope["factor"])
-            eos = c.pop("eos_token_id", 2)
+            heads, dim = c["num_attention_heads"], c["hidden_size"]
+            theta, scaling, positions = _read_rope(c, content)
+            window, full_layers = _read_windows(c)
+            eos = c["eos_token_id"]
             config = ModelConfig(
-                dim=dim, n_layers=c.pop("num_hidden_layers"), n_heads=heads,
-                n_kv_heads=c.pop("num_key_value_heads", None) or heads, head_dim=c.pop("head_dim", None) or dim // heads,
-                ffn_dim=c.pop("intermediate_size"), vocab_size=c.pop("vocab_size"), max_positions=positions,
-                norm_eps=c.pop("rms_norm_eps", 1e-6), rope_theta=float(rope_theta),
-                rope_scaling=None if rope["rope_type"] == "default" else rope, sliding_window=c.pop("sliding_window", None),
-                tie_embeddings=bool(c.pop("tie_word_embeddings", False)), n_experts=c.pop("num_local_experts", 0),
-                experts_per_token=c.pop("num_experts_per_tok", 0), bos_id=c.pop("bos_token_id", 1),
+                dim=dim, n_layers=c["num_hidden_layers"], n_heads=heads,
+                n_kv_heads=c["num_key_value_heads"] or heads, head_dim=c["head_dim"] or dim // heads,
+                ffn_dim=c["intermediate_size"], vocab_size=c["vocab_size"], max_positions=positions,
+                norm_eps=c["rms_norm_eps"], rope_theta=theta, rope_scaling=scaling, sliding_window=window,
+                full_layers=full_layers, tie_embeddings=bool(c["tie_word_embeddings"]), qkv_bias=model_type == "qwen2",
+                qk_norm=model_type == "qwen3", n_experts=c.get("num_local_experts", 0),
+                experts_per_token=c.get("num_experts_per_tok", 0), bos_id=c["bos_token_id"],
                 eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
             rope_frequencies(config)
         except KeyError as error:
             raise ValueError(f"missing key {error}") from None
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"a key has a value of the wrong type ({error})") from None
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_positions"):
             value = getattr(config, name)
@@ -128,10 +155,71 @@ class ModelConfig:
             raise ValueError(f"sliding_window={config.sliding_window}: must be at least 1, or null for none")
         if config.experts_per_token > config.n_experts:
             raise ValueError(f"experts_per_token={config.experts_per_token}: must be at most n_experts={config.n_experts}")
-        unknown = sorted(set(c) - IGNORED_KEYS)
-        if unknown:
-            raise ValueError(f"unknown keys {', '.join(unknown)}: not implemented")
         return config
+
+
+def read_json(path):
+    """A JSON file's object. Raises ValueError naming a file that is something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def ignored_keys(content):
+    """Keys of a Hugging Face config that are not read and might mean something."""
+    return sorted(set(content) - set(DEFAULTS[_model_type(content)]) - SILENT_KEYS)
+
+
+def _model_type(content):
+    """A key of DEFAULTS. Raises ValueError for what is not implemented as a whole."""
+    names = content.get("architectures") or ["none"]
+    model_type = content.get("model_type") or ARCHITECTURES.get(names[0])
+    if model_type not in DEFAULTS:
+        raise ValueError(f"architecture {names[0]} (model_type {content.get('model_type')}): must be one of "
+                         f"{', '.join(ARCHITECTURES)}")
+    quantization = content.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"quantization_config: weights quantised by {method} are not implemented; take the model's 16-bit "
+                         "weights, or a GGUF file")
+    if content.get("auto_map"):
+        raise ValueError("auto_map: the model brings code of its own, which is never run")
+    return model_type
+
+
+def _read_rope(c, content):
+    """(theta, scaling or None, trained positions) of a config; c: with the defaults, content: as it is written."""
+    rope = dict(content.get("rope_scaling") or content.get("rope_parameters") or {})
+    theta = float(rope.pop("rope_theta", None) or c["rope_theta"])
+    kind = rope.pop("type", "default")
+    rope.setdefault("rope_type", kind)
+    if rope["rope_type"] not in ROPE_SCALINGS or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"rope_type={rope['rope_type']}: must be one of {', '.join(ROPE_SCALINGS)}, for all layers")
+    if rope.pop("partial_rotary_factor", 1) != 1:
+        raise ValueError("partial_rotary_factor: only 1 is implemented")
+    positions = c["max_position_embeddings"]
+    rope.setdefault("original_max_position_embeddings", positions)
+    if rope["rope_type"] == "linear":  # Vicuna's name for what the squeezed positions make room for
+        positions = max(positions, content.get("max_sequence_length") or 0)
+    return theta, None if rope["rope_type"] == "default" else rope, positions
+
+
+def _read_windows(c):
+    """(sliding window or None, layers without it) of a config with its defaults."""
+    if "layer_types" not in c:  # all layers alike
+        return c.get("sliding_window"), ()
+    if not c["use_sliding_window"] or c["sliding_window"] is None:
+        return None, ()
+    L, first = c["num_hidden_layers"], c["max_window_layers"]
+    types = c["layer_types"] or ["sliding_attention" if i >= first else "full_attention" for i in range(L)]
+    if len(types) != L or not {"sliding_attention", "full_attention"}.issuperset(types):
+        raise ValueError(f"layer_types={types}: must name sliding_attention or full_attention for each of {L} layers")
+    full_layers = tuple(i for i, name in enumerate(types) if name == "full_attention")
+    return (None, ()) if len(full_layers) == L else (c["sliding_window"], full_layers)
 
 
 def _llama(dim, ffn_dim, n_layers, n_heads, n_kv_heads, max_positions, vocab_size=32000, **more):
@@ -149,6 +237,8 @@ PRESETS = {
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 131072, 128256, rope_theta=500000.0, bos_id=128000, eos_ids=(128001,),
                            rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+    "Qwen2.5-7B": _llama(3584, 18944, 28, 28, 4, 131072, 152064, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
+    "Qwen3-8B": _llama(4096, 12288, 36, 32, 8, 40960, 151936, norm_eps=1e-6, rope_theta=1e6, qk_norm=True),
 }
 
 # ---------------------------------------------------------------- rotary embedding
@@ -164,7 +254,9 @@ def _llama3_frequencies(frequencies, scaling):
 
 ROPE_SCALINGS = {
     "default": lambda frequencies, scaling: frequencies,
+    "dynamic": lambda frequencies, scaling: frequencies,  # they change past the trained length alone, where we do not go
     "linear": lambda frequencies, scaling: frequencies / scaling["factor"],
+    "factors": lambda frequencies, scaling: frequencies / torch.tensor(scaling["factors"], device="cpu"),  # GGUF's rope_freqs
     "llama3": _llama3_frequencies,
 }
 
@@ -242,14 +334,14 @@ class KVCache:
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None):
         """ds: None for dense; label_maps: one LabelMap per layer, needed from ds.dense_layers on."""
         B, HKV, S, D = batch, config.n_kv_heads, max_seq_length, config.head_dim
-        self.max_seq_length, self.window, self.ds = S, config.sliding_window, ds
+        self.max_seq_length, self.window, self.ds = S, config.longest_window, ds
         self.seq_lens = torch.zeros(B, dtype=torch.int32, device=device)
         self.layers = []
         workspace = None
         if torch.device(device).type != "cpu":
-            workspace = Workspace(B, config.n_heads, HKV, D, S, device, ds, config.sliding_window)
+            workspace = Workspace(B, config.n_heads, HKV, D, S, device, ds, config.longest_window)
         for i in range(config.n_layers):
-            settings = dict(window=config.sliding_window, workspace=workspace)
+            settings = dict(window=config.window(i), workspace=workspace)
             if ds is not None and i >= ds.dense_layers:
                 padded = -(-S // 16) * 16  # each row of label words starts aligned: four are loaded at once
                 labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32, device=device)[..., :S]
@@ -307,8 +399,8 @@ class KVCache:
         """Bytes of cache that decode steps read at these live lengths, an int64 tensor, with top_p at most: (as configured, if
         dense)."""
         dense = sparse = 0
-        live = lengths if self.window is None else lengths.clamp(max=self.window)
         for layer in self.layers:
+            live = lengths if layer.window is None else lengths.clamp(max=layer.window)
             HKV, S, _, D = layer.kv.shape[1:]
             token = HKV * 2 * D * layer.kv.element_size()
             dense += live.sum().item() * token
@@ -338,13 +430,14 @@ def _prefetch(rows, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV, kv_sb,
-                   kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-                   UPCAST: tl.constexpr, PDL: tl.constexpr):
+def _linear_kernel(x, w, out, squares, gain, scaled, bias, q_gain, k_gain, cos, sin, seq_lens, kv, B, N, K, half, parts,
+                   launch_at, HQ, HKV, kv_sb, kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, NORM_PAIRS: tl.constexpr,
+                   STAGES: tl.constexpr, PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
     """x [B, K] times w [rows, K], then an epilogue: see the methods of Residual. A program owns BLOCK_N of N outputs, all of K.
 
-    "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie `half` apart.
+    "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie `half` apart. NORM_PAIRS: `half`, where
+    q and k are normed by head; a program then has whole heads.
     """
     PAIR: tl.constexpr = EPILOGUE == "silu" or EPILOGUE == "rope"
     NORM: tl.constexpr = EPILOGUE != "residual"
@@ -376,6 +469,13 @@ def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, 
         angle = b[None, :] * half + channel[:, None]
         c, s = tl.load(cos + angle, mask=turned, other=1.0), tl.load(sin + angle, mask=turned, other=0.0)
         position = tl.load(seq_lens + b, mask=mask_b, other=1) - 1
+        if bias is not None:
+            bias_1 = tl.load(bias + row).to(tl.float32)[:, None]
+            bias_2 = tl.load(bias + row + half).to(tl.float32)[:, None]
+        if NORM_PAIRS:
+            to_gain = tl.where(head < HQ, q_gain + channel, k_gain + channel)
+            gain_1 = tl.load(to_gain, mask=mask_n & (head < HQ + HKV), other=1.0).to(tl.float32)[:, None]
+            gain_2 = tl.load(to_gain + half, mask=mask_n & (head < HQ + HKV), other=1.0).to(tl.float32)[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     acc_2 = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -407,6 +507,14 @@ def _linear_kernel(x, w, out, squares, gain, scaled, cos, sin, seq_lens, kv, B, 
         tl.store(scaled + at, (total * gains.to(tl.float32)[:, None]).to(dtype), mask=mask)
         tl.store(squares + pid * B + b, tl.sum(tl.where(mask, total * total, 0.0), 0), mask=mask_b)
     if EPILOGUE == "rope":
+        if bias is not None:
+            acc, acc_2 = acc + bias_1, acc_2 + bias_2
+        if NORM_PAIRS:
+            SPLIT: tl.constexpr = [BLOCK_N // NORM_PAIRS, NORM_PAIRS, BLOCK_B]  # heads, pairs of channels
+            square = tl.sum(tl.reshape(acc * acc + acc_2 * acc_2, SPLIT), 1, keep_dims=True)
+            head_rstd = tl.reshape(tl.broadcast_to(tl.rsqrt(square / (2 * NORM_PAIRS) + eps), SPLIT), [BLOCK_N, BLOCK_B])
+            head_rstd = tl.where((head < HQ + HKV)[:, None], head_rstd, 1.0)
+            acc, acc_2 = acc * head_rstd * gain_1, acc_2 * head_rstd * gain_2
         first, second = (acc * c - acc_2 * s).to(dtype), (acc_2 * c + acc * s).to(dtype)
         to_q, to_kv = mask & (head < HQ)[:, None], mask & (head >= HQ)[:, None]
         at = (b[None, :] * HQ + head[:, None]) * (2 * half) + channel[:, None]
@@ -469,24 +577,27 @@ class Residual:
         F_ = weight.shape[0] // 2
         return self._linear("silu", self.scaled, weight, F_, half=F_, **tiles)
 
-    def heads(self, weight, cos, sin, kv, seq_lens, **tiles):
+    def heads(self, attn, cos, sin, kv, seq_lens, **tiles):
         """The query heads [B, HQ, D] of norm(x) after RoPE; K and V go to each row's newest position in kv [B, HKV, S, 2, D].
 
-        weight [(HQ + 2 * HKV) * D, dim]; cos, sin [B, D / 2] fp32 of the newest positions, seq_lens [B] int32 - 1.
+        attn: an Attention; cos, sin [B, D / 2] fp32 of the newest positions, seq_lens [B] int32 - 1.
         """
-        HKV, D = kv.shape[1], kv.shape[4]
-        HQ = weight.shape[0] // D - 2 * HKV
+        (HQ, HKV, _), D, weight = attn.heads, attn.head_dim, attn.wqkv.weight
         assert kv.stride(3) == D and kv.stride(4) == 1
         out = torch.empty(len(self.x), HQ, D, dtype=self.x.dtype, device=self.x.device)
-        rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV, strides=kv.stride()[:3])
+        rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV, strides=kv.stride()[:3], bias=attn.wqkv.bias)
+        if attn.q_norm is not None:
+            BLOCK_N = max(16, D // 2)
+            assert BLOCK_N % (D // 2) == 0 and BLOCK_N & (BLOCK_N - 1) == 0, f"head_dim={D}: a program has whole heads"
+            rope |= dict(NORM_PAIRS=D // 2, q_gain=attn.q_norm.weight, k_gain=attn.k_norm.weight, BLOCK_N=BLOCK_N, BLOCK_K=64)
         return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out, **rope, **tiles)
 
     def add(self, inputs, weight, gain, **tiles):
         """x += inputs [B, K] times weight [dim, K]; gain [dim]: the weight of the norm that comes next."""
         self._linear("residual", inputs, weight, weight.shape[0], out=self.x, gain=gain, **tiles)
 
-    def _linear(self, epilogue, x, weight, N, half=1, out=None, gain=None, cos=None, sin=None, seq_lens=None, kv=None, HQ=1,
-                HKV=1, strides=(0, 0, 0), **tiles):
+    def _linear(self, epilogue, x, weight, N, half=1, out=None, gain=None, bias=None, q_gain=None, k_gain=None, cos=None,
+                sin=None, seq_lens=None, kv=None, HQ=1, HKV=1, strides=(0, 0, 0), NORM_PAIRS=0, **tiles):
         B, K = x.shape
         assert x.is_contiguous() and weight.is_contiguous() and B <= self.MAX_ROWS
         tiles = _tiles(epilogue, N, K, B) | tiles
@@ -498,9 +609,10 @@ class Residual:
         launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
         overlap = pdl(x)
         _linear_kernel[(programs,)](
-            x, weight, out, self.squares, gain, None if gain is None else self.scaled, cos, sin, seq_lens, kv, B, N, K, half,
-            parts, launch_at, HQ, HKV, *strides, self.eps, EPILOGUE=epilogue, BLOCK_B=max(8, triton.next_power_of_2(B)),
-            BLOCK_P=triton.next_power_of_2(parts), UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
+            x, weight, out, self.squares, gain, None if gain is None else self.scaled, bias, q_gain, k_gain, cos, sin, seq_lens,
+            kv, B, N, K, half, parts, launch_at, HQ, HKV, *strides, self.eps, EPILOGUE=epilogue, NORM_PAIRS=NORM_PAIRS,
+            BLOCK_B=max(8, triton.next_power_of_2(B)), BLOCK_P=triton.next_power_of_2(parts),
+            UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
             PDL=overlap, **tiles, **(dict(launch_pdl=True) if overlap else {}))
         return out
 
@@ -546,24 +658,30 @@ def causal_attention(q, k, v, window=None):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
-        self.head_dim, self.window = config.head_dim, config.sliding_window
-        self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
+        self.head_dim, self.window = config.head_dim, config.window(layer)
+        self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.q_norm, self.k_norm = None, None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
 
     def project(self, x, cos, sin):
         """x [B, T, dim], normed -> q [B, HQ, T, D], k, v [B, HKV, T, D]; q and k after RoPE."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split(self.heads, 1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def queries(self, x, cos, sin, kv_heads=None):
         """As `project`, of the q alone of the first so many KV heads, or of all."""
         n = self.heads[0] // self.heads[1] * (kv_heads or self.heads[1]) * self.head_dim
-        heads = F.linear(x, self.wqkv.weight[:n]).unflatten(-1, (-1, self.head_dim))
-        return apply_rope(heads.transpose(1, 2), cos, sin)
+        bias = None if self.wqkv.bias is None else self.wqkv.bias[:n]
+        q = F.linear(x, self.wqkv.weight[:n], bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return apply_rope(q if self.q_norm is None else self.q_norm(q), cos, sin)
 
     def attend(self, q, k, v, cache=None, step=None):
         """q, k, v as from `project`, k and v going to the cache first if there is one -> [B, T, HQ, D]."""
@@ -647,10 +765,10 @@ class MoEFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.ffn = MoEFeedForward(config) if config.n_experts else FeedForward(config)
 
@@ -669,7 +787,7 @@ class Block(nn.Module):
 
     def decode(self, residual, cos, sin, cache, seq_lens, next_gain):
         """`forward` of one new token per sequence by fused kernels. next_gain: the weight of the norm after this block."""
-        q = residual.heads(self.attn.wqkv.weight, cos, sin, cache.kv, seq_lens)
+        q = residual.heads(self.attn, cos, sin, cache.kv, seq_lens)
         y = cache.decode(q, seq_lens)  # [B, HQ, D]
         residual.add(y.flatten(1), self.attn.wo.weight, self.ffn_norm.weight)
         if isinstance(self.ffn, FeedForward):
@@ -695,7 +813,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)

@@ -850,7 +850,7 @@ class OffloadCache(KVCache):
         if mode not in MODES:
             raise ValueError(f"mode={mode}: must be one of {', '.join(MODES)}")
         device, count = torch.device(device), offloaded_layers(config, ds)
-        longest = min(max_seq_length, config.sliding_window or max_seq_length)
+        longest = min(max_seq_length, config.longest_window or max_seq_length)
         budget, dense = (ds.budget(longest), min(longest, ds.dense_below)) if ds else (0, 0)
         least = max(budget, dense)
         self.resident_tokens = min(longest, resident_tokens or least)
@@ -871,7 +871,7 @@ class OffloadCache(KVCache):
         self.foresight = Foresight(choosing, fetching, [None, None], ahead)
         if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
             heads = self.ahead * config.n_heads // config.n_kv_heads
-            even = Workspace(batch, heads, self.ahead, config.head_dim, max_seq_length, device, ds, config.sliding_window)
+            even = Workspace(batch, heads, self.ahead, config.head_dim, max_seq_length, device, ds, config.longest_window)
             odd = copy(even)  # all but what comes out is scratch of one stream
             odd.indices, odd.n_tokens, odd.rest = (torch.empty_like(x) for x in (even.indices, even.n_tokens, even.rest))
             self.foresight.workspaces = [even, odd]
