@@ -53,7 +53,8 @@ from generate import (
     HERE, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
 )
 from model import (
-    ArgumentParser, KVCache, LayerCache, default_dtype, fingerprint, open_tensors, pick_device, run_command
+    ArgumentParser, KVCache, LayerCache, default_dtype, fingerprint, open_tensors, pick_device,
+    run_command
 )
 from tiny.tasks import (
     kv_answer, kv_context, kv_question, lines_answer, lines_context, lines_question, needle_answer, needle_pieces,
@@ -385,12 +386,13 @@ class Decoder:
 
 
 def text_windows(tokenizer, texts, context, limit=None):
-    """Non-overlapping windows of `context` tokens, BOS in front of each where the tokenizer has it there; short tails are
-    dropped. limit: spread evenly."""
+    """Non-overlapping windows of `context` tokens, with BOS in front where the tokenizer has one;
+    short tails are dropped. limit: spread evenly."""
     windows = []
     for text in texts:
         tokens = tokenizer.encode(text, special=False)
-        windows += [tokenizer.prefix + tokens[i : i + context] for i in range(0, len(tokens) - context + 1, context)]
+        windows += [tokenizer.prefix + tokens[i : i + context]
+                    for i in range(0, len(tokens) - context + 1, context)]
     if not windows:
         raise ValueError(f"no text of {context} tokens: give a longer --data or a smaller --context")
     if limit and limit < len(windows):
