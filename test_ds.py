@@ -3112,6 +3112,7 @@ JSON_TOKENIZERS = {
     "added-file": dict(
         whole=byte_level(), added={"<tool>": 321, "<|end|>": 320},
         special=dict(eos_token="<|end|>", additional_special_tokens=["<|user|>"])),
+    "extra": dict(whole=byte_level(), config=dict(extra_special_tokens={"end_token": "<|end|>"})),
     "spaces": dict(whole=spaces_json(), config=dict(added_tokens_decoder=ADDED)),
     "llama-class": dict(
         whole=spaces_json(), config=NAMED | dict(tokenizer_class="LlamaTokenizer")),

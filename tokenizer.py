@@ -124,9 +124,11 @@ def load_tokenizer(checkpoint, config):
     if llama or own and not config.get("legacy", True):
         set_spaces(backend, config)
 
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(more, dict):  # by name, as the others
+        config, more = config | more, []
     named = own | {name: token for name, token in config.items() if name.endswith("_token")
                    and isinstance(token, (str, dict)) and text_of(token)}
-    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     special = [*named.values(), *more]
     if "added_tokens_decoder" in config:
         by_id = {int(i): token for i, token in config["added_tokens_decoder"].items()}
