@@ -57,13 +57,16 @@ GGUF_LAYER_NAMES = {  # blk.N. and these: model.layers.N. and those; {} is the e
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.experts.{}.w1", "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
     "ffn_up_exps": "block_sparse_moe.experts.{}.w3"}
-# How text is cut before byte pairs are merged, by tokenizer.ggml.pre. GPT-2's own rule is ByteLevel's.
-_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-           r"|\s+(?!\S)|\s+")
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+_SPLIT_LLAMA3, _SPLIT_QWEN2 = (
+    [pre_tokenizers.Split(Regex(_SPLIT.replace("DIGITS", digits)), "isolated"),
+     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] for digits in ("{1,3}", ""))
+# How a byte-level tokenizer cuts text into words before it merges, by tokenizer.ggml.pre. ByteLevel's own way is GPT-2's.
 GGUF_SPLITS = {
-    "gpt-2": None, "smollm": pre_tokenizers.Digits(individual_digits=True),
-    **{name: pre_tokenizers.Split(Regex(_LLAMA3), "isolated") for name in ("llama-bpe", "llama3", "llama-v3")},
-    "qwen2": pre_tokenizers.Split(Regex(_LLAMA3.replace("{1,3}", "")), "isolated")}
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "qwen2": _SPLIT_QWEN2, "llama-bpe": _SPLIT_LLAMA3, "llama3": _SPLIT_LLAMA3, "llama-v3": _SPLIT_LLAMA3}
 
 
 def hf_dir_of(source: str | Path, patterns: list[str]) -> Path:
@@ -122,12 +125,12 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
 
 @dataclass
 class GGUFTensor:
-    """A tensor of a GGUF file, memory-mapped, in place of a torch.Tensor: `chunks` dequantises a few rows at a time."""
+    """A tensor of a GGUF file, memory-mapped, in place of a torch.Tensor: `chunks` dequantises some rows at a time."""
 
     data: np.ndarray  # [rows, what a row takes]
     dequantize: Callable
     shape: tuple[int, ...]
-    order: np.ndarray  # its rows in the order that they have in Hugging Face's tensor
+    order: np.ndarray  # of its rows in Hugging Face's tensor
     dtype = torch.float32
 
     def chunks(self) -> Iterable[torch.Tensor]:
@@ -141,19 +144,25 @@ class _Metadata(dict):
     def __missing__(self, key):
         raise ValueError(f"{key} is missing from its metadata")
 
+    def token_id(self, name: str) -> int | None:
+        """The id of a special token, or None; files of the SentencePiece kind may leave out the usual ones."""
+        usual = {"unknown": 0, "bos": 1, "eos": 2} if self["tokenizer.ggml.model"] == "llama" else {}
+        found = self.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
+        return found if found is not None and found < len(self["tokenizer.ggml.tokens"]) else None
 
-def open_gguf(path: Path) -> tuple[dict, list]:
-    """A GGUF file's metadata by key, and its tensors as the package gguf has them."""
+
+def open_gguf(path: Path) -> tuple[_Metadata, dict]:
+    """A GGUF file's metadata by key, and its tensors by name, as the package gguf has them."""
     try:
         import gguf
     except ImportError:
-        raise ValueError(f"{path}: GGUF files need one more package: pip install gguf") from None
+        raise ValueError("GGUF files need one more package: pip install gguf") from None
 
     class Reader(gguf.GGUFReader):
         def _build_tensors(self, start_offs, fields):
-            for field in fields:  # GGUFReader's own message does not say which
+            for field in fields:  # GGUFReader's own message does not name the tensor
                 if field.parts[4][0] not in list(gguf.GGMLQuantizationType):
-                    raise ValueError(f"{field.name} has quantisation {field.parts[4][0]}, unknown to this gguf")
+                    raise ValueError(f"{field.name}: quantisation number {field.parts[4][0]} is unknown to this gguf")
             super()._build_tensors(start_offs, fields)
 
     if not path.is_file():
@@ -163,167 +172,152 @@ def open_gguf(path: Path) -> tuple[dict, list]:
         metadata = _Metadata((name, field.contents()) for name, field in reader.fields.items())
     except (ValueError, LookupError) as error:
         raise ValueError(f"cannot be read: truncated, or not a GGUF file? ({error})") from None
-    if reader.byte_order != "I":
-        raise ValueError("written for machines of another byte order")
-    return metadata, reader.tensors
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError(f"part {metadata['split.no'] + 1} of {metadata['split.count']}: join them first, with"
+                         " llama.cpp's `llama-gguf-split --merge FIRST_PART OUT.gguf`")
+    if metadata["general.architecture"] not in GGUF_ARCHITECTURES:
+        raise ValueError(f"architecture {metadata['general.architecture']}: must be one of {', '.join(GGUF_ARCHITECTURES)}")
+    if metadata.get("general.type", "model") != "model" or reader.byte_order != "I":
+        raise ValueError(f"not a model in this machine's byte order, but {metadata.get('general.type')}")
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def unpack_gguf(path: Path, made: Path) -> dict[str, GGUFTensor]:
-    """Writes the small files of a Hugging Face directory to `made`; returns the tensors by Hugging Face's names."""
+    """Writes a Hugging Face directory's small files to `made`; returns the tensors by Hugging Face's names."""
     metadata, tensors = open_gguf(path)
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"part {metadata['split.no'] + 1} of {metadata['split.count']}: join them first, with"
-                         " llama.cpp's llama-gguf-split --merge FIRST_PART OUT.gguf")
-    architecture = metadata["general.architecture"]
-    if architecture not in GGUF_ARCHITECTURES:
-        raise ValueError(f"architecture {architecture}: must be one of {', '.join(GGUF_ARCHITECTURES)}")
-    by_name = {tensor.name: tensor for tensor in tensors}
-    config = gguf_config(architecture, metadata, by_name)
-    ModelConfig.from_dict(config)
-    by_name.pop("rope_freqs.weight", None)  # which config has
-    found = {}
-    for tensor in by_name.values():
-        found |= _gguf_tensors(tensor, architecture, config)
-    (made / "config.json").write_text(json.dumps(config))
+    config = gguf_config(metadata, tensors)
+    head_dim = ModelConfig.from_dict(config).head_dim
+    (made / "config.json").write_text(json.dumps(config, indent=2))
     write_gguf_tokenizer(metadata, made)
-    return found
+    interleaved = metadata["general.architecture"] == "llama"
+    return {name: found for gguf_name, tensor in tensors.items() if gguf_name != "rope_freqs.weight"
+            for name, found in _gguf_tensors(tensor, head_dim if interleaved else None)}
 
 
-def gguf_config(architecture: str, metadata: dict, tensors: dict) -> dict:
-    """A GGUF file's config.json as Hugging Face would have it."""
+def gguf_config(metadata: _Metadata, tensors: dict) -> dict:
+    """The config.json that Hugging Face would have for a GGUF file."""
     def key(name):
-        return f"{architecture}.{name}"
+        return f"{metadata['general.architecture']}.{name}"
 
     experts = metadata.get(key("expert_count"), 0)
-    class_name = "MixtralForCausalLM" if experts else GGUF_ARCHITECTURES[architecture]
+    class_name = "MixtralForCausalLM" if experts else GGUF_ARCHITECTURES[metadata["general.architecture"]]
     heads = metadata[key("attention.head_count")]
-    head_dim = metadata.get(key("attention.key_length"))
-    rotary = metadata.get(key("rope.dimension_count"), head_dim)
-    if head_dim not in (None, rotary):
+    rotary = metadata.get(key("rope.dimension_count"))
+    head_dim = metadata.get(key("attention.key_length"), rotary)
+    if rotary not in (None, head_dim):
         raise ValueError(f"RoPE over {rotary} of {head_dim} channels: only over all of them is implemented")
     kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
     config = {
         "architectures": [class_name], "model_type": class_name.removesuffix("ForCausalLM").lower(),
         "hidden_size": metadata[key("embedding_length")], "intermediate_size": metadata[key("feed_forward_length")],
         "num_hidden_layers": metadata[key("block_count")], "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get(key("attention.head_count_kv"), heads), "head_dim": rotary,
-        "max_position_embeddings": metadata[key("context_length")], "hidden_act": "silu",
+        "num_key_value_heads": metadata.get(key("attention.head_count_kv"), heads), "head_dim": head_dim,
+        "max_position_embeddings": metadata[key("context_length")],
         "rms_norm_eps": metadata[key("attention.layer_norm_rms_epsilon")],
         "rope_theta": metadata.get(key("rope.freq_base"), 10000.0), "tie_word_embeddings": "output.weight" not in tensors,
         "vocab_size": metadata.get(key("vocab_size"), len(metadata["tokenizer.ggml.tokens"])),
-        "bos_token_id": _token_id(metadata, "bos"),
-        "eos_token_id": [i for name in ("eos", "eot", "eom") if (i := _token_id(metadata, name)) is not None],
+        "bos_token_id": metadata.token_id("bos"),
+        "eos_token_id": [i for name in ("eos", "eot", "eom") if (i := metadata.token_id(name)) is not None],
         "dtype": {("F16",): "float16", ("BF16",): "bfloat16"}.get(tuple(kinds), "float32")}
     if experts:
         config |= {"num_local_experts": experts, "num_experts_per_tok": metadata[key("expert_used_count")]}
-    kind = metadata.get(key("rope.scaling.type"), "linear")
+    scaling = metadata.get(key("rope.scaling.type"), "linear")
     factor = metadata.get(key("rope.scaling.factor")) or metadata.get(key("rope.scale_linear")) or 1.0
-    if kind not in ("none", "linear"):
-        raise ValueError(f"rope scaling {kind}: only linear, and rope_freqs, are implemented")
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"rope scaling {scaling}: only linear, and factors in rope_freqs, are implemented")
     if "rope_freqs.weight" in tensors:
         config["rope_scaling"] = {"rope_type": "factors", "factors": tensors["rope_freqs.weight"].data.tolist()}
-    elif kind == "linear" and factor != 1:
+    elif scaling == "linear" and factor != 1:
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     return config
 
 
-def _gguf_tensors(tensor, architecture: str, config: dict) -> dict[str, GGUFTensor]:
-    """What Hugging Face has for a GGUF tensor: itself, or one for each of its experts."""
+def _gguf_tensors(tensor, interleaved: int | None) -> Iterable[tuple[str, GGUFTensor]]:
+    """What Hugging Face has for a GGUF tensor: one tensor, or one for each expert. interleaved: the head_dim where the rows
+    of a head's q and k lie as RoPE pairs them."""
     from gguf import dequantize
 
+    name, data, shape = GGUF_NAMES.get(tensor.name, tensor.name), tensor.data, tuple(reversed(tensor.shape.tolist()))
     try:
-        dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
+        dequantize(data.reshape(-1, data.shape[-1])[:1], tensor.tensor_type)
     except NotImplementedError:
-        raise ValueError(f"{tensor.name}: quantisation {tensor.tensor_type.name} is not known to this gguf") from None
-    name, shape = GGUF_NAMES.get(tensor.name, tensor.name), tuple(reversed(tensor.shape.tolist()))
+        raise ValueError(f"{tensor.name}: quantisation {tensor.tensor_type.name} is not implemented by this gguf") from None
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)", tensor.name):
         layer, part, expert, kind = match.groups()
-        part = part if expert is None else f"{part}_exps"
-        if part in GGUF_LAYER_NAMES:
-            name = f"model.layers.{layer}.{GGUF_LAYER_NAMES[part]}.{kind}".replace("{}", expert or "{}")
-
-    def rows(data, shape):
-        order = np.arange(math.prod(shape[:-1]))
-        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # a head's pairs lie together
-            dim = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
-            order = order.reshape(-1, dim // 2, 2).swapaxes(1, 2).reshape(-1)
-        return GGUFTensor(data.reshape(len(order), -1), partial(dequantize, qtype=tensor.tensor_type), shape, order)
-
-    if "{}" not in name:
-        return {name: rows(tensor.data, shape)}
-    return {name.replace("{}", str(e)): rows(data, shape[1:]) for e, data in enumerate(tensor.data)}
+        if part := GGUF_LAYER_NAMES.get(part if expert is None else f"{part}_exps"):
+            name = f"model.layers.{layer}.{part}.{kind}".replace("{}", expert or "{}")
+    if "{}" in name:
+        pieces = {name.replace("{}", str(e)): part for e, part in enumerate(data)}
+        shape = shape[1:]
+    else:
+        pieces = {name: data}
+    order = np.arange(math.prod(shape[:-1]))
+    if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
+        order = order.reshape(-1, interleaved // 2, 2).swapaxes(1, 2).reshape(-1)
+    for name, part in pieces.items():
+        yield name, GGUFTensor(part.reshape(len(order), -1), partial(dequantize, qtype=tensor.tensor_type), shape, order)
 
 
-def _token_id(metadata: dict, name: str) -> int | None:
-    """The id of a special token, or None; SentencePiece files leave out the usual ones."""
-    usual = {"unknown": 0, "bos": 1, "eos": 2} if metadata["tokenizer.ggml.model"] == "llama" else {}
-    found = metadata.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
-    return found if found is not None and found < len(metadata["tokenizer.ggml.tokens"]) else None
-
-
-def write_gguf_tokenizer(metadata: dict, made: Path) -> None:
-    """Writes a GGUF file's tokenizer: tokenizer.json, or tokenizer.model of the SentencePiece kind, and what goes with it."""
-    kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
+def write_gguf_tokenizer(metadata: _Metadata, made: Path) -> None:
+    """Writes tokenizer.json, or tokenizer.model where the tokenizer is of the SentencePiece kind, and what goes with it."""
+    model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    ids = {f"{ours}_token": _token_id(metadata, name)
-           for ours, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
-    special = {name: tokens[i] for name, i in ids.items() if i is not None}
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama-bpe", "llama3", "llama-v3"))
-    add_bos = bool(add_bos and "bos_token" in special)
-    if kind == "llama":
-        model = _sentencepiece_model(tokens, metadata["tokenizer.ggml.scores"], types,
-                                     metadata.get("tokenizer.ggml.add_space_prefix", True))
-        (made / "tokenizer.model").write_bytes(model)
-    elif kind == "gpt2":
+    special = {f"{name[:3]}_token": tokens[i] for name in ("bos", "eos", "unknown", "padding")
+               if (i := metadata.token_id(name)) is not None}
+    llama3 = model == "gpt2" and GGUF_SPLITS.get(pre) is _SPLIT_LLAMA3
+    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or llama3) and "bos_token" in special)
+    if model == "llama":
+        pieces = list(zip(tokens, metadata["tokenizer.ggml.scores"], types, strict=True))
+        proto = _sentencepiece_model(pieces, metadata.get("tokenizer.ggml.add_space_prefix", True))
+        (made / "tokenizer.model").write_bytes(proto)
+    elif model == "gpt2":
         if pre not in GGUF_SPLITS:
-            raise ValueError(f"tokenizer.ggml.pre {pre}: must be one of {', '.join(GGUF_SPLITS)}")
+            raise ValueError(f"tokenizer.ggml.pre={pre}: must be one of {', '.join(GGUF_SPLITS)}")
+        vocabulary = {token: i for i, token in enumerate(tokens)}
         merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
         try:
-            tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges,
-                                             ignore_merges=pre.startswith("llama")))
+            tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=llama3))
         except Exception as error:  # of no narrower class
             raise ValueError(f"its tokens and merges are not a tokenizer's ({error})") from None
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
-        split = GGUF_SPLITS[pre]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level]) if split else byte_level
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(GGUF_SPLITS[pre])
         tokenizer.decoder = decoders.ByteLevel()
         if pre == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
-        tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == 3)
-                              for token, kind in zip(tokens, types) if kind in (3, 4)])  # control, user-defined
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == 3)  # 3: control, 4: user-defined
+                              for token, kind in zip(tokens, types, strict=True) if kind in (3, 4)])
         if add_bos:
             bos = special["bos_token"]
-            tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, ids["bos_token"])])
+            tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], special_tokens=[(bos, vocabulary[bos])])
         tokenizer.save(str(made / "tokenizer.json"))
     else:
-        raise ValueError(f"tokenizer.ggml.model {kind}: must be gpt2 (byte-level BPE) or llama (SentencePiece)")
+        raise ValueError(f"tokenizer.ggml.model={model}: must be gpt2 (byte-level BPE) or llama (SentencePiece)")
     (made / "tokenizer_config.json").write_text(json.dumps(special | {"add_bos_token": add_bos}))
     if "tokenizer.chat_template" in metadata:
         (made / "chat_template.jinja").write_text(metadata["tokenizer.chat_template"], encoding="utf-8")
 
 
-def _sentencepiece_model(tokens: list[str], scores: list[float], types: list[int], space_prefix: bool) -> bytes:
-    """A SentencePiece ModelProto of BPE, in protobuf's wire format; token types are numbered as SentencePiece does."""
-    def number(n, value):
-        return varint(n << 3) + varint(value)
-
-    def text(n, value):
-        return varint(n << 3 | 2) + varint(len(value)) + value
-
+def _sentencepiece_model(pieces: list[tuple[str, float, int]], space_prefix: bool) -> bytes:
+    """A SentencePiece ModelProto of BPE, in protobuf's wire format. pieces: token, score, type; GGUF numbers types alike."""
     def varint(value):
-        return (bytes([value & 127 | 128]) + varint(value >> 7)) if value > 127 else bytes([value])
+        return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
 
-    pieces = [text(1, text(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + number(3, kind))
-              for token, score, kind in zip(tokens, scores, types)]
-    trainer = number(3, 2) + number(4, len(tokens)) + number(35, 6 in types)  # model_type BPE, vocab_size, byte_fallback
-    # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-    normalizer = text(1, b"identity") + number(3, space_prefix) + number(4, False) + number(5, True)
-    model = b"".join(pieces) + text(2, trainer) + text(3, normalizer)
+    def number(field, value):
+        return varint(field << 3) + varint(value)
+
+    def message(field, content):
+        return varint(field << 3 | 2) + varint(len(content)) + content
+
+    proto = b"".join(message(1, message(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + number(3, kind))
+                     for token, score, kind in pieces)
+    byte_fallback = any(kind == 6 for _, _, kind in pieces)
+    proto += message(2, number(3, 2) + number(4, len(pieces)) + number(35, byte_fallback))  # model type BPE, its size
+    # of the normaliser: its name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    proto += message(3, message(1, b"identity") + number(3, space_prefix) + number(4, False) + number(5, True))
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=model)
+        sentencepiece.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
         raise ValueError(f"its tokens are not a SentencePiece tokenizer's ({error})") from None
-    return model
+    return proto
 
 
 def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, tuple[int, ...]]]:
