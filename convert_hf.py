@@ -1,4 +1,5 @@
-"""Converts a checkpoint (Llama, Mistral, Mixtral, Qwen2, Qwen3) to ours: one model.safetensors with fused tensors.
+"""Converts a checkpoint (Llama, Mistral, Mixtral, Qwen2, Qwen3) to ours: a model.safetensors with
+fused tensors.
 
 Usage:
     python convert_hf.py /models/Llama-2-7b-hf checkpoints/llama-2-7b
@@ -7,8 +8,8 @@ Usage:
 
 q, k, v (and gate, up) become consecutive row ranges of one tensor, so nothing is concatenated: the output's header is
 written first, then each source tensor goes to its own place in the file. Host memory stays near one source shard.
-RoPE stays in Hugging Face's half-split order: weights are copied, never permuted. A GGUF file is first written as the
-small files of a Hugging Face directory; its tensors are dequantised a few rows at a time, as they are written.
+RoPE stays in Hugging Face's half-split order: weights are copied, never permuted. A GGUF file is
+taken as what Hugging Face would have for it, and dequantised some rows at a time.
 """
 
 import errno
@@ -34,7 +35,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 )
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from tqdm import tqdm
 
 from model import (
@@ -48,25 +50,29 @@ COPIED_FILES = ["config.json", "generation_config.json", "tokenizer.model", "tok
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 2**20  # elements cast and written at a time
 
-GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-GGUF_NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
+GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+GGUF_NAMES = {
+    "token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight",
+    "output.weight": HEAD}
 GGUF_LAYER_NAMES = {  # blk.N. and these: model.layers.N. and those; {} is the expert
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1", "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj", "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
     "ffn_up_exps": "block_sparse_moe.experts.{}.w3"}
-_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
-_SPLIT_LLAMA3, _SPLIT_QWEN2 = (
-    [pre_tokenizers.Split(Regex(_SPLIT.replace("DIGITS", digits)), "isolated"),
-     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] for digits in ("{1,3}", ""))
-# How a byte-level tokenizer cuts text into words before it merges, by tokenizer.ggml.pre. ByteLevel's own way is GPT-2's.
+# How a byte-level tokenizer cuts text into words before it merges, by tokenizer.ggml.pre.
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_QWEN2, _LLAMA3 = (
+    [Split(Regex(_SPLIT.replace("DIGITS", digits)), "isolated"), ByteLevel(False, use_regex=False)]
+    for digits in ("", "{1,3}"))
 GGUF_SPLITS = {
-    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "qwen2": _SPLIT_QWEN2, "llama-bpe": _SPLIT_LLAMA3, "llama3": _SPLIT_LLAMA3, "llama-v3": _SPLIT_LLAMA3}
+    "gpt-2": [ByteLevel(False)], "smollm": [Digits(individual_digits=True), ByteLevel(False)],
+    "qwen2": _QWEN2, "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3}
 
 
 def hf_dir_of(source: str | Path, patterns: list[str]) -> Path:
@@ -125,34 +131,38 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
 
 @dataclass
 class GGUFTensor:
-    """A tensor of a GGUF file, memory-mapped, in place of a torch.Tensor: `chunks` dequantises some rows at a time."""
+    """A memory-mapped tensor of a GGUF file, in place of a torch.Tensor."""
 
     data: np.ndarray  # [rows, what a row takes]
-    dequantize: Callable
+    kind: int  # the quantisation's number
+    dequantize: Callable  # of some rows and `kind`
     shape: tuple[int, ...]
-    order: np.ndarray  # of its rows in Hugging Face's tensor
+    order: np.ndarray  # which of its rows is Hugging Face's first, second, ...
     dtype = torch.float32
 
     def chunks(self) -> Iterable[torch.Tensor]:
+        """The elements in order, dequantised some CHUNK at a time."""
         n_rows = max(1, CHUNK // self.shape[-1])
         for start in range(0, len(self.order), n_rows):
             rows = self.data[self.order[start : start + n_rows]]
-            yield torch.from_numpy(np.array(self.dequantize(rows))).reshape(-1)
+            yield torch.from_numpy(np.array(self.dequantize(rows, self.kind))).reshape(-1)
 
 
 class _Metadata(dict):
+    """A GGUF file's metadata, without the prefixes ARCHITECTURE, tokenizer.ggml and tokenizer."""
+
     def __missing__(self, key):
         raise ValueError(f"{key} is missing from its metadata")
 
     def token_id(self, name: str) -> int | None:
-        """The id of a special token, or None; files of the SentencePiece kind may leave out the usual ones."""
-        usual = {"unknown": 0, "bos": 1, "eos": 2} if self["tokenizer.ggml.model"] == "llama" else {}
-        found = self.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
-        return found if found is not None and found < len(self["tokenizer.ggml.tokens"]) else None
+        """Of a special token; files of the SentencePiece kind may leave out the usual ones."""
+        usual = {"unknown": 0, "bos": 1, "eos": 2} if self["model"] == "llama" else {}
+        found = self.get(f"{name}_token_id", usual.get(name))
+        return found if found is not None and found < len(self["tokens"]) else None
 
 
 def open_gguf(path: Path) -> tuple[_Metadata, dict]:
-    """A GGUF file's metadata by key, and its tensors by name, as the package gguf has them."""
+    """A GGUF file's metadata, and {name: tensor of the package gguf}."""
     try:
         import gguf
     except ImportError:
@@ -160,144 +170,169 @@ def open_gguf(path: Path) -> tuple[_Metadata, dict]:
 
     class Reader(gguf.GGUFReader):
         def _build_tensors(self, start_offs, fields):
-            for field in fields:  # GGUFReader's own message does not name the tensor
-                if field.parts[4][0] not in list(gguf.GGMLQuantizationType):
-                    raise ValueError(f"{field.name}: quantisation number {field.parts[4][0]} is unknown to this gguf")
+            for field in fields:  # the package's own message does not name the tensor
+                kind = field.parts[4][0]
+                if kind not in list(gguf.GGMLQuantizationType):
+                    raise ValueError(f"{field.name}: quantisation {kind}, unknown to this gguf")
             super()._build_tensors(start_offs, fields)
 
     if not path.is_file():
         raise ValueError("no such file")
     try:
         reader = Reader(path)
-        metadata = _Metadata((name, field.contents()) for name, field in reader.fields.items())
+        fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, LookupError) as error:
         raise ValueError(f"cannot be read: truncated, or not a GGUF file? ({error})") from None
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"part {metadata['split.no'] + 1} of {metadata['split.count']}: join them first, with"
-                         " llama.cpp's `llama-gguf-split --merge FIRST_PART OUT.gguf`")
-    if metadata["general.architecture"] not in GGUF_ARCHITECTURES:
-        raise ValueError(f"architecture {metadata['general.architecture']}: must be one of {', '.join(GGUF_ARCHITECTURES)}")
-    if metadata.get("general.type", "model") != "model" or reader.byte_order != "I":
-        raise ValueError(f"not a model in this machine's byte order, but {metadata.get('general.type')}")
+    if fields.get("split.count", 1) > 1:
+        part, parts = fields["split.no"] + 1, fields["split.count"]
+        raise ValueError(f"part {part} of {parts}: join them first, with llama.cpp's"
+                         " llama-gguf-split --merge FIRST_PART OUT.gguf")
+    kind, architecture = fields.get("general.type", "model"), fields.get("general.architecture")
+    if kind != "model" or architecture not in GGUF_ARCHITECTURES:
+        raise ValueError(f"a {kind} of architecture {architecture}: must be a model, of one of "
+                         f"{', '.join(GGUF_ARCHITECTURES)}")
+    if reader.byte_order != "I":
+        raise ValueError("written in the other byte order")
+    prefixes = re.compile(rf"^({architecture}|tokenizer\.ggml|tokenizer)\.")
+    metadata = _Metadata((prefixes.sub("", name), value) for name, value in fields.items())
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def unpack_gguf(path: Path, made: Path) -> dict[str, GGUFTensor]:
-    """Writes a Hugging Face directory's small files to `made`; returns the tensors by Hugging Face's names."""
+    """Writes the small files of a Hugging Face directory to `made`; returns its tensors by name."""
     metadata, tensors = open_gguf(path)
     config = gguf_config(metadata, tensors)
     head_dim = ModelConfig.from_dict(config).head_dim
     (made / "config.json").write_text(json.dumps(config, indent=2))
     write_gguf_tokenizer(metadata, made)
-    interleaved = metadata["general.architecture"] == "llama"
-    return {name: found for gguf_name, tensor in tensors.items() if gguf_name != "rope_freqs.weight"
-            for name, found in _gguf_tensors(tensor, head_dim if interleaved else None)}
+    tensors.pop("rope_freqs.weight", None)  # config.json has it
+    interleaved = head_dim if metadata["general.architecture"] == "llama" else None
+    return {name: found for tensor in tensors.values()
+            for name, found in _gguf_tensors(tensor, interleaved)}
 
 
 def gguf_config(metadata: _Metadata, tensors: dict) -> dict:
     """The config.json that Hugging Face would have for a GGUF file."""
-    def key(name):
-        return f"{metadata['general.architecture']}.{name}"
-
-    experts = metadata.get(key("expert_count"), 0)
-    class_name = "MixtralForCausalLM" if experts else GGUF_ARCHITECTURES[metadata["general.architecture"]]
-    heads = metadata[key("attention.head_count")]
-    rotary = metadata.get(key("rope.dimension_count"))
-    head_dim = metadata.get(key("attention.key_length"), rotary)
+    experts, heads = metadata.get("expert_count", 0), metadata["attention.head_count"]
+    name = GGUF_ARCHITECTURES[metadata["general.architecture"]]
+    rotary = metadata.get("rope.dimension_count")
+    head_dim = metadata.get("attention.key_length", rotary)
     if rotary not in (None, head_dim):
-        raise ValueError(f"RoPE over {rotary} of {head_dim} channels: only over all of them is implemented")
+        raise ValueError(f"RoPE over {rotary} of {head_dim} channels: must be over all of them")
+    if experts:
+        name = "MixtralForCausalLM"
     kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
+    ends = [metadata.token_id(end) for end in ("eos", "eot", "eom")]
     config = {
-        "architectures": [class_name], "model_type": class_name.removesuffix("ForCausalLM").lower(),
-        "hidden_size": metadata[key("embedding_length")], "intermediate_size": metadata[key("feed_forward_length")],
-        "num_hidden_layers": metadata[key("block_count")], "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get(key("attention.head_count_kv"), heads), "head_dim": head_dim,
-        "max_position_embeddings": metadata[key("context_length")],
-        "rms_norm_eps": metadata[key("attention.layer_norm_rms_epsilon")],
-        "rope_theta": metadata.get(key("rope.freq_base"), 10000.0), "tie_word_embeddings": "output.weight" not in tensors,
-        "vocab_size": metadata.get(key("vocab_size"), len(metadata["tokenizer.ggml.tokens"])),
+        "architectures": [name], "model_type": name.removesuffix("ForCausalLM").lower(),
+        "hidden_size": metadata["embedding_length"], "head_dim": head_dim,
+        "intermediate_size": metadata["feed_forward_length"],
+        "num_hidden_layers": metadata["block_count"], "num_attention_heads": heads,
+        "num_key_value_heads": metadata.get("attention.head_count_kv", heads),
+        "max_position_embeddings": metadata["context_length"],
+        "rms_norm_eps": metadata["attention.layer_norm_rms_epsilon"],
+        "rope_theta": metadata.get("rope.freq_base", 10000.0),
+        "vocab_size": metadata.get("vocab_size", len(metadata["tokens"])),
+        "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": metadata.token_id("bos"),
-        "eos_token_id": [i for name in ("eos", "eot", "eom") if (i := metadata.token_id(name)) is not None],
+        "eos_token_id": [end for end in ends if end is not None],
         "dtype": {("F16",): "float16", ("BF16",): "bfloat16"}.get(tuple(kinds), "float32")}
     if experts:
-        config |= {"num_local_experts": experts, "num_experts_per_tok": metadata[key("expert_used_count")]}
-    scaling = metadata.get(key("rope.scaling.type"), "linear")
-    factor = metadata.get(key("rope.scaling.factor")) or metadata.get(key("rope.scale_linear")) or 1.0
+        config["num_local_experts"] = experts
+        config["num_experts_per_tok"] = metadata["expert_used_count"]
+    scaling = metadata.get("rope.scaling.type", "linear")
     if scaling not in ("none", "linear"):
-        raise ValueError(f"rope scaling {scaling}: only linear, and factors in rope_freqs, are implemented")
+        raise ValueError(f"rope scaling {scaling}: must be linear, or factors in rope_freqs")
+    factor = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear") or 1.0
+    factor = factor if scaling == "linear" else 1.0
     if "rope_freqs.weight" in tensors:
-        config["rope_scaling"] = {"rope_type": "factors", "factors": tensors["rope_freqs.weight"].data.tolist()}
-    elif scaling == "linear" and factor != 1:
+        factors = (tensors["rope_freqs.weight"].data * factor).tolist()
+        config["rope_scaling"] = {"rope_type": "factors", "factors": factors}
+    elif factor != 1:
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     return config
 
 
 def _gguf_tensors(tensor, interleaved: int | None) -> Iterable[tuple[str, GGUFTensor]]:
-    """What Hugging Face has for a GGUF tensor: one tensor, or one for each expert. interleaved: the head_dim where the rows
-    of a head's q and k lie as RoPE pairs them."""
+    """What Hugging Face has for a GGUF tensor: it, or one for each expert.
+
+    interleaved: the head_dim, where the rows of a head's q and k lie in pairs as RoPE turns them.
+    """
     from gguf import dequantize
 
-    name, data, shape = GGUF_NAMES.get(tensor.name, tensor.name), tensor.data, tuple(reversed(tensor.shape.tolist()))
+    name, data = GGUF_NAMES.get(tensor.name, tensor.name), tensor.data
+    shape, kind = tuple(reversed(tensor.shape.tolist())), tensor.tensor_type
     try:
-        dequantize(data.reshape(-1, data.shape[-1])[:1], tensor.tensor_type)
+        dequantize(data.reshape(-1, data.shape[-1])[:1], kind)
     except NotImplementedError:
-        raise ValueError(f"{tensor.name}: quantisation {tensor.tensor_type.name} is not implemented by this gguf") from None
+        raise ValueError(f"{tensor.name}: quantisation {kind.name}, unknown to this gguf") from None
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)", tensor.name):
-        layer, part, expert, kind = match.groups()
+        layer, part, expert, suffix = match.groups()
         if part := GGUF_LAYER_NAMES.get(part if expert is None else f"{part}_exps"):
-            name = f"model.layers.{layer}.{part}.{kind}".replace("{}", expert or "{}")
+            name = f"model.layers.{layer}.{part}.{suffix}".replace("{}", expert or "{}")
+
+    pieces = {name: data}
     if "{}" in name:
-        pieces = {name.replace("{}", str(e)): part for e, part in enumerate(data)}
+        pieces = {name.replace("{}", str(e)): piece for e, piece in enumerate(data)}
         shape = shape[1:]
-    else:
-        pieces = {name: data}
     order = np.arange(math.prod(shape[:-1]))
     if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
         order = order.reshape(-1, interleaved // 2, 2).swapaxes(1, 2).reshape(-1)
-    for name, part in pieces.items():
-        yield name, GGUFTensor(part.reshape(len(order), -1), partial(dequantize, qtype=tensor.tensor_type), shape, order)
+    for name, piece in pieces.items():
+        yield name, GGUFTensor(piece.reshape(len(order), -1), kind, dequantize, shape, order)
 
 
 def write_gguf_tokenizer(metadata: _Metadata, made: Path) -> None:
-    """Writes tokenizer.json, or tokenizer.model where the tokenizer is of the SentencePiece kind, and what goes with it."""
-    model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    special = {f"{name[:3]}_token": tokens[i] for name in ("bos", "eos", "unknown", "padding")
+    """Writes tokenizer.json, or tokenizer.model for SentencePiece, and what goes with it."""
+    model, tokens, types = metadata["model"], metadata["tokens"], metadata["token_type"]
+    ids = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {key: tokens[i] for key, name in ids.items()
                if (i := metadata.token_id(name)) is not None}
-    llama3 = model == "gpt2" and GGUF_SPLITS.get(pre) is _SPLIT_LLAMA3
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or llama3) and "bos_token" in special)
+    split = GGUF_SPLITS.get(metadata["pre"]) if model == "gpt2" else None
+    add_bos = metadata.get("add_bos_token", model == "llama" or split is _LLAMA3)
+    add_bos = add_bos and "bos_token" in special
     if model == "llama":
-        pieces = list(zip(tokens, metadata["tokenizer.ggml.scores"], types, strict=True))
-        proto = _sentencepiece_model(pieces, metadata.get("tokenizer.ggml.add_space_prefix", True))
+        pieces = list(zip(tokens, metadata["scores"], types, strict=True))
+        proto = _sentencepiece_model(pieces, metadata.get("add_space_prefix", True))
         (made / "tokenizer.model").write_bytes(proto)
     elif model == "gpt2":
-        if pre not in GGUF_SPLITS:
-            raise ValueError(f"tokenizer.ggml.pre={pre}: must be one of {', '.join(GGUF_SPLITS)}")
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-        try:
-            tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=llama3))
-        except Exception as error:  # of no narrower class
-            raise ValueError(f"its tokens and merges are not a tokenizer's ({error})") from None
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(GGUF_SPLITS[pre])
-        tokenizer.decoder = decoders.ByteLevel()
-        if pre == "qwen2":
-            tokenizer.normalizer = normalizers.NFC()
-        tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == 3)  # 3: control, 4: user-defined
-                              for token, kind in zip(tokens, types, strict=True) if kind in (3, 4)])
+        if split is None:
+            raise ValueError(f"tokenizer.ggml.pre={metadata['pre']}: must be one of "
+                             f"{', '.join(GGUF_SPLITS)}")
+        tokenizer = _byte_level_tokenizer(tokens, types, metadata["merges"], split)
         if add_bos:
             bos = special["bos_token"]
-            tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], special_tokens=[(bos, vocabulary[bos])])
+            tokenizer.post_processor = processors.TemplateProcessing(
+                [bos, "$A"], special_tokens=[(bos, metadata.token_id("bos"))])
         tokenizer.save(str(made / "tokenizer.json"))
     else:
-        raise ValueError(f"tokenizer.ggml.model={model}: must be gpt2 (byte-level BPE) or llama (SentencePiece)")
-    (made / "tokenizer_config.json").write_text(json.dumps(special | {"add_bos_token": add_bos}))
-    if "tokenizer.chat_template" in metadata:
-        (made / "chat_template.jinja").write_text(metadata["tokenizer.chat_template"], encoding="utf-8")
+        raise ValueError(f"tokenizer.ggml.model={model}: must be gpt2 (byte-level BPE) or llama "
+                         "(SentencePiece)")
+    settings = special | {"add_bos_token": add_bos}
+    (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    if "chat_template" in metadata:
+        (made / "chat_template.jinja").write_text(metadata["chat_template"], encoding="utf-8")
+
+
+def _byte_level_tokenizer(tokens: list, types: list, merges: list, split: list) -> Tokenizer:
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    try:
+        tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges],
+                                         ignore_merges=split is _LLAMA3))
+    except Exception as error:  # of no narrower class
+        raise ValueError(f"its tokens and merges are not a tokenizer's ({error})") from None
+    if split is _QWEN2:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = Sequence(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == 3)
+                          for token, kind in zip(tokens, types, strict=True)
+                          if kind in (3, 4)])  # control, user-defined
+    return tokenizer
 
 
 def _sentencepiece_model(pieces: list[tuple[str, float, int]], space_prefix: bool) -> bytes:
-    """A SentencePiece ModelProto of BPE, in protobuf's wire format. pieces: token, score, type; GGUF numbers types alike."""
+    """A SentencePiece ModelProto of BPE in protobuf's wire format. pieces: token, score, type."""
     def varint(value):
         return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
 
@@ -307,12 +342,15 @@ def _sentencepiece_model(pieces: list[tuple[str, float, int]], space_prefix: boo
     def message(field, content):
         return varint(field << 3 | 2) + varint(len(content)) + content
 
-    proto = b"".join(message(1, message(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + number(3, kind))
-                     for token, score, kind in pieces)
+    def piece(token, score, kind):  # GGUF numbers the types as SentencePiece does
+        return message(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + number(3, kind)
+
     byte_fallback = any(kind == 6 for _, _, kind in pieces)
-    proto += message(2, number(3, 2) + number(4, len(pieces)) + number(35, byte_fallback))  # model type BPE, its size
-    # of the normaliser: its name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-    proto += message(3, message(1, b"identity") + number(3, space_prefix) + number(4, False) + number(5, True))
+    trainer = number(3, 2) + number(4, len(pieces)) + number(35, byte_fallback)  # 2: BPE
+    # its name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    normalizer = message(1, b"identity") + number(3, space_prefix) + number(4, 0) + number(5, 1)
+    proto = b"".join(message(1, piece(*each)) for each in pieces)
+    proto += message(2, trainer) + message(3, normalizer)
     try:
         sentencepiece.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
@@ -436,23 +474,26 @@ def _write_shard(file, offsets: dict[str, int], shard: dict, dtype: torch.dtype,
 
 
 def refuse_adapter(source: str | Path, hf_dir: Path) -> None:
-    """Raises ValueError for a directory with an adapter (LoRA and its like), which would be left out without a word."""
+    """Raises ValueError for a directory with an adapter (LoRA): it would be left out silently."""
     path = hf_dir / "adapter_config.json"
-    if path.is_file():
-        content = read_json(path)
-        what = f"{content.get('peft_type', 'an')} adapter of {content.get('base_model_name_or_path')}"
-        merge = "merge it into that model with peft's merge_and_unload, and convert what that saves"
-        if (hf_dir / "config.json").is_file():
-            raise ValueError(f"{path}: beside the model lies a {what}: {merge}; to go without, move this file away")
-        raise ValueError(f"{source}: not a model, but a {what}: {merge}")
+    if not path.is_file():
+        return
+    content = read_json(path)
+    base = content.get("base_model_name_or_path")
+    what = f"an adapter ({content.get('peft_type')}) of {base}"
+    merge = "merge it with peft's merge_and_unload and convert what that saves"
+    if (hf_dir / "config.json").is_file():
+        raise ValueError(f"{path}: {what} lies beside the model: {merge}, or move it away")
+    raise ValueError(f"{source}: {what}, not a model: {merge}")
 
 
 def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Path:
-    """Converts a Hugging Face directory, a hub id or a GGUF file to our checkpoint directory, and returns that directory.
+    """Converts a Hugging Face directory, a hub id or a GGUF file to our checkpoint directory.
 
-    dtype: "auto" (the source's; of a GGUF file with quantised tensors float32), "float32", "bfloat16" or "float16".
-    Everything is checked before a byte is written; the output appears whole or not at all. Raises ValueError for a source
-    that is not what its config says and for an `out_dir` in use, OSError for a full disk.
+    dtype: "auto" (the source's; float32 for a GGUF file with quantised tensors), "float32",
+    "bfloat16" or "float16". Everything is checked before a byte is written; the output appears
+    whole or not at all. Returns the directory. Raises ValueError for a source that is not what its
+    config says and for an `out_dir` in use, OSError for a full disk.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: must be auto, {', '.join(DTYPES)}")
@@ -478,11 +519,14 @@ def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Pat
     hf_dir = hf_dir_of(source, COPIED_FILES + ["model*.safetensors", "model.safetensors.index.json"])
     if not any(hf_dir.glob("model*.safetensors")):
         hf_dir = hf_dir_of(source, COPIED_FILES + ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
-    return _convert(source, hf_dir, [partial(open_shard, path) for path in weight_files(hf_dir)], out_dir, dtype)
+    shards = [partial(open_shard, path) for path in weight_files(hf_dir)]
+    return _convert(source, hf_dir, shards, out_dir, dtype)
 
 
-def _convert(source: str | Path, hf_dir: Path, shards: list[Callable], out_dir: Path, dtype: str) -> Path:
-    """hf_dir: with all but the weights, which calling each of `shards` gives, {Hugging Face name: tensor}."""
+def _convert(
+    source: str | Path, hf_dir: Path, shards: list[Callable], out_dir: Path, dtype: str
+) -> Path:
+    """hf_dir: all but the weights; shards: calling each gives {Hugging Face name: tensor}."""
     content = read_json(hf_dir / "config.json")
     config = ModelConfig.from_file(hf_dir / "config.json")
     found, tied = {}, {}
@@ -491,12 +535,12 @@ def _convert(source: str | Path, hf_dir: Path, shards: list[Callable], out_dir: 
             found[name] = (tuple(tensor.shape), tensor.dtype)
             if config.tie_embeddings and name in (EMBEDDING, HEAD):
                 tied[name] = tensor
-    if len(tied) == 2 and not _equal(*tied.values()):  # as in transformers 5, the head in the file counts
+    if len(tied) == 2 and not _equal(*tied.values()):  # then the head counts, as in transformers 5
         content["tie_word_embeddings"] = False
         config = replace(config, tie_embeddings=False)
     fused_experts = any(name.endswith("mlp.experts.gate_up_proj") for name in found)
     pieces = hf_pieces(config, fused_experts)
-    if list(tied) == [HEAD]:
+    if list(tied) == [HEAD]:  # one of the two is enough
         pieces["embed.weight"] = {HEAD: pieces["embed.weight"][EMBEDDING]}
     wanted = {hf_name: shape for parts in pieces.values() for hf_name, shape in parts.items()}
     check_tensors(found, wanted, config, source)
@@ -524,17 +568,20 @@ def _convert(source: str | Path, hf_dir: Path, shards: list[Callable], out_dir: 
 
 
 def _equal(a: torch.Tensor | GGUFTensor, b: torch.Tensor | GGUFTensor) -> bool:
-    return a.shape == b.shape and all(torch.equal(x, y.to(x.dtype)) for x, y in zip(_chunks(a), _chunks(b)))
+    pairs = zip(_chunks(a), _chunks(b))
+    return a.shape == b.shape and all(torch.equal(x, y.to(x.dtype)) for x, y in pairs)
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Converts a Hugging Face checkpoint or a GGUF file to ours.")
+    parser = ArgumentParser(
+        description="Converts a Hugging Face checkpoint or a GGUF file to ours.")
     parser.add_argument("source", metavar="HF_DIR_OR_HUB_ID_OR_GGUF",
                         help="a local directory, a hub id such as owner/name, or a .gguf file")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the directory to make; must be absent or empty")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                        help="of the output; auto: as the source's config says; for a GGUF file with quantised tensors"
-                        " float32, which alone holds their values: bfloat16 takes half (default: %(default)s)")
+                        help="of the output; auto: as the source's config says, or float32 for a"
+                        " GGUF file with quantised tensors, since it alone holds their values:"
+                        " bfloat16 takes half (default: %(default)s)")
     args = parser.parse_args()
     print(f"wrote {convert(args.source, args.out_dir, args.dtype)}")
 

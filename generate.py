@@ -103,11 +103,13 @@ def is_converted(directory):
 
 
 def resolve_checkpoint(name):
-    """A checkpoint directory of ours for a path or hub id; a Hugging Face one, or a GGUF file, is converted to checkpoints/
-    first."""
+    """A checkpoint directory of ours for a path or hub id.
+
+    A Hugging Face checkpoint or a GGUF file is converted to checkpoints/ first.
+    """
     source = Path(name)
     if not name:
-        raise ValueError("the checkpoint's name is empty: give a directory or a hub id")
+        raise ValueError("the checkpoint's name is empty: give a directory, GGUF file or a hub id")
     if source.is_dir() and is_converted(source):
         return source
     if source.exists():
