@@ -1427,7 +1427,8 @@ def test_published_gguf_equals_transformers(published):
         prompt = tokenizer.encode(prompt)
         cache = KVCache(model.config, 1, len(prompt) + n, DEVICE, torch.float32)
         ours = generate.generate(generate.DecodeStep(model, cache), [prompt], n).token_ids[0]
-        theirs = hf.generate(torch.tensor([prompt], device=DEVICE), max_new_tokens=n, do_sample=False,
+        ids = torch.tensor([prompt], device=DEVICE)
+        theirs = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
                              eos_token_id=list(model.config.eos_ids))[0, len(prompt) :].tolist()
         assert ours == [token for token in theirs if token not in model.config.eos_ids]
 
