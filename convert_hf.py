@@ -64,6 +64,7 @@ GGUF_LAYER_NAMES = {  # blk.N. and these: model.layers.N. and those; {} is the e
     "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
     "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
     "ffn_up_exps": "block_sparse_moe.experts.{}.w3"}
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # types of tokens, numbered as in SentencePiece
 # How a byte-level tokenizer cuts text into words before it merges, by tokenizer.ggml.pre.
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -291,10 +292,15 @@ def write_gguf_tokenizer(metadata: _Metadata, made: Path) -> None:
     split = GGUF_SPLITS.get(metadata["pre"]) if model == "gpt2" else None
     add_bos = metadata.get("add_bos_token", model == "llama" or split is _LLAMA3)
     add_bos = add_bos and "bos_token" in special
+    settings = special | {"add_bos_token": add_bos}
     if model == "llama":
         pieces = list(zip(tokens, metadata["scores"], types, strict=True))
-        proto = _sentencepiece_model(pieces, metadata.get("add_space_prefix", True))
-        (made / "tokenizer.model").write_bytes(proto)
+        (made / "tokenizer.model").write_bytes(_sentencepiece_model(pieces))
+        settings["added_tokens_decoder"] = {
+            i: {"content": token, "normalized": False, "special": kind == CONTROL}
+            for i, (token, kind) in enumerate(zip(tokens, types)) if kind in (CONTROL, USER_DEFINED)}
+        if not metadata.get("add_space_prefix", True):
+            settings |= {"add_prefix_space": False, "legacy": False}
     elif model == "gpt2":
         if split is None:
             raise ValueError(f"tokenizer.ggml.pre={metadata['pre']}: must be one of "
@@ -308,7 +314,6 @@ def write_gguf_tokenizer(metadata: _Metadata, made: Path) -> None:
     else:
         raise ValueError(f"tokenizer.ggml.model={model}: must be gpt2 (byte-level BPE) or llama "
                          "(SentencePiece)")
-    settings = special | {"add_bos_token": add_bos}
     (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     if "chat_template" in metadata:
         (made / "chat_template.jinja").write_text(metadata["chat_template"], encoding="utf-8")
@@ -325,13 +330,13 @@ def _byte_level_tokenizer(tokens: list, types: list, merges: list, split: list) 
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == 3)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)
                           for token, kind in zip(tokens, types, strict=True)
-                          if kind in (3, 4)])  # control, user-defined
+                          if kind in (CONTROL, USER_DEFINED)])
     return tokenizer
 
 
-def _sentencepiece_model(pieces: list[tuple[str, float, int]], space_prefix: bool) -> bytes:
+def _sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
     """A SentencePiece ModelProto of BPE in protobuf's wire format. pieces: token, score, type."""
     def varint(value):
         return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
@@ -342,13 +347,13 @@ def _sentencepiece_model(pieces: list[tuple[str, float, int]], space_prefix: boo
     def message(field, content):
         return varint(field << 3 | 2) + varint(len(content)) + content
 
-    def piece(token, score, kind):  # GGUF numbers the types as SentencePiece does
+    def piece(token, score, kind):
         return message(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + number(3, kind)
 
-    byte_fallback = any(kind == 6 for _, _, kind in pieces)
+    byte_fallback = any(kind == BYTE for _, _, kind in pieces)
     trainer = number(3, 2) + number(4, len(pieces)) + number(35, byte_fallback)  # 2: BPE
     # its name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-    normalizer = message(1, b"identity") + number(3, space_prefix) + number(4, 0) + number(5, 1)
+    normalizer = message(1, b"identity") + number(3, 1) + number(4, 0) + number(5, 1)
     proto = b"".join(message(1, piece(*each)) for each in pieces)
     proto += message(2, trainer) + message(3, normalizer)
     try:
