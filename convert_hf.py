@@ -298,7 +298,7 @@ def write_gguf_tokenizer(metadata: _Metadata, made: Path) -> None:
         (made / "tokenizer.model").write_bytes(_sentencepiece_model(pieces))
         settings["added_tokens_decoder"] = {
             i: {"content": token, "normalized": False, "special": kind == CONTROL}
-            for i, (token, kind) in enumerate(zip(tokens, types)) if kind in (CONTROL, USER_DEFINED)}
+            for i, (token, _, kind) in enumerate(pieces) if kind in (CONTROL, USER_DEFINED)}
         if not metadata.get("add_space_prefix", True):
             settings |= {"add_prefix_space": False, "legacy": False}
     elif model == "gpt2":
