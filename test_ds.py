@@ -1345,6 +1345,8 @@ def test_gguf_byte_level_tokenizer(pre, add_bos, tmp_path, out):
     ({"keys": {"tokenizer.ggml.merges": ["a q"]}}, "its tokens and merges are not a tokenizer's"),
     ({"keys": {"tokenizer.ggml.pre": "deepseek-llm"}}, "tokenizer.ggml.pre=deepseek-llm: must be"),
     ({"keys": {"tokenizer.ggml.model": "bert"}}, "tokenizer.ggml.model=bert: must be gpt2"),
+    ({"keys": {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0] * 64}},
+     "its tokens are not a SentencePiece tokenizer's"),  # none is the unknown one
     ({"keys": {"llama.rope.scaling.type": "yarn"}}, "rope scaling yarn: must be linear"),
     ({"keys": {"llama.rope.dimension_count": 4}}, "RoPE over 4 of 8 channels"),
     ({"keys": {"llama.attention.head_count": [4, 4]}}, "must be"),
