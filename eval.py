@@ -1008,7 +1008,8 @@ def default_run(ds, context, evaluation):
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", choices=("all", *TASKS, "table"), default="all")
-    parser.add_argument("--checkpoint", default=str(HERE / "tiny"), help="directory or hub id (default: the tiny model)")
+    parser.add_argument("--checkpoint", default=str(HERE / "tiny"),
+                        help="directory, hub id or GGUF file (default: the tiny model)")
     parser.add_argument("--data", help="perplexity, agreement, passkey: UTF-8 text, or .jsonl[.xz] with a \"text\" per line "
                                        "(default: WikiText-2 from the hub); kv_retrieval: items in the published format, "
                                        ".jsonl[.gz] (default: generated); longbench: NAME.jsonl; mmlu: a directory")
