@@ -16,29 +16,25 @@ import errno
 import json
 import math
 import pickle
-import re
 import shutil
 import struct
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
 import torch
 from huggingface_hub import snapshot_download
 # HTTPError is the base of whichever HTTP client this version of huggingface_hub uses: a download that broke off.
 from huggingface_hub.errors import (
     GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 )
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from tqdm import tqdm
 
+from convert_gguf import GGUFTensor, unpack_gguf
 from model import (
     ArgumentParser, ModelConfig, ignored_keys, open_tensors, parameter_shapes, read_json, run_command
 )
@@ -49,32 +45,6 @@ COPIED_FILES = ["config.json", "generation_config.json", "tokenizer.model", "tok
                 "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 2**20  # elements cast and written at a time
-
-GGUF_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-GGUF_NAMES = {
-    "token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight",
-    "output.weight": HEAD}
-GGUF_LAYER_NAMES = {  # blk.N. and these: model.layers.N. and those; {} is the expert
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj", "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-    "ffn_up_exps": "block_sparse_moe.experts.{}.w3"}
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # types of tokens, numbered as in SentencePiece
-# How a byte-level tokenizer cuts text into words before it merges, by tokenizer.ggml.pre.
-_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-_QWEN2, _LLAMA3 = (
-    [Split(Regex(_SPLIT.replace("DIGITS", digits)), "isolated"), ByteLevel(False, use_regex=False)]
-    for digits in ("", "{1,3}"))
-GGUF_SPLITS = {
-    "gpt-2": [ByteLevel(False)], "smollm": [Digits(individual_digits=True), ByteLevel(False)],
-    "qwen2": _QWEN2, "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3}
-
 
 def hf_dir_of(source: str | Path, patterns: list[str]) -> Path:
     """The directory that `source` names, or the hub's snapshot of it with the files that match `patterns`."""
@@ -128,239 +98,6 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(shard, dict) or not all(isinstance(value, torch.Tensor) for value in shard.values()):
         raise ValueError(f"{path}: not a dict of tensors")
     return shard
-
-
-@dataclass
-class GGUFTensor:
-    """A memory-mapped tensor of a GGUF file, in place of a torch.Tensor."""
-
-    data: np.ndarray  # [rows, what a row takes]
-    kind: int  # the quantisation's number
-    dequantize: Callable  # of some rows and `kind`
-    shape: tuple[int, ...]
-    order: np.ndarray  # which of its rows is Hugging Face's first, second, ...
-    dtype = torch.float32
-
-    def chunks(self) -> Iterable[torch.Tensor]:
-        """The elements in order, dequantised some CHUNK at a time."""
-        n_rows = max(1, CHUNK // self.shape[-1])
-        for start in range(0, len(self.order), n_rows):
-            rows = self.data[self.order[start : start + n_rows]]
-            yield torch.from_numpy(np.array(self.dequantize(rows, self.kind))).reshape(-1)
-
-
-class _Metadata(dict):
-    """A GGUF file's metadata, without the prefixes ARCHITECTURE, tokenizer.ggml and tokenizer."""
-
-    def __missing__(self, key):
-        raise ValueError(f"{key} is missing from its metadata")
-
-    def token_id(self, name: str) -> int | None:
-        """Of a special token; files of the SentencePiece kind may leave out the usual ones."""
-        usual = {"unknown": 0, "bos": 1, "eos": 2} if self["model"] == "llama" else {}
-        found = self.get(f"{name}_token_id", usual.get(name))
-        return found if found is not None and found < len(self["tokens"]) else None
-
-
-def open_gguf(path: Path) -> tuple[_Metadata, dict]:
-    """A GGUF file's metadata, and {name: tensor of the package gguf}."""
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError("GGUF files need one more package: pip install gguf") from None
-
-    class Reader(gguf.GGUFReader):
-        def _build_tensors(self, start_offs, fields):
-            for field in fields:  # the package's own message does not name the tensor
-                kind = field.parts[4][0]
-                if kind not in list(gguf.GGMLQuantizationType):
-                    raise ValueError(f"{field.name}: quantisation {kind}, unknown to this gguf")
-            super()._build_tensors(start_offs, fields)
-
-    if not path.is_file():
-        raise ValueError("no such file")
-    try:
-        reader = Reader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, LookupError) as error:
-        raise ValueError(f"cannot be read: truncated, or not a GGUF file? ({error})") from None
-    if fields.get("split.count", 1) > 1:
-        part, parts = fields["split.no"] + 1, fields["split.count"]
-        raise ValueError(f"part {part} of {parts}: join them first, with llama.cpp's"
-                         " llama-gguf-split --merge FIRST_PART OUT.gguf")
-    kind, architecture = fields.get("general.type", "model"), fields.get("general.architecture")
-    if kind != "model" or architecture not in GGUF_ARCHITECTURES:
-        raise ValueError(f"a {kind} of architecture {architecture}: must be a model, of one of "
-                         f"{', '.join(GGUF_ARCHITECTURES)}")
-    if reader.byte_order != "I":
-        raise ValueError("written in the other byte order")
-    prefixes = re.compile(rf"^({architecture}|tokenizer\.ggml|tokenizer)\.")
-    metadata = _Metadata((prefixes.sub("", name), value) for name, value in fields.items())
-    return metadata, {tensor.name: tensor for tensor in reader.tensors}
-
-
-def unpack_gguf(path: Path, made: Path) -> dict[str, GGUFTensor]:
-    """Writes the small files of a Hugging Face directory to `made`; returns its tensors by name."""
-    metadata, tensors = open_gguf(path)
-    config = gguf_config(metadata, tensors)
-    head_dim = ModelConfig.from_dict(config).head_dim
-    (made / "config.json").write_text(json.dumps(config, indent=2))
-    write_gguf_tokenizer(metadata, made)
-    tensors.pop("rope_freqs.weight", None)  # config.json has it
-    interleaved = head_dim if metadata["general.architecture"] == "llama" else None
-    return {name: found for tensor in tensors.values()
-            for name, found in _gguf_tensors(tensor, interleaved)}
-
-
-def gguf_config(metadata: _Metadata, tensors: dict) -> dict:
-    """The config.json that Hugging Face would have for a GGUF file."""
-    experts, heads = metadata.get("expert_count", 0), metadata["attention.head_count"]
-    name = GGUF_ARCHITECTURES[metadata["general.architecture"]]
-    rotary = metadata.get("rope.dimension_count")
-    head_dim = metadata.get("attention.key_length", rotary)
-    if rotary not in (None, head_dim):
-        raise ValueError(f"RoPE over {rotary} of {head_dim} channels: must be over all of them")
-    if experts:
-        name = "MixtralForCausalLM"
-    kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
-    ends = [metadata.token_id(end) for end in ("eos", "eot", "eom")]
-    config = {
-        "architectures": [name], "model_type": name.removesuffix("ForCausalLM").lower(),
-        "hidden_size": metadata["embedding_length"], "head_dim": head_dim,
-        "intermediate_size": metadata["feed_forward_length"],
-        "num_hidden_layers": metadata["block_count"], "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get("attention.head_count_kv", heads),
-        "max_position_embeddings": metadata["context_length"],
-        "rms_norm_eps": metadata["attention.layer_norm_rms_epsilon"],
-        "rope_theta": metadata.get("rope.freq_base", 10000.0),
-        "vocab_size": metadata.get("vocab_size", len(metadata["tokens"])),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": metadata.token_id("bos"),
-        "eos_token_id": [end for end in ends if end is not None],
-        "dtype": {("F16",): "float16", ("BF16",): "bfloat16"}.get(tuple(kinds), "float32")}
-    if experts:
-        config["num_local_experts"] = experts
-        config["num_experts_per_tok"] = metadata["expert_used_count"]
-    scaling = metadata.get("rope.scaling.type", "linear")
-    if scaling not in ("none", "linear"):
-        raise ValueError(f"rope scaling {scaling}: must be linear, or factors in rope_freqs")
-    factor = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear") or 1.0
-    factor = factor if scaling == "linear" else 1.0
-    if "rope_freqs.weight" in tensors:
-        factors = (tensors["rope_freqs.weight"].data * factor).tolist()
-        config["rope_scaling"] = {"rope_type": "factors", "factors": factors}
-    elif factor != 1:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    return config
-
-
-def _gguf_tensors(tensor, interleaved: int | None) -> Iterable[tuple[str, GGUFTensor]]:
-    """What Hugging Face has for a GGUF tensor: it, or one for each expert.
-
-    interleaved: the head_dim, where the rows of a head's q and k lie in pairs as RoPE turns them.
-    """
-    from gguf import dequantize
-
-    name, data = GGUF_NAMES.get(tensor.name, tensor.name), tensor.data
-    shape, kind = tuple(reversed(tensor.shape.tolist())), tensor.tensor_type
-    try:
-        dequantize(data.reshape(-1, data.shape[-1])[:1], kind)
-    except NotImplementedError:
-        raise ValueError(f"{tensor.name}: quantisation {kind.name}, unknown to this gguf") from None
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)", tensor.name):
-        layer, part, expert, suffix = match.groups()
-        if part := GGUF_LAYER_NAMES.get(part if expert is None else f"{part}_exps"):
-            name = f"model.layers.{layer}.{part}.{suffix}".replace("{}", expert or "{}")
-
-    pieces = {name: data}
-    if "{}" in name:
-        pieces = {name.replace("{}", str(e)): piece for e, piece in enumerate(data)}
-        shape = shape[1:]
-    order = np.arange(math.prod(shape[:-1]))
-    if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
-        order = order.reshape(-1, interleaved // 2, 2).swapaxes(1, 2).reshape(-1)
-    for name, piece in pieces.items():
-        yield name, GGUFTensor(piece.reshape(len(order), -1), kind, dequantize, shape, order)
-
-
-def write_gguf_tokenizer(metadata: _Metadata, made: Path) -> None:
-    """Writes tokenizer.json, or tokenizer.model for SentencePiece, and what goes with it."""
-    model, tokens, types = metadata["model"], metadata["tokens"], metadata["token_type"]
-    ids = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    special = {key: tokens[i] for key, name in ids.items()
-               if (i := metadata.token_id(name)) is not None}
-    split = GGUF_SPLITS.get(metadata["pre"]) if model == "gpt2" else None
-    add_bos = metadata.get("add_bos_token", model == "llama" or split is _LLAMA3)
-    add_bos = add_bos and "bos_token" in special
-    settings = special | {"add_bos_token": add_bos}
-    if model == "llama":
-        pieces = list(zip(tokens, metadata["scores"], types, strict=True))
-        (made / "tokenizer.model").write_bytes(_sentencepiece_model(pieces))
-        settings["added_tokens_decoder"] = {
-            i: {"content": token, "normalized": False, "special": kind == CONTROL}
-            for i, (token, _, kind) in enumerate(pieces) if kind in (CONTROL, USER_DEFINED)}
-        if not metadata.get("add_space_prefix", True):
-            settings |= {"add_prefix_space": False, "legacy": False}
-    elif model == "gpt2":
-        if split is None:
-            raise ValueError(f"tokenizer.ggml.pre={metadata['pre']}: must be one of "
-                             f"{', '.join(GGUF_SPLITS)}")
-        tokenizer = _byte_level_tokenizer(tokens, types, metadata["merges"], split)
-        if add_bos:
-            bos = special["bos_token"]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                [bos, "$A"], special_tokens=[(bos, metadata.token_id("bos"))])
-        tokenizer.save(str(made / "tokenizer.json"))
-    else:
-        raise ValueError(f"tokenizer.ggml.model={model}: must be gpt2 (byte-level BPE) or llama "
-                         "(SentencePiece)")
-    (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    if "chat_template" in metadata:
-        (made / "chat_template.jinja").write_text(metadata["chat_template"], encoding="utf-8")
-
-
-def _byte_level_tokenizer(tokens: list, types: list, merges: list, split: list) -> Tokenizer:
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    try:
-        tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges],
-                                         ignore_merges=split is _LLAMA3))
-    except Exception as error:  # of no narrower class
-        raise ValueError(f"its tokens and merges are not a tokenizer's ({error})") from None
-    if split is _QWEN2:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = Sequence(split)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)
-                          for token, kind in zip(tokens, types, strict=True)
-                          if kind in (CONTROL, USER_DEFINED)])
-    return tokenizer
-
-
-def _sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
-    """A SentencePiece ModelProto of BPE in protobuf's wire format. pieces: token, score, type."""
-    def varint(value):
-        return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
-
-    def number(field, value):
-        return varint(field << 3) + varint(value)
-
-    def message(field, content):
-        return varint(field << 3 | 2) + varint(len(content)) + content
-
-    def piece(token, score, kind):
-        return message(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + number(3, kind)
-
-    byte_fallback = any(kind == BYTE for _, _, kind in pieces)
-    trainer = number(3, 2) + number(4, len(pieces)) + number(35, byte_fallback)  # 2: BPE
-    # its name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-    normalizer = message(1, b"identity") + number(3, 1) + number(4, 0) + number(5, 1)
-    proto = b"".join(message(1, piece(*each)) for each in pieces)
-    proto += message(2, trainer) + message(3, normalizer)
-    try:
-        sentencepiece.SentencePieceProcessor(model_proto=proto)
-    except RuntimeError as error:
-        raise ValueError(f"its tokens are not a SentencePiece tokenizer's ({error})") from None
-    return proto
 
 
 def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -456,7 +193,7 @@ def file_layout(shapes: dict, pieces: dict, dtype: torch.dtype, source: str) -> 
 
 def _chunks(tensor: torch.Tensor | GGUFTensor) -> Iterable[torch.Tensor]:
     """A tensor's elements in order, some CHUNK at a time."""
-    return tensor.chunks() if isinstance(tensor, GGUFTensor) else tensor.reshape(-1).split(CHUNK)
+    return tensor.chunks(CHUNK) if isinstance(tensor, GGUFTensor) else tensor.reshape(-1).split(CHUNK)
 
 
 def write_weights(path: Path, layout: tuple, shards: list[Callable], dtype: torch.dtype) -> None:
