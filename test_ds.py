@@ -1540,7 +1540,7 @@ def random_model(seed=0, **more):
                          ids=["llama", "window", "mixtral", "qwen2-windows", "qwen3"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_ragged_batch_gives_what_each_prompt_gives_alone(sparse, more):
-    model, maps, config = random_model(**more)
+    model, maps, config = random_model(4, **more)
     prompts = [[1] + torch.randint(3, 64, (n,)).tolist() for n in (70, 5, 33)]
 
     def run(batch):
