@@ -25,7 +25,7 @@ import triton.language as tl
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, pdl, sum_blocks, sums_shape, write_labels
+from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, pdl, write_labels
 
 # ---------------------------------------------------------------- configuration
 
@@ -284,7 +284,6 @@ class LayerCache:
     ds: DSConfig | None = None  # None: a dense layer
     label_map: LabelMap | None = None
     labels: torch.Tensor | None = None  # [B, HKV, W, S] int32
-    sums: torch.Tensor | None = None  # for ds.tail: of K and V, see sums_shape
     workspace: Workspace | None = None  # scratch of a decode step of B rows; other shapes make their own
     all_tokens: bool = False  # decode attends to everything, whatever `ds` is; labels are written all the same
 
@@ -294,17 +293,15 @@ class LayerCache:
 
     def row(self, b):
         """The same layer of sequence b alone: a view with B = 1."""
-        labels, sums = (None if x is None else x[b : b + 1] for x in (self.labels, self.sums))
-        return LayerCache(self.kv[b : b + 1], self.window, self.ds, self.label_map, labels, sums)
+        labels = None if self.labels is None else self.labels[b : b + 1]
+        return LayerCache(self.kv[b : b + 1], self.window, self.ds, self.label_map, labels)
 
     def write(self, k, v, positions, labels=True):
-        """k, v [B, HKV, T, D] to positions [B, T]; labels=False leaves the keys' labels, and the sums, to `decode`."""
+        """k, v [B, HKV, T, D] to positions [B, T]; labels=False leaves the keys' labels to `decode`."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.kv.transpose(1, 2)[rows, positions] = torch.stack([k, v], 3).transpose(1, 2)  # [B, T, HKV, 2, D]
         if labels and self.ds is not None:
             write_labels(k, positions, self.labels, self.label_map, self.ds)
-            if self.sums is not None:
-                sum_blocks(*self.kv.unbind(3), positions, self.sums)
 
     def past(self, length):
         """K and V of the first `length` tokens, [B, HKV, length, D] each."""
@@ -319,11 +316,10 @@ class LayerCache:
         if self.ds is None:
             return dense_decode(q, k, v, seq_lens, self.window, workspace=workspace)
         if self.all_tokens:
-            newest = dict(labels=self.labels, label_map=self.label_map, sums=self.sums) if own else {}
+            newest = dict(labels=self.labels, label_map=self.label_map) if own else {}
             return dense_decode(q, k, v, seq_lens, self.window, self.ds.impl, workspace, **newest)
         labels = self.labels.expand(len(q), -1, -1, -1)
-        sums = None if self.sums is None else self.sums.expand(len(q), -1, -1, -1, -1)
-        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace, own, sums)
+        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace, own)
 
 
 class KVCache:
@@ -344,8 +340,6 @@ class KVCache:
                 padded = -(-S // 16) * 16  # each row of label words starts aligned: four are loaded at once
                 labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32, device=device)[..., :S]
                 settings |= dict(ds=ds, label_map=label_maps[i].to(device), labels=labels)
-                if ds.tail:
-                    settings |= dict(sums=torch.zeros(sums_shape(B, HKV, S, D), device=device))
             self.layers.append(self.make_layer((B, HKV, S, 2, D), dtype, device, settings))
 
     def make_layer(self, shape, dtype, device, settings):
@@ -382,8 +376,7 @@ class KVCache:
         return sum(layer.kv_bytes() for layer in self.layers)
 
     def label_bytes(self):
-        """Bytes of the labels, and of the sums."""
-        return sum(x.nbytes for layer in self.layers for x in (layer.labels, layer.sums) if x is not None)
+        return sum(layer.labels.nbytes for layer in self.layers if layer.labels is not None)
 
     def workspaces(self):
         return [self.layers[0].workspace] if self.layers[0].workspace else []
@@ -394,8 +387,7 @@ class KVCache:
         return {"KV cache": self.kv_bytes(), "labels": self.label_bytes(), "workspace": sum(x.nbytes for x in scratch)}
 
     def read_bytes(self, lengths):
-        """Bytes of cache that decode steps read at these live lengths, an int64 tensor, with top_p at most: (as configured, if
-        dense)."""
+        """Bytes of cache that decode steps read at these live lengths, an int64 tensor: (as configured, if dense)."""
         dense = sparse = 0
         for layer in self.layers:
             live = lengths if layer.window is None else lengths.clamp(max=layer.window)
@@ -406,8 +398,6 @@ class KVCache:
                 sparse += live.sum().item() * token
             else:
                 sparse += (layer.ds.budget(live) * token + live * HKV * layer.labels.shape[2] * 4).sum().item()
-                if layer.sums is not None:  # both ends of what the mean is of
-                    sparse += len(live) * 2 * layer.sums[0, :, 0].nbytes
         return sparse, dense
 
 
@@ -952,8 +942,8 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     meta = partial(torch.empty, device="meta")
     maps = None
     if ds is not None:
-        basis, range_ = meta(HKV, D, ds.channels(D)), meta(HKV, ds.channels(D))
-        maps = [LabelMap.from_statistics(basis, basis, range_, range_, ds.widths(D))] * config.n_layers
+        of_channels = meta(HKV, ds.channels(D))
+        maps = [LabelMap.from_statistics(*(of_channels,) * 3, ds.widths(D))] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K
@@ -1053,7 +1043,7 @@ def load_model(checkpoint, device, dtype):
 def load_label_maps(checkpoint, config, ds, path=None):
     """channels.safetensors of a checkpoint directory, or the file `path` -> one LabelMap per layer, as wide as `ds` wants.
 
-    Raises ValueError when the file is absent, belongs to another model, or holds fewer dims than wanted.
+    Raises ValueError when the file is absent, of an older form, or belongs to another model.
     """
     path = Path(path or Path(checkpoint) / "channels.safetensors")
     with open_tensors(path) as file:
@@ -1062,17 +1052,16 @@ def load_label_maps(checkpoint, config, ds, path=None):
         if provenance.get("checkpoint") != model_hash:
             raise ValueError(f"{path}: calibrated for checkpoint {provenance.get('checkpoint')}, this one is {model_hash}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        L, HKV, D, available = file.get_slice("basis_k").get_shape()
+        if "channels" not in file.keys():
+            raise ValueError(f"{path}: holds label maps of an older form; "
+                             f"run calibrate.py --checkpoint {checkpoint}")
+        L, HKV, D = file.get_slice("channels").get_shape()
         if (L, HKV, D) != (config.n_layers, config.n_kv_heads, config.head_dim):
-            raise ValueError(f"{path}: made for {L} layers, {HKV} KV heads, head_dim {D}; the model has {config.n_layers}, "
-                             f"{config.n_kv_heads}, {config.head_dim}; run calibrate.py --checkpoint {checkpoint}")
-        C = ds.channels(D)
-        if C > available:
-            raise ValueError(f"{path}: holds {available} label dims, {C} wanted; take fewer (--label_bits 32x4, say) or run "
-                             f"calibrate.py --checkpoint {checkpoint} --dims {C}")
-        basis_k, basis_q = (file.get_tensor(name)[..., :C] for name in ("basis_k", "basis_q"))
-        mean, std = (file.get_tensor(name)[..., :C] for name in ("mean", "std"))
-    return [LabelMap.from_statistics(*tensors, ds.widths(D)) for tensors in zip(basis_k, basis_q, mean, std)]
+            raise ValueError(f"{path}: made for {L} layers, {HKV} KV heads, head_dim {D}; the model "
+                             f"has {config.n_layers}, {config.n_kv_heads}, {config.head_dim}; "
+                             f"run calibrate.py --checkpoint {checkpoint}")
+        tensors = [file.get_tensor(name)[..., : ds.channels(D)] for name in ("channels", "mean", "std")]
+    return [LabelMap.from_statistics(*of_layer, ds.widths(D)) for of_layer in zip(*tensors)]
 
 
 # ---------------------------------------------------------------- command lines
