@@ -91,23 +91,16 @@ def channel_map(HKV, D, config, device):
     return LabelMap.from_statistics(basis, basis, zeros, zeros + 1, config.widths(D))
 
 
-def label_all(kv, labels, sums, label_map, config):
-    """Writes the labels of all tokens of kv [B, HKV, S, 2, D], some at a time, and their sums unless these are None."""
-    (B, _, S, _, _), (k, v) = kv.shape, kv.unbind(3)
+def label_all(kv, labels, label_map, config):
+    """Writes the labels of all tokens of kv [B, HKV, S, 2, D], some at a time."""
+    B, _, S, _, _ = kv.shape
     for start in range(0, S, 16384):
         positions = torch.arange(start, min(S, start + 16384), dtype=torch.int32, device=kv.device).expand(B, -1).contiguous()
-        write_labels(k[:, :, start : start + 16384], positions, labels, label_map, config)
-        if sums is not None:
-            ds.sum_blocks(k, v, positions, sums)
-
-
-def live_tokens(S, config):
-    """S, or with the tail one less where S ends a block of its means: as 255 of 256 steps are."""
-    return S - (config.tail and S % ds.MEAN_BLOCK == 0)
+        write_labels(kv[:, :, start : start + 16384, 0], positions, labels, label_map, config)
 
 
 class Inputs:
-    """One decode call's random inputs: q, an interleaved KV cache, its labels and sums, live_tokens of it live."""
+    """One decode call's random inputs: q, an interleaved KV cache and its labels."""
 
     def __init__(self, B, S, HQ, HKV, D, dtype, config, device, seed):
         generator = torch.Generator(device).manual_seed(seed)
@@ -120,9 +113,8 @@ class Inputs:
         self.k, self.v = self.kv.unbind(3)
         self.map = channel_map(HKV, D, config, device)
         self.labels = torch.zeros(B, HKV, config.words(D), S, dtype=torch.int32, device=device)
-        self.sums = torch.zeros(ds.sums_shape(B, HKV, S, D), device=device) if config.tail else None
-        label_all(self.kv, self.labels, self.sums, self.map, config)
-        self.seq_lens = torch.full((B,), live_tokens(S, config), dtype=torch.int32, device=device)
+        label_all(self.kv, self.labels, self.map, config)
+        self.seq_lens = torch.full((B,), S, dtype=torch.int32, device=device)
 
 
 def dense_kernels(x, workspace):
@@ -143,10 +135,10 @@ def dense_kernels(x, workspace):
 
 
 def check(x, config, out):
-    """What is checked of out: its relative error against fp32 attention over the reference's selection, the share of the label
-    scores' mass kept, and by how much the logarithm of the tail's weight is off, which is taken as it is for the first."""
-    worst_mass, tail_err, errors, norms = 1.0, 0.0, 0.0, 0.0
-    indices, _, rest = ds.select(x.q, x.labels, x.map, x.seq_lens, config) if config.use_triton(x.q) else (None,) * 3
+    """What is checked of out: its relative error against fp32 attention over the reference's selection, and the share of the
+    label scores' mass kept."""
+    worst_mass, errors, norms = 1.0, 0.0, 0.0
+    indices = ds.select(x.q, x.labels, x.map, x.seq_lens, config)[0] if config.use_triton(x.q) else None
     for b in range(len(x.q)):
         row = slice(b, b + 1)
         scores = ds.score_ref(x.q[row], x.labels[row], x.map, x.seq_lens[row], pool=config.pool)
@@ -156,17 +148,10 @@ def check(x, config, out):
         mass = scores.softmax(-1)
         kept = mass.gather(-1, chosen.long()).sum(-1) / mass.gather(-1, want.long()).sum(-1)
         worst_mass = min(worst_mass, kept.min().item())
-        tail = None
-        if config.tail:
-            exact_rest = ds.rest_ref(scores, x.seq_lens[row], want, n)
-            of_row = exact_rest if rest is None else rest[row]
-            tail_err = max(tail_err, (of_row - exact_rest).abs().max().item())
-            tail = of_row, *ds.mean_ref(x.sums[row], x.seq_lens[row])
-        exact = ds.attend_ref(x.q[row].float(), x.k[row], x.v[row], x.seq_lens[row], want, n, tail=tail)
+        exact = ds.attend_ref(x.q[row].float(), x.k[row], x.v[row], x.seq_lens[row], want, n)
         errors += (out[row].double() - exact.double()).square().sum().item()
         norms += exact.double().square().sum().item()
-    checked = {"max_rel_err": math.sqrt(errors / norms), "selected_mass": worst_mass}
-    return checked | ({"tail_err": tail_err} if config.tail else {})
+    return {"max_rel_err": math.sqrt(errors / norms), "selected_mass": worst_mass}
 
 
 def naive_chain(x, config):
@@ -180,25 +165,25 @@ def naive_chain(x, config):
 
 def right(row):
     """Whether what an attention row checked is as it should be."""
-    return row["max_rel_err"] < 0.01 and row["selected_mass"] >= 0.999 and row.get("tail_err", 0.0) < 0.1
+    return row["max_rel_err"] < 0.01 and row["selected_mass"] >= 0.999
 
 
 def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     """Checks, then times one shape: the row of results/attention.jsonl."""
-    n = config.budget(live_tokens(S, config))
+    n = config.budget(S)
     label_bytes = B * HKV * S * config.words(D) * 4
     token_bytes = 2 * D * dtype.itemsize
-    step_bytes = label_bytes + B * HKV * n * token_bytes + config.tail * B * HKV * 2 * 2 * D * 4
+    step_bytes = label_bytes + B * HKV * n * token_bytes
     dense_bytes = B * HKV * S * token_bytes
     copies = math.ceil(L2_BYTES / step_bytes) if device != "cpu" else 1
     xs = [Inputs(B, S, HQ, HKV, D, dtype, config, device, seed) for seed in range(copies)]
     workspace = Workspace(B, HQ, HKV, D, S, torch.device(device), config)
     row = {"bench": "attention", "B": B, "S": S, "HQ": HQ, "HKV": HKV, "D": D, "dtype": str(dtype).removeprefix("torch."),
-           "label_channels": config.channels(D), "label_bits": bits_of(config.widths(D)), "n_tokens": n, "tail": config.tail,
+           "label_channels": config.channels(D), "label_bits": bits_of(config.widths(D)), "n_tokens": n,
            "bytes": step_bytes, "dense_bytes": dense_bytes}
 
     def step(x, workspace):
-        return ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config, workspace=workspace, sums=x.sums)
+        return ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config, workspace=workspace)
 
     if device == "cpu":
         x = xs[0]
@@ -237,8 +222,7 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
 
     launches = len(Selection(xs[0].q, xs[0].labels, xs[0].map, xs[0].seq_lens, config, workspace).stages())
     upto = [graph_us([stages(x, last) for x in xs], device) for last in range(1, launches + 1)]
-    steps = [lambda x=x: step(x, workspace) for x in xs]
-    row["ds_us"] = graph_us(steps, device)
+    row["ds_us"] = graph_us([lambda x=x: step(x, workspace) for x in xs], device)
     score_us = upto[1] if launches > 1 else None  # else one launch scores and selects
     row |= {"score_us": score_us, "select_us": upto[-1] - (score_us or 0), "attend_us": row["ds_us"] - upto[-1]}
     try:
@@ -246,17 +230,13 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     except torch.OutOfMemoryError:
         row["naive_us"] = None
     row["speedup"] = row["dense_us"] / row["ds_us"] if right(row) else None
-    if config.tail and S >= ds.MEAN_BLOCK:  # a step in which every row ends a block and sums it up
-        for x in xs:
-            x.seq_lens.fill_(S // ds.MEAN_BLOCK * ds.MEAN_BLOCK)
-        row["block_end_us"] = graph_us(steps, device)
     return row | provenance(device)
 
 
 def labels_name(r):
-    """A row's label dims and their bits, and whether the rest counts as its tail, for people."""
+    """A row's label dims and their bits, for people."""
     bits = r["label_bits"]
-    return (f"{bits} bit" if isinstance(bits, str) else f"{r['label_channels']} x {bits} bit") + ", tail" * r.get("tail", False)
+    return f"{bits} bit" if isinstance(bits, str) else f"{r['label_channels']} x {bits} bit"
 
 
 def attention_table(rows):
@@ -271,10 +251,9 @@ def attention_table(rows):
         stages = " + ".join(us(r[name]) for name in ("score_us", "select_us", "attend_us") if r.get(name) is not None) or "-"
         speedup = f"{r['speedup']:.1f}x" if r.get("speedup") else "wrong" if "speedup" in r else "CPU reference"
         limit = f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})" if "limit_us" in r else "-"
-        block_end = f" (a block's end: {us(r['block_end_us'])})" if "block_end_us" in r else ""
         dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))
         lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {labels_name(r)} | {dense} | "
-                     f"{us(r['ds_us'])}{block_end} | {stages} | {speedup} | {r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | "
+                     f"{us(r['ds_us'])} | {stages} | {speedup} | {r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | "
                      f"{us(r.get('naive_us'))} |")
     return "\n".join(lines)
 
@@ -297,13 +276,12 @@ def draw_attention(rows, axes):
 
 def run_attention(args, device):
     """Yields the rows of the settings asked for, a list of one at a time."""
-    config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels, label_bits=args.label_bits, tail=args.tail)
+    config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels, label_bits=args.label_bits)
     settings = [(shape, config) for shape in SHAPES]
-    if args.label_bits is None and args.label_channels is None and not args.tail:
+    if args.label_bits is None and args.label_channels is None:
         more = [labels for labels in MORE_LABELS if sum(dims for dims, _ in parse_widths(labels)) <= args.head_dim]
         others = [(shape, UNIFORM) for shape in SHAPES] + [((16, 16384, 32, 32), labels) for labels in more]
         settings += [(shape, replace(config, label_bits=labels)) for shape, labels in others]
-        settings += [(shape, replace(config, tail=True)) for shape in SHAPES]
     if device == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             print("without TRITON_INTERPRET=1 the kernels cannot run here: the reference stands in for them", file=sys.stderr)
@@ -412,7 +390,7 @@ def time_gpt_fast(model, B, S, steps, device, _):
 
 
 def random_cache(model, B, size, config, device, cache_type=KVCache):
-    """A cache full of random K and V, as large as normed vectors through weights like random_model's, their labels and sums; the
+    """A cache full of random K and V, as large as normed vectors through weights like random_model's, and their labels; the
     same ones for each type of cache.
 
     The label maps choose channels: of random keys all are alike.
@@ -424,7 +402,7 @@ def random_cache(model, B, size, config, device, cache_type=KVCache):
         for layer in cache.prefill_layers(b, 0, size):
             layer.kv.normal_(generator=generator)
             if layer.ds is not None:
-                label_all(layer.kv, layer.labels, layer.sums, label_map, config)
+                label_all(layer.kv, layer.labels, label_map, config)
     return cache
 
 
@@ -490,8 +468,7 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
     """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each. first: of this process.
     compiled: whether the model's blocks are."""
     rows = []
-    prefilled = [replace(config, tail=False) for config in configs[:1]]
-    of_mode = {"prefill": prefilled, "gpt_fast": [None], "dense": [None], "ds": configs}
+    of_mode = {"prefill": configs[:1], "gpt_fast": [None], "dense": [None], "ds": configs}
     for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
         row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode, "config": config and asdict(config),
                "dtype": str(model.dtype).removeprefix("torch."), "steps": steps, "ms_per_step": None}
@@ -541,7 +518,7 @@ def model_shapes(args, device, settings, modes, example):
 def run_generate(args, device):
     """Yields the rows of the shapes asked for, one shape's at a time, all modes of a shape in turn on the same machine."""
     modes = args.modes or MODES
-    configs = [DSConfig(dense_layers=n, dense_below=args.dense_below, tail=args.tail) for n in args.dense_layers]
+    configs = [DSConfig(dense_layers=n, dense_below=args.dense_below) for n in args.dense_layers]
     if device == "cpu":
         configs = [replace(config, min_tokens=16, dense_below=0) for config in configs]
     timed = [mode for mode in modes if mode != "prefill"]
@@ -553,7 +530,7 @@ def run_generate(args, device):
 
 def mode_name(r):
     """A row's mode, and what else tells it from others of its shape."""
-    layers = f", {r['config']['dense_layers']} dense layers" + ", tail" * r["config"].get("tail", False) if r["config"] else ""
+    layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
     resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
     ahead = f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead" if r.get("prefetch_heads") else ""
     whole = ", not packed" if r["mode"].startswith("offload") and not r.get("packed") else ""
@@ -737,7 +714,7 @@ def offload_rows(source, modes, configs, budgets, ahead, steps, packed=True):
 def run_offload(args, device):
     """Yields the rows of the shapes asked for, one shape's at a time."""
     modes = args.modes or OFFLOAD_MODES
-    configs = [DSConfig(dense_layers=n, dense_below=0, tail=args.tail) for n in args.dense_layers]
+    configs = [DSConfig(dense_layers=n, dense_below=0) for n in args.dense_layers]
     options = args.budgets, args.prefetch_heads or [None], args.steps, not args.no_pack
     if args.checkpoint:
         yield offload_rows(Prompts.of(args, device), modes, configs, *options)
@@ -790,8 +767,7 @@ class Bench:
 
 
 def attention_setting(r):
-    return [r[key] for key in ("gpu", "B", "S", "HQ", "HKV", "D", "dtype", "label_channels", "label_bits", "n_tokens")] + [
-        r.get("tail", False)]
+    return [r[key] for key in ("gpu", "B", "S", "HQ", "HKV", "D", "dtype", "label_channels", "label_bits", "n_tokens")]
 
 
 def generate_setting(r):
@@ -859,8 +835,6 @@ def main():
     parser.add_argument("what", choices=(*BENCHES, "table"))
     parser.add_argument("of", nargs="?", choices=BENCHES, help="with table: whose")
     parser.add_argument("--shapes", help="BxS, comma-separated, S in tokens (default: the README's rows)")
-    parser.add_argument("--tail", action="store_true",
-                        help="of ds: --tail as generate.py has it (attention's default rows are with it and without)")
     parser.add_argument("--no_save", action="store_true", help="print the rows, but leave the results file as it is")
     parser.add_argument("--plot", metavar="FILE", help="draw the rows of this run or of the table (needs matplotlib)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda; on a CPU one small shape is checked, and nothing saved)")

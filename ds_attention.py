@@ -5,18 +5,15 @@ bits (the paper's choice of channels is a map with one-hot columns, section 3.1)
 token with the labels, selects the best N per KV head, and attends to exactly those (section 3.2).
 
 Exact: attention over the selected tokens, the selection given the scores, the first `sink` and the newest `recent`
-tokens. Approximate: the scores, by the map's rank and by the label bits. With DSConfig.tail the other tokens count, too: as one
-token more, of the mean K and V of all whole blocks of 256 tokens, with the weight that the label scores give them (the value's
-mean is SparQ's idea, arXiv 2312.04985; the weight is ours).
+tokens. Approximate: the scores, by the map's rank and by the label bits.
 
 Shapes, used everywhere: B batch rows, T new tokens, S cached tokens (allocated; the live length is in seq_lens),
 HQ / HKV query / KV heads, G = HQ // HKV, D head dim, C label dims, W 32-bit words of one token's label,
 N attended tokens. In a decode call q has no T: its rows are one token each.
 
-Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref (top_p_ref for budgets by mass, rest_ref and
-mean_ref for the tail). The Triton kernels do the same with fewer bytes: `label`, `select` (scores and selection in one or three
-launches: full scores are never written) and `attend`. They run on a GPU and, with TRITON_INTERPRET=1 set before triton is
-imported, on a CPU.
+Plain torch is the specification: label_ref, score_ref, select_ref, attend_ref. The Triton kernels do the same with fewer
+bytes: `label`, `select` (scores and selection in one or three launches: full scores are never written) and `attend`. They run
+on a GPU and, with TRITON_INTERPRET=1 set before triton is imported, on a CPU.
 Last run on: H200 with torch 2.11 / triton 3.6; CPU with torch 2.13 / triton 3.9.
 """
 import math
@@ -34,9 +31,7 @@ class DSConfig:
 
     sparsity: float = 16.0  # attend to 1/sparsity of the live tokens; labels take 1/sparsity of K's bytes
     n_tokens: int | None = None  # a fixed number of attended tokens instead of a share
-    top_p: float | None = None  # of them only as many as hold this share of the attention, estimated from the labels
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
-    tail: bool = False  # the tokens not attended to count as one more, of the mean K and V, with the weight their labels tell
     label_channels: int | None = None  # label dims per KV head; None: as many as 1/sparsity of a 16-bit K's bytes hold
     label_bits: int | str | None = None  # bits per label dim, or dims x bits of each width: "8x4,48x2"; None: default_widths, or
     # 4 with label_channels
@@ -57,20 +52,18 @@ class DSConfig:
             if value is not None and value < low:
                 hint = "; use --sparsity 1 for dense" if name == "n_tokens" else ""
                 raise ValueError(f"{name}={value}: must be at least {low}{hint}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p:g}: must be above 0 and at most 1")
         if isinstance(self.label_bits, str):
             parse_widths(self.label_bits)
             if self.label_channels is not None:
                 raise ValueError(f"label_channels={self.label_channels}: label_bits={self.label_bits} says how many; give one")
-        elif self.label_bits not in (None, 1, 2, 4, 8, 16):
-            raise ValueError(f"label_bits={self.label_bits}: must be 1, 2, 4, 8, 16, or dims x bits of each width as 8x4,48x2")
+        elif self.label_bits not in (None, 1, 2, 4, 8):
+            raise ValueError(f"label_bits={self.label_bits}: must be 1, 2, 4, 8, or dims x bits of each width as 8x4,48x2")
         for name, choices in [("pool", ("mean", "max")), ("impl", ("auto", "torch", "triton"))]:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(map(str, choices))}")
 
     def budget(self, live):
-        """Tokens attended when `live` tokens are eligible, with top_p at most. live: int, or int32 tensor; same type back."""
+        """Tokens attended when `live` tokens are eligible. live: int, or int32 tensor; same type back."""
         num, den = self.share()
         if isinstance(live, int):
             return min(self.n_tokens or max(self.min_tokens, -(-live * den // num)), live)
@@ -128,8 +121,8 @@ def parse_widths(text):
     if any(len(part) != 2 or part[0] < 1 for part in widths) or any(a[1] <= b[1] for a, b in zip(widths, widths[1:])):
         raise ValueError(example)
     for dims, bits in widths:
-        if bits not in (1, 2, 4, 8) and not (bits == 16 and len(widths) == 1):
-            raise ValueError(f"label_bits={text}: dims have 1, 2, 4 or 8 bits, or all of them 16")
+        if bits not in (1, 2, 4, 8):
+            raise ValueError(f"label_bits={text}: dims have 1, 2, 4 or 8 bits")
         if dims * bits % 8:
             raise ValueError(f"label_bits={text}: {dims} dims of {bits} bits are no whole number of bytes")
     total = sum(dims * bits for dims, bits in widths)
@@ -171,7 +164,7 @@ def default_widths(words, D):
 
 
 # Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a Gaussian.
-CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92, 16: 6.0}
+CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
 
 
 @dataclass
@@ -361,83 +354,6 @@ def label(k, positions, labels, label_map):
 
 # ---------------------------------------------------------------- mean K and V
 
-MEAN_BLOCK = 256  # tokens after which the sums of K and V are kept
-
-
-def sums_shape(B, HKV, S, D):
-    """Of the sums of a cache of S tokens: entry i has those of its first i blocks of MEAN_BLOCK tokens."""
-    return B, HKV, 1 + S // MEAN_BLOCK, 2, D
-
-
-def sum_blocks(k, v, positions, sums):
-    """Writes the sums of K and V up to the end of each block of MEAN_BLOCK tokens that new tokens complete, in place.
-
-    k, v [B, HKV, S, D], the new tokens in them; positions [B, T] integer, consecutive; sums: of sums_shape, fp32, all 0 at first.
-    """
-    rows = torch.arange(len(k), device=k.device)[:, None]
-    first = positions[:, :1] // MEAN_BLOCK
-    block = first + torch.arange(positions.shape[1] // MEAN_BLOCK + 1, device=k.device)  # [B, blocks]: no more can end
-    ended = (block + 1) * MEAN_BLOCK <= positions[:, -1:] + 1
-    token = (block[..., None] * MEAN_BLOCK + torch.arange(MEAN_BLOCK, device=k.device)).clamp(max=k.shape[2] - 1)
-    of_block = torch.stack([x.transpose(1, 2)[rows[..., None], token].sum(2, dtype=torch.float32) for x in (k, v)], 3)
-    by_block = sums.transpose(1, 2)  # [B, 1 + blocks, HKV, 2, D]
-    upto = by_block[rows, first] + of_block.cumsum(1)
-    # a block that did not end writes the first entry over with itself
-    by_block[rows, torch.where(ended, block + 1, 0)] = torch.where(ended[..., None, None, None], upto, by_block[:, :1])
-
-
-def mean_blocks(seq_lens, window):
-    """The whole blocks of MEAN_BLOCK eligible tokens before the newest: (first, the one after the last), [B] each."""
-    start, _ = live_range(seq_lens, window)
-    end = (seq_lens - 1) // MEAN_BLOCK
-    return torch.minimum((start + MEAN_BLOCK - 1) // MEAN_BLOCK, end), end
-
-
-def mean_ref(sums, seq_lens, window=None):
-    """Mean K and V of the whole blocks of eligible tokens before the newest: two of [B, HKV, D] fp32, 0 if there is none."""
-    begin, end = mean_blocks(seq_lens, window)
-    rows = torch.arange(len(seq_lens), device=sums.device)
-    sums = sums.expand(len(seq_lens), -1, -1, -1, -1).transpose(1, 2)
-    tokens = ((end - begin) * MEAN_BLOCK).clamp(min=1)
-    return ((sums[rows, end] - sums[rows, begin]) / tokens[:, None, None, None]).unbind(2)
-
-
-def rest_ref(scores, seq_lens, indices, n_tokens, window=None):
-    """The weight of the tokens that are not selected, by their label scores, relative to the scores' mean: its logarithm.
-
-    scores, seq_lens as in select_ref, indices and n_tokens as it returns them. To a query whose product with the mean key is m
-    they all weigh exp(m + what is returned). Returns [B, HKV] fp32, -inf without a whole block of tokens to take the mean of.
-    """
-    S = scores.shape[2]
-    begin, end = (block[:, None] * MEAN_BLOCK for block in mean_blocks(seq_lens, window))  # [B, 1]
-    position = torch.arange(S, device=scores.device)
-    inside = ((position >= begin) & (position < end))[:, None]
-    mean = scores.masked_fill(~inside, 0.0).sum(-1) / (end - begin).clamp(min=1)
-    slot = torch.where(torch.arange(indices.shape[2], device=scores.device) < per_head(n_tokens, len(scores[0]))[..., None],
-                       indices, S).long()
-    chosen = torch.zeros(*scores.shape[:2], S + 1, dtype=torch.bool, device=scores.device).scatter_(-1, slot, True)[..., :S]
-    weight = scores.masked_fill(chosen, float("-inf")).logsumexp(-1)
-    return torch.where(end > begin, weight - mean, float("-inf"))
-
-
-@triton.jit
-def _mean_blocks(seq_len, start, MEAN_BLOCK: tl.constexpr):
-    """mean_blocks of one row, in tokens."""
-    end = (seq_len - 1) // MEAN_BLOCK * MEAN_BLOCK
-    return tl.minimum(tl.cdiv(start, MEAN_BLOCK) * MEAN_BLOCK, end), end
-
-
-@triton.jit
-def _mean(sums, begin, end, offs_d, D: tl.constexpr, MEAN_BLOCK: tl.constexpr):
-    """Mean K and V of one row and KV head's tokens from begin to end, both ends of blocks."""
-    tokens = tl.maximum(end - begin, 1)
-    low, high = sums + begin // MEAN_BLOCK * 2 * D + offs_d, sums + end // MEAN_BLOCK * 2 * D + offs_d
-    mask = offs_d < D
-    mean_k = tl.load(high, mask=mask, other=0.0) - tl.load(low, mask=mask, other=0.0)
-    mean_v = tl.load(high + D, mask=mask, other=0.0) - tl.load(low + D, mask=mask, other=0.0)
-    return mean_k / tokens, mean_v / tokens
-
-
 # ---------------------------------------------------------------- score
 
 
@@ -463,11 +379,9 @@ def score_ref(q, labels, label_map, seq_lens, window=None, pool="mean"):
     shared = labels[:1] if labels.stride(0) == 0 else labels  # rows of one shared cache: unpack it once
     codes = unpack(shared.transpose(2, 3), label_map.widths).float()  # [B or 1, HKV, S, C]
     q_codes, bias, unit = label_map.query_codes(q, pool)  # [B, HKV, P, C], [B, HKV, P], [B, HKV]
-    if label_map.widths[0][1] == 16:
-        q_codes, codes = q_codes.double(), codes.double()  # their sums do not fit fp32
     operand = codes[0] if len(codes) < len(q) else codes
     scores = torch.einsum(f"bhpc,{'hsc' if operand.ndim == 3 else 'bhsc'}->bhps", q_codes, operand)
-    scores = ((scores + bias[..., None]).amax(2) * unit[..., None]).float()  # [B, HKV, S]
+    scores = (scores + bias[..., None]).amax(2) * unit[..., None]  # [B, HKV, S]
     return scores.masked_fill(~eligible_tokens(seq_lens, S, window)[:, None], float("-inf"))
 
 
@@ -485,24 +399,6 @@ def forced_ref(seq_lens, n_tokens, S, sink, recent, window):
     n_sink = (n_tokens - n_recent).clamp(max=sink)
     newest = position >= (seq_lens[:, None] - n_recent)[..., None]
     return (newest | (position < n_sink[..., None])) & eligible, eligible
-
-
-def top_p_ref(scores, seq_lens, n_tokens, top_p, sink=0, recent=1, window=None):
-    """How many tokens hold top_p of the softmax of the label scores, at most n_tokens: those attended in any case, then the best.
-
-    scores, seq_lens and n_tokens as in select_ref. The newest token does not count for either side: its label may not be
-    written yet when a decode step selects. Returns [B, HKV] int32.
-    """
-    HKV, S = scores.shape[1:]
-    n_tokens = per_head(n_tokens, HKV)
-    forced, eligible = forced_ref(seq_lens, n_tokens, S, sink, recent, window)
-    newest = torch.arange(S, device=scores.device) == seq_lens[:, None, None] - 1
-    mass = scores.masked_fill(newest | ~eligible, float("-inf")).softmax(-1).nan_to_num(0.0)  # one token: nothing to weigh
-    needed = top_p - (mass * forced).sum(-1)  # [B, HKV]
-    best = mass.masked_fill(forced | ~eligible, 0.0).sort(-1, descending=True).values
-    before = best.cumsum(-1) - best
-    wanted = forced.sum(-1) + ((before < needed[..., None]) & (best > 0)).sum(-1)
-    return torch.minimum(wanted, n_tokens).to(torch.int32)
 
 
 def per_head(n_tokens, HKV):
@@ -571,14 +467,12 @@ def _load_words(labels, offs_s, mask, l_sw, W: tl.constexpr):
 @triton.constexpr_function
 def _slices(WIDTHS):
     """SLICES: byte-wise slices of a label word, in each of which a byte has one dim at most."""
-    return 2 if WIDTHS[0][1] == 16 else 8 // _narrowest(WIDTHS)
+    return 8 // _narrowest(WIDTHS)
 
 
 @triton.constexpr_function
 def _slice(WIDTHS, w, t):
     """The bits of a label word, as an int32, that are its t-th slice: of each byte the dim that begins there. 0: none does."""
-    if WIDTHS[0][1] == 16:
-        return 0x00FF00FF  # of the word shifted: low bytes, then high bytes
     of_bytes = [bits for dims, bits in WIDTHS for _ in range(dims * bits // 8)][4 * w : 4 * w + 4]
     begin = t * _narrowest(WIDTHS)
     mask = sum((2**bits - 1 << begin) << 8 * i for i, bits in enumerate(of_bytes) if begin % bits == 0)
@@ -599,10 +493,9 @@ def _token_scores(words, query, W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.con
             for w in tl.static_range(W):
                 if _slice(WIDTHS, w, t) != 0:
                     q = tl.load(query + p * (W * SLICES + 1) + w * SLICES + t) + tl.zeros_like(score)
-                    word = words[w] >> (8 * t) if WIDTHS[0][1] == 16 else words[w]
-                    part = _dot4(word & _slice(WIDTHS, w, t), q, part, PTX)
+                    part = _dot4(words[w] & _slice(WIDTHS, w, t), q, part, PTX)
             # a slice stays where it is in its bytes, and its sum is shifted instead
-            score += part << (8 * t) if WIDTHS[0][1] == 16 else part >> (_narrowest(WIDTHS) * t)
+            score += part >> (_narrowest(WIDTHS) * t)
         best = score if p == 0 else tl.maximum(best, score)
     return best
 
@@ -618,33 +511,11 @@ def _fours(s, TILE: tl.constexpr):
 
 
 @triton.jit
-def _weight(key, peak, unit):
-    """exp of label scores less the peak's; unit: log2(e) times one step of the integer scores."""
-    return tl.exp2(tl.minimum((key - peak).to(tl.float32) * unit, 100.0))
-
-
-@triton.jit
 def _listed(entries, s, total, TILE: tl.constexpr):
     """(keys, positions) of a list in memory from the s-th on, [4, TILE / 4] each."""
     inside = _fours(s, TILE) < total
     entry = tl.load(entries + _fours(s, TILE), mask=inside, other=0)
     return tl.where(inside, (entry >> 32).to(tl.int32), DEAD), entry.to(tl.int32)
-
-
-@triton.jit
-def _mass(keys, total, at, peak, unit, TILE: tl.constexpr):
-    """The weight of the keys that reach `at` and are not FORCED.
-
-    keys: a tensor, or with a TILE the list in memory of `total` entries.
-    """
-    if TILE:
-        mass = 0.0
-        for s in range(0, total, TILE):
-            key, _ = _listed(keys, s, total, TILE)
-            mass += _mass(key, total, at, peak, unit, 0)
-    else:
-        mass = tl.sum(tl.where((keys >= at) & (keys < FORCED), _weight(keys, peak, unit), 0.0))
-    return mass
 
 
 BINS = tl.constexpr(256)  # parts of a range of keys that are counted at a time, the last for those above it
@@ -693,66 +564,6 @@ def _search(keys, low, high, wanted, slack):
 
 
 @triton.jit
-def _search_mass(keys, total, low, high, wanted, peak, unit, TILE: tl.constexpr):
-    """The largest value in [low, high] that keys of weight `wanted` reach, as they do low (see _mass)."""
-    while low < high:
-        middle = low + (high - low + 1) // 2
-        enough = _mass(keys, total, middle, peak, unit, TILE) >= wanted
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    return low
-
-
-@triton.jit
-def _tied_room(missing, cut, threshold, room, peak, unit):
-    """How many keys tied at `cut` make up for the missing weight: no more than `room` where that is the threshold of the n best."""
-    ties = tl.maximum(tl.ceil(missing / _weight(cut, peak, unit)), 0.0).to(tl.int32)
-    return tl.where(cut == threshold, tl.minimum(ties, room), ties)
-
-
-@triton.jit
-def _cut(keys, total, low, high, n, needed, peak, unit, TOP_P: tl.constexpr, TILE: tl.constexpr):
-    """(threshold, room): the n best keys, all of which reach low, are those above the threshold and the first `room` tied with it.
-
-    TOP_P: only as many of the keys that are not FORCED as weigh `needed`, the best first. high: the largest of these.
-    """
-    if TILE:
-        threshold, above = _nth_best(keys, total, low, high, n, TILE)
-    else:
-        threshold = _search(keys, low, high, n, 0)
-        above = tl.sum((keys > threshold).to(tl.int32))
-    room = n - above
-    if TOP_P:
-        mass = _mass(keys, total, threshold, peak, unit, TILE)
-        if (mass > needed) & (threshold < FORCED):
-            cut = _search_mass(keys, total, threshold, high, needed, peak, unit, TILE)
-            missing = needed - _mass(keys, total, cut + 1, peak, unit, TILE)
-            room = _tied_room(missing, cut, threshold, room, peak, unit)
-            threshold = cut
-    return threshold, room
-
-
-@triton.jit
-def _add(a, b, c, x, y, z):
-    """Combines two triples of sums, for a reduction that makes all three at once."""
-    return a + x, b + y, c + z
-
-
-@triton.jit
-def _lighter(keys, threshold, peak, unit):
-    """The weight of the candidates below the threshold."""
-    return tl.sum(tl.where((keys < threshold) & (keys > DEAD), _weight(keys, peak, unit), 0.0))
-
-
-@triton.jit
-def _rest(lighter, ties, threshold, room, peak, unit, level):
-    """What rest_ref returns, of tokens below the threshold that weigh `lighter` and of the ties past the first `room`; level:
-    log2 of what a token of mean score weighs."""
-    left = tl.where(threshold < FORCED, tl.maximum(ties - room, 0) * _weight(threshold, peak, unit), 0.0)
-    return (tl.log2(lighter + left) - level) * 0.6931471805599453
-
-
-@triton.jit
 def _columns(basis, C, offs_c, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """One KV head's basis [D, C] as [BLOCK_D, BLOCK_C]; a warp's lanes take the dims, so that sums over D stay in a thread."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -770,13 +581,10 @@ def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, B
 
 
 @triton.jit
-def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_tokens, sink, recent, unit_per_label, q_sh,
-             l_sw, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
-             M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, MEAN_BLOCK: tl.constexpr, TAIL: tl.constexpr,
-             WEIGH: tl.constexpr, PTX: tl.constexpr):
-    """Writes the label codes of a row's query. From a sample of M tokens, returns a lower bracket of its n-th best score, for
-    WEIGH the best score seen and log2 of what one step of the integer scores weighs, and for TAIL the weight of the tokens
-    below the bracket and log2 of that of the mean score, both relative to the best."""
+def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_tokens, q_sh, l_sw,
+             G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
+             M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, PTX: tl.constexpr):
+    """Writes the label codes of a row's query, and returns a lower bracket of its n-th best score, from a sample of M tokens."""
     SLICES: tl.constexpr = _slices(WIDTHS)
     C: tl.constexpr = _dims(WIDTHS)
     live = seq_len - start
@@ -804,38 +612,20 @@ def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, 
         codes = tl.floor(dots * steps * scale + 0.5).to(tl.int8)  # [BLOCK_C] in [-127, 127]
         of_head = (query + p * (W * SLICES + 1)).to(tl.pointer_type(tl.int8), bitcast=True) + place
         tl.store(of_head, codes, mask=offs_c < C)
-        if WIDTHS[0][1] == 16:  # the dims meet the low bytes of their codes, and again the high bytes
-            tl.store(of_head + 4, codes, mask=offs_c < C)
         bias = scale * 0.0  # the same for all tokens: it matters only between the heads of a group
         if P > 1:
             bias = tl.maximum(tl.floor((tl.sum(dots * lows) - top_bias) * scale + 0.5), -(2.0**30))
         tl.store(query + p * (W * SLICES + 1) + W * SLICES, bias.to(tl.int32))
     tl.debug_barrier()  # the query words are read back in another order
     bracket = DEAD + 1
-    peak = 0
     share = M * (n.to(tl.float32) / live)
     wanted = (share + MARGIN * tl.sqrt(share)).to(tl.int32) + 1
-    if WEIGH:
-        scores = _token_scores(words, query, W, WIDTHS, P, PTX)
-        peak = tl.max(tl.where(inside & (sampled < seq_len - 1), scores, -FORCED))
     if (wanted < M // 2) & (live >= M):
-        if not WEIGH:
-            scores = _token_scores(words, query, W, WIDTHS, P, PTX)
+        scores = _token_scores(words, query, W, WIDTHS, P, PTX)
         keys = tl.where(inside, scores, DEAD)
         low, high = tl.min(tl.where(inside, keys, FORCED)), tl.max(keys)
         bracket = _search(keys, low, high, wanted, wanted // 32)
-    unit = largest * unit_per_label
-    below, level = 0.0, 0.0
-    if TAIL:
-        n_recent, n_sink = _forced(n, sink, recent)
-        free = (sampled >= tl.maximum(start, n_sink)) & (sampled < seq_len - n_recent)
-        begin, end = _mean_blocks(seq_len, start, MEAN_BLOCK)
-        whole = (sampled >= begin) & (sampled < end)
-        below, mean, of_mean = tl.reduce((tl.where(free & (scores < bracket), _weight(scores, peak, unit), 0.0),
-                                          tl.where(whole, (scores - peak).to(tl.float32), 0.0), whole.to(tl.float32)), 0, _add)
-        below *= spread.to(tl.float32) / M
-        level = tl.where(end > begin, mean / tl.maximum(of_mean, 1.0) * unit, float("inf"))
-    return bracket, peak, unit, below, level
+    return bracket
 
 
 @triton.jit
@@ -912,30 +702,21 @@ def _place(key, position, threshold, room, above, ties, indices):
 
 
 @triton.jit
-def _take_best(entries, total, low, high, n, needed, peak, unit, below, level, n_tokens, rest, indices, TOP_P: tl.constexpr,
-               TAIL: tl.constexpr, TILE: tl.constexpr):
-    """The positions of the best of a list in memory (see _cut), in its order, which is that of positions."""
-    threshold, room = _cut(entries, total, low, high, n, needed, peak, unit, TOP_P, TILE)
+def _take_best(entries, total, low, high, n, indices, TILE: tl.constexpr):
+    """The positions of the n best of a list in memory, in its order, which is that of positions."""
+    threshold, better = _nth_best(entries, total, low, high, n, TILE)
     above = 0
     ties = 0
     for s in range(0, total, TILE):
         key, position = _listed(entries, s, total, TILE)
-        above, ties = _place(key, position, threshold, room, above, ties, indices)
-        if TAIL:
-            below += _lighter(key, threshold, peak, unit)
-    if TOP_P:
-        tl.store(n_tokens, above + tl.minimum(ties, room))
-    if TAIL:
-        tl.store(rest, _rest(below, ties, threshold, room, peak, unit, level))
+        above, ties = _place(key, position, threshold, n - better, above, ties, indices)
 
 
 @triton.jit
-def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_tokens, sink,
-          recent, l_sw, W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, TOP_P: tl.constexpr,
-          PTX: tl.constexpr):
+def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, row_tokens, sink, recent, l_sw,
+          W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, PTX: tl.constexpr):
     """Scores a row's tokens from begin to end, the first block of which is in `words`, and lists, block by block, the
-    candidates: those at or above the bracket. TOP_P: returns top_p of the tokens' weight less that of the forced ones."""
-    needed = 0.0
+    candidates: those at or above the bracket."""
     readable = _readable(end, row_tokens)
     offs_s = tl.arange(0, BLOCK_S)
     group = tl.arange(0, BLOCK_S // 4)
@@ -943,10 +724,6 @@ def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, 
         following = _load_words(labels, s + BLOCK_S + offs_s, s + BLOCK_S + offs_s < readable, l_sw, W)
         scores = _token_scores(words, query, W, WIDTHS, P, PTX)
         block = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
-        if TOP_P:  # without the newest token, whose label may not be there yet
-            counts_for = (s + offs_s >= start) & (s + offs_s < seq_len - 1)
-            weight = tl.where(counts_for, _weight(scores, peak, unit), 0.0)
-            needed += tl.sum(weight * tl.where(block == FORCED, top_p - 1, top_p))
         # a thread holds four tokens in a row: count them, place the groups, list their tokens one by one
         even, odd = tl.split(tl.reshape(block, [BLOCK_S // 4, 2, 2]))
         key_0, key_2 = tl.split(even)
@@ -962,25 +739,19 @@ def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, 
         _append(entries, slot, key_3, position + 3, bracket)
         tl.store(counts + s // BLOCK_S + tl.zeros_like(upto), upto, mask=group == BLOCK_S // 4 - 1)
         words = following
-    return needed
 
 
 @triton.jit
-def _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest, indices,
-                 BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr):
-    """The positions of the best candidates (see _cut), all of which reach the bracket, ascending."""
+def _take_listed(entries, counts, before, groups, n, bracket, indices, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
+                 TILE: tl.constexpr):
+    """The positions of the n best candidates, all of which reach the bracket, ascending."""
     key, _, offset, inside = _candidates(entries, counts, before, 0, groups, BLOCK_S, LOG_BLOCKS, TILE)
     low = tl.maximum(bracket, -FORCED)
     high = tl.maximum(tl.max(tl.where(key < FORCED, key, DEAD)), low)
-    threshold, room = _cut(key, total, low, high, n, needed, peak, unit, TOP_P, 0)
-    if TAIL:
-        below += _lighter(key, threshold, peak, unit)
+    threshold = _search(key, low, high, n, 0)
+    room = n - tl.sum((key > threshold).to(tl.int32))
     position = tl.load(entries + offset, mask=inside, other=0).to(tl.int32)  # again: registers are scarcer than loads
-    above, ties = _place(key, position, threshold, room, 0, 0, indices)
-    if TOP_P:
-        tl.store(n_tokens, above + tl.minimum(ties, room))
-    if TAIL:
-        tl.store(rest, _rest(below, ties, threshold, room, peak, unit, level))
+    _place(key, position, threshold, room, 0, 0, indices)
 
 
 SEEN = tl.constexpr(2**62)  # a word of no program, of later than any turn
@@ -1009,25 +780,23 @@ def _exchange(board, part, turn, values, PLACERS: tl.constexpr, LANES: tl.conste
 
 
 @triton.jit
-def _sum_shared(board, part, turn, value, PLACERS: tl.constexpr, LANES: tl.constexpr):
-    """The sum over a row's programs of an fp32 value."""
-    values = _exchange(board, part, turn, value.to(tl.int32, bitcast=True), PLACERS, LANES)
-    return tl.sum(tl.where(tl.arange(0, SHARED_BINS)[None, :] == 0, values.to(tl.float32, bitcast=True), 0.0))
-
-
-@triton.jit
 def _add_two(a, b, x, y):
     """Combines two pairs of sums."""
     return a + x, b + y
 
 
 @triton.jit
-def _cut_shared(key, board, part, low, n, needed, peak, unit, LOG_STEP: tl.constexpr, TOP_P: tl.constexpr, PLACERS: tl.constexpr,
-                LANES: tl.constexpr):
-    """_cut of the candidates of all of a row's programs, each of which has a part of them in `key`; all reach low.
+def _add_three(a, b, c, x, y, z):
+    """Combines two triples of sums."""
+    return a + x, b + y, c + z
+
+
+@triton.jit
+def _cut_shared(key, board, part, low, n, LOG_STEP: tl.constexpr, PLACERS: tl.constexpr, LANES: tl.constexpr):
+    """The n-th best of the candidates of all of a row's programs, each of which has a part of them in `key`; all reach low.
 
     The n-th best is looked for in 31 steps of 2**LOG_STEP from low up, then within one of them or, if it is beyond, in longer ones.
-    Returns (threshold, room, better and tied candidates in the parts before, turns).
+    Returns (threshold, how many of those tied with it are taken, better and tied candidates in the parts before).
     """
     bins = tl.arange(0, SHARED_BINS)
     before = tl.arange(0, LANES)[:, None] < part
@@ -1045,7 +814,7 @@ def _cut_shared(key, board, part, low, n, needed, peak, unit, LOG_STEP: tl.const
         count, earlier = tl.reduce((of_parts, tl.where(before, of_parts, 0)), 0, _add_two)
         best = tl.sum((tl.cumsum(count, 0, reverse=True) >= n).to(tl.int32)) - 1
         better, above, ties = tl.reduce((tl.where(bins > best, count, 0), tl.where(bins > best, earlier, 0),
-                                         tl.where(bins == best, earlier, 0)), 0, _add)
+                                         tl.where(bins == best, earlier, 0)), 0, _add_three)
         room = n - better
         beyond = best == SHARED_BINS - 1
         more = beyond | (log_step > 0)
@@ -1054,67 +823,31 @@ def _cut_shared(key, board, part, low, n, needed, peak, unit, LOG_STEP: tl.const
         # 31 steps beyond stay below 2**31; one step within falls into 16, as 32 would leave no bin for those above
         log_step = tl.where(beyond, tl.minimum(log_step + 5, 25), tl.maximum(log_step - 4, 0))
         high = tl.where(beyond, tl.minimum(low + ((SHARED_BINS - 1) << log_step) - 1, FORCED), within)
-    if TOP_P:
-        turn += 1
-        mass = _sum_shared(board, part, turn, _mass(key, 0, low, peak, unit, 0), PLACERS, LANES)
-        if (mass > needed) & (low < FORCED):
-            threshold = low
-            turn += 1
-            highest = _exchange(board, part, turn, tl.max(tl.where(key < FORCED, key, DEAD)), PLACERS, LANES)
-            high = tl.max(tl.where(tl.arange(0, LANES)[:, None] < PLACERS, highest, DEAD))
-            while low < high:
-                middle = low + (high - low + 1) // 2
-                turn += 1
-                enough = _sum_shared(board, part, turn, _mass(key, 0, middle, peak, unit, 0), PLACERS, LANES) >= needed
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle - 1)
-            turn += 1
-            missing = needed - _sum_shared(board, part, turn, _mass(key, 0, low + 1, peak, unit, 0), PLACERS, LANES)
-            room = _tied_room(missing, low, threshold, room, peak, unit)
-            turn += 1
-            of_parts = _exchange(board, part, turn, tl.sum(_both(key, low)), PLACERS, LANES)
-            of_parts = tl.where(before & (bins[None, :] == 0), of_parts, 0)
-            above, ties = tl.sum(of_parts >> 16), tl.sum(of_parts & 0xFFFF)
-    return low, room, above, ties, turn
+    return low, room, above, ties
 
 
 @triton.jit
-def _take_shared(entries, board, counts, before, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest, indices,
-                 part, LOG_STEP: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr,
-                 LANES: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr):
+def _take_shared(entries, board, counts, before, groups, n, bracket, indices, part, LOG_STEP: tl.constexpr, BLOCK_S: tl.constexpr,
+                 LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
     """_take_listed by PLACERS programs, of which each has a part of the candidates in registers, and places it."""
     first = part * tl.cdiv(groups, PLACERS)
     last = tl.minimum(first + tl.cdiv(groups, PLACERS), groups)
     key, position, _, _ = _candidates(entries, counts, before, 4 * first, last, BLOCK_S, LOG_BLOCKS, TILE)
-    threshold, room, above, ties, turn = _cut_shared(key, board, part, tl.maximum(bracket, -FORCED), n, needed, peak, unit,
-                                                     LOG_STEP, TOP_P, PLACERS, LANES)
-    if TAIL:
-        below += _sum_shared(board, part, turn + 1, _lighter(key, threshold, peak, unit), PLACERS, LANES)
-    above, ties = _place(key, position, threshold, room, above, ties, indices)
-    if part == PLACERS - 1:
-        if TOP_P:
-            tl.store(n_tokens, above + tl.minimum(ties, room))
-        if TAIL:
-            tl.store(rest, _rest(below, ties, threshold, room, peak, unit, level))
+    threshold, room, above, ties = _cut_shared(key, board, part, tl.maximum(bracket, -FORCED), n, LOG_STEP, PLACERS, LANES)
+    _place(key, position, threshold, room, above, ties, indices)
 
 
 @triton.jit
-def _choose(labels, query, needs, entries, board, counts, before, long_entries, indices, n_tokens, rest, row, S, longest,
-            max_tokens, seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, part, W: tl.constexpr,
-            WIDTHS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
-            PLACERS: tl.constexpr, SHARE: tl.constexpr, LOG_STEP: tl.constexpr, TILE: tl.constexpr, TIERS: tl.constexpr,
-            TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, PTX: tl.constexpr):
+def _choose(labels, query, entries, board, counts, before, long_entries, indices, row, S, longest, max_tokens, seq_len, start, n,
+            bracket, sink, recent, l_sw, part, W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr,
+            LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr, SHARE: tl.constexpr, LOG_STEP: tl.constexpr, TILE: tl.constexpr,
+            TIERS: tl.constexpr, TILE_LONG: tl.constexpr, PTX: tl.constexpr):
     """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, by the first
     of PLACERS programs of a row, those of up to SHARE for each of these by all of them, longer ones in memory, by the first.
     labels, query, entries, board, counts: the row's."""
     before += row.to(tl.int64) * 2**LOG_BLOCKS
     long_entries += row.to(tl.int64) * longest
     indices += row.to(tl.int64) * max_tokens
-    n_tokens += row
-    rest += row
-    needed = 0.0
-    if TOP_P:
-        needed = tl.sum(tl.load(needs + row * PARTS + tl.arange(0, PARTS)))
     first = start // BLOCK_S * BLOCK_S
     block = tl.arange(0, 2**LOG_BLOCKS)
     live = (block >= first // BLOCK_S) & (block * BLOCK_S < seq_len)
@@ -1127,15 +860,14 @@ def _choose(labels, query, needs, entries, board, counts, before, long_entries, 
     missed = total < n
     for i in tl.static_range(TIERS):  # in registers, as many as it takes: the cost follows the live length
         if (groups * 4 <= TILE << i) & ((i == 0) | (groups * 4 > TILE << i >> 1)) & (not missed) & (part == 0):
-            _take_listed(entries, counts, before, total, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest,
-                         indices, BLOCK_S, LOG_BLOCKS, TOP_P, TAIL, TILE << i)
+            _take_listed(entries, counts, before, groups, n, bracket, indices, BLOCK_S, LOG_BLOCKS, TILE << i)
     too_long = groups * 4 > TILE << (TIERS - 1)
     if SHARE:
         THREADS: tl.constexpr = TILE_LONG // 8  # TILE_LONG: 8 candidates to a thread
         LANES: tl.constexpr = THREADS // SHARED_BINS if THREADS > PLACERS * SHARED_BINS else PLACERS
         if too_long & (groups * 4 <= SHARE * PLACERS) & (not missed):
-            _take_shared(entries, board, counts, before, groups, n, bracket, needed, peak, unit, below, level, n_tokens, rest,
-                         indices, part, LOG_STEP, BLOCK_S, LOG_BLOCKS, PLACERS, LANES, TOP_P, TAIL, SHARE)
+            _take_shared(entries, board, counts, before, groups, n, bracket, indices, part, LOG_STEP, BLOCK_S, LOG_BLOCKS, PLACERS,
+                         LANES, SHARE)
         too_long &= groups * 4 > SHARE * PLACERS
     if (missed | too_long) & (part == 0):
         low = tl.maximum(bracket, -FORCED)
@@ -1151,7 +883,6 @@ def _choose(labels, query, needs, entries, board, counts, before, long_entries, 
         else:  # rare: all tokens are candidates
             low = -FORCED + 0
             high = -FORCED + 0
-            below *= 0.0
             total = seq_len - first
             long_entries = entries + first
             for s in range(first, seq_len, BLOCK_S):
@@ -1162,27 +893,24 @@ def _choose(labels, query, needs, entries, board, counts, before, long_entries, 
                 tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
                 high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
         tl.debug_barrier()
-        _take_best(long_entries, total, low, high, n, needed, peak, unit, below, level, n_tokens, rest, indices, TOP_P, TAIL,
-                   TILE_LONG)
+        _take_best(long_entries, total, low, high, n, indices, TILE_LONG)
 
 
 @triton.jit
-def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query, lower, peaks, weights, needs, entries, board,
-                   counts, before, long_entries, indices, chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens,
-                   window, n_fixed, min_tokens, share_num, share_den, sink, recent, top_p, unit_per_label, HKV: tl.constexpr,
-                   G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
-                   M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
-                   BRACKET: tl.constexpr, EMIT: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CHOOSE: tl.constexpr,
-                   PLACERS: tl.constexpr, SHARE: tl.constexpr, LOG_STEP: tl.constexpr, TILE: tl.constexpr, TIERS: tl.constexpr,
-                   TILE_LONG: tl.constexpr, TOP_P: tl.constexpr, TAIL: tl.constexpr, MEAN_BLOCK: tl.constexpr, PTX: tl.constexpr,
-                   PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
+def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, entries, board, counts, before, long_entries,
+                   indices, chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens, window, n_fixed, min_tokens,
+                   share_num, share_den, sink, recent, HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+                   BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr,
+                   MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, BRACKET: tl.constexpr, EMIT: tl.constexpr,
+                   SEGMENTS: tl.constexpr, CHOOSE: tl.constexpr, PLACERS: tl.constexpr, SHARE: tl.constexpr, LOG_STEP: tl.constexpr,
+                   TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+                   ANNOUNCE: tl.constexpr):
     """One, or all, of the three stages of a selection; SEGMENTS programs share a row and KV head: its tokens in EMIT, in CHOOSE
     its list."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     pid_b, pid_h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     SLICES: tl.constexpr = _slices(WIDTHS)
     BLOCKS: tl.constexpr = 2**LOG_BLOCKS
-    WEIGH: tl.constexpr = TOP_P or TAIL
     if BRACKET:
         C: tl.constexpr = _dims(WIDTHS)
         offs_c = tl.arange(0, triton.next_power_of_2(C))
@@ -1197,25 +925,17 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query
     entries += row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S
     counts += row.to(tl.int64) * BLOCKS
     board += row * 2 * PLACERS * SHARED_BINS
-    weights += row * 3
     seq_len = tl.load(seq_lens + pid_b)
     start = tl.maximum(seq_len - window, 0)
     first = start // BLOCK_S * BLOCK_S
     n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
     if BRACKET:
-        bracket, peak, unit, below, level = _bracket(
-            q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_tokens, sink,
-            recent, unit_per_label, q_sh, l_sw, G, P, D, BLOCK_D, W, WIDTHS, M, RUN, MARGIN, MEAN_BLOCK, TAIL, WEIGH, PTX)
+        bracket = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, offs_c, labels, query, seq_len, start, n,
+                           row_tokens, q_sh, l_sw, G, P, D, BLOCK_D, W, WIDTHS, M, RUN, MARGIN, PTX)
         tl.store(n_tokens + row, n)
         tl.store(lower + row, bracket)
         if SHARE:
             tl.store(board + tl.arange(0, 2 * PLACERS * SHARED_BINS), 0)
-        if WEIGH:
-            tl.store(peaks + row, peak)
-            tl.store(weights, unit)
-        if TAIL:
-            tl.store(weights + 1, below)
-            tl.store(weights + 2, level)
     if EMIT:
         span = tl.cdiv(seq_len - first, SEGMENTS * BLOCK_S) * BLOCK_S
         begin = first + segment * span
@@ -1227,22 +947,15 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, rest, query
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         bracket = tl.load(lower + row)
-        peak, unit, below, level = 0, 0.0, 0.0, 0.0
-        if WEIGH:
-            peak, unit = tl.load(peaks + row), tl.load(weights)
-        if TAIL:
-            below, level = tl.load(weights + 1), tl.load(weights + 2)
     if EMIT:
-        needed = _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, peak, unit, top_p, row_tokens,
-                       sink, recent, l_sw, W, WIDTHS, P, BLOCK_S, TOP_P, PTX)
-        if TOP_P:
-            tl.store(needs + row * PARTS + segment, needed)
+        _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, row_tokens, sink, recent, l_sw, W,
+              WIDTHS, P, BLOCK_S, PTX)
     if CHOOSE:
         if EMIT:
             tl.debug_barrier()
-        _choose(labels, query, needs, entries, board, counts, before, long_entries, indices, n_tokens, rest, row, S, longest,
-                max_tokens, seq_len, start, n, bracket, peak, unit, below, level, sink, recent, l_sw, segment, W, WIDTHS, P,
-                BLOCK_S, LOG_BLOCKS, PARTS, PLACERS, SHARE, LOG_STEP, TILE, TIERS, TILE_LONG, TOP_P, TAIL, PTX)
+        _choose(labels, query, entries, board, counts, before, long_entries, indices, row, S, longest, max_tokens, seq_len, start,
+                n, bracket, sink, recent, l_sw, segment, W, WIDTHS, P, BLOCK_S, LOG_BLOCKS, PLACERS, SHARE, LOG_STEP, TILE, TIERS,
+                TILE_LONG, PTX)
         if ANNOUNCE:
             tl.debug_barrier()  # after all that the program wrote
             tl.atomic_xchg(chosen + row, 1, sem="release")
@@ -1298,10 +1011,7 @@ class Workspace:
         self.arrived, self.chosen = torch.zeros(2, R, dtype=torch.int32, device=device)  # attend's last program resets both
         if config is not None:
             self.segments = segments or (1 if R >= FUSED_ROWS else shared)
-            self.n_tokens, self.lower, self.peak = scratch(B, HKV), scratch(R), scratch(R)
-            self.weights = scratch(R, 3, dtype=torch.float32)
-            self.rest = scratch(B, HKV, dtype=torch.float32)
-            self.needed = scratch(R, self.segments, dtype=torch.float32)
+            self.n_tokens, self.lower = scratch(B, HKV), scratch(R)
             self.widths = config.widths(D)
             self.query = scratch(R, HQ // HKV * (config.words(D) * _slices(self.widths) + 1))
             self.block = 2 * BLOCK if self.segments == 1 and config.words(D) == 1 else BLOCK
@@ -1352,7 +1062,6 @@ class Selection:
         widths = self.label_map.widths
         assert widths == self.config.widths(self.q.shape[2]), "a label map of other widths"
         assert self.q.stride(2) == self.labels.stride(3) == 1
-        assert score_range(widths) < 2**30, f"{widths_name(widths)}: overflow the scores"
         assert not (self.announced and self.workspace.share), "several programs choose a row: none knows when it is chosen"
         B, HKV, W, S = self.labels.shape
         assert (B, self.q.shape[1], HKV, self.q.shape[2], S) == self.workspace.shape, "a workspace of another shape"
@@ -1400,15 +1109,13 @@ class Selection:
         G, (share_num, share_den) = self.q.shape[1] // HKV, c.share()
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
-            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.rest, ws.query, ws.lower, ws.peak,
-            ws.weights, ws.needed, ws.entries, ws.board, ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen,
-            *self.q.stride()[:2], *self.labels.stride()[:3], S, self.readable_tokens(), ws.longest, ws.indices.shape[2],
-            NO_WINDOW if self.window is None else self.window, c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink,
-            c.recent, c.top_p or 0.0, math.log2(math.e) / 127 / math.sqrt(D), HKV, G, 1 if c.pool == "mean" else G, D,
-            triton.next_power_of_2(D), W, m.widths, SAMPLE, RUN, MARGIN, ws.block,
-            ws.blocks.bit_length() - 1, BRACKET=bracket, EMIT=emit, SEGMENTS=segments, PARTS=ws.segments, CHOOSE=choose,
-            PLACERS=ws.placers, SHARE=ws.share, LOG_STEP=ws.log_step, TILE=TILE, TIERS=max(1, (ws.tile // TILE).bit_length()),
-            TILE_LONG=256 * num_warps, TOP_P=c.top_p is not None, TAIL=c.tail, MEAN_BLOCK=MEAN_BLOCK, PTX=self.nvidia,
+            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, ws.entries, ws.board,
+            ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2], *self.labels.stride()[:3], S,
+            self.readable_tokens(), ws.longest, ws.indices.shape[2], NO_WINDOW if self.window is None else self.window,
+            c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink, c.recent, HKV, G, 1 if c.pool == "mean" else G, D,
+            triton.next_power_of_2(D), W, m.widths, SAMPLE, RUN, MARGIN, ws.block, ws.blocks.bit_length() - 1, BRACKET=bracket,
+            EMIT=emit, SEGMENTS=segments, CHOOSE=choose, PLACERS=ws.placers, SHARE=ws.share, LOG_STEP=ws.log_step, TILE=TILE,
+            TIERS=max(1, (ws.tile // TILE).bit_length()), TILE_LONG=256 * num_warps, PTX=self.nvidia,
             PDL=self.overlapped, ANNOUNCE=choose and self.announced, num_warps=num_warps,
             enable_fp_fusion=False,  # codes round as the reference's do: ties between two are common
             **limits, **(dict(launch_pdl=True) if self.overlapped else {}))
@@ -1416,42 +1123,36 @@ class Selection:
 
 def select(q, labels, label_map, seq_lens, config, window=None, workspace=None, portable=False, announced=False):
     """select_tokens by kernels, in at most three launches, without writing the scores: what comes back is in the workspace, and
-    indices past n_tokens are not written. `rest` is estimated, too, from SAMPLE tokens where there are more: to a tenth of its
-    logarithm, unless these tokens are not like the others."""
+    indices past n_tokens are not written."""
     B, HQ, D = q.shape
     HKV, _, S = labels.shape[1:]
     workspace = workspace or Workspace(B, HQ, HKV, D, S, q.device, config, window)
     for stage in Selection(q, labels, label_map, seq_lens, config, workspace, window, portable, announced).stages():
         stage()
-    return workspace.indices, workspace.n_tokens, workspace.rest if config.tail else None
+    return workspace.indices, workspace.n_tokens
 
 
 def select_tokens(q, labels, label_map, seq_lens, config, window=None, workspace=None):
     """The tokens that a decode step attends to, with the configured implementation; inputs as in score_ref.
 
-    Returns (indices [B, HKV, N] int32, ascending, of which the first n_tokens count; n_tokens [B, HKV] int32; with config.tail
-    rest [B, HKV] fp32, see rest_ref, else None).
+    Returns (indices [B, HKV, N] int32, ascending, of which the first n_tokens count; n_tokens [B, HKV] int32).
     """
     if config.use_triton(q):
         return select(q, labels, label_map, seq_lens, config, window, workspace)
     n_tokens = config.budget(live_range(seq_lens, window)[1])
     scores = score_ref(q, labels, label_map, seq_lens, window, config.pool)
     n_tokens = per_head(n_tokens, labels.shape[1])
-    if config.top_p is not None:
-        n_tokens = top_p_ref(scores, seq_lens, n_tokens, config.top_p, config.sink, config.recent, window)
-    indices = select_ref(scores, seq_lens, n_tokens, int(n_tokens.max()), config.sink, config.recent, window)
-    return indices, n_tokens, rest_ref(scores, seq_lens, indices, n_tokens, window) if config.tail else None
+    return select_ref(scores, seq_lens, n_tokens, int(n_tokens.max()), config.sink, config.recent, window), n_tokens
 
 
 # ---------------------------------------------------------------- attend
 
 
-def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, tail=None):
+def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
     """Exact attention of one query per row over the selected tokens, or over all eligible ones (dense decode).
 
     q [B, HQ, D]; k, v [B, HKV, S, D]; seq_lens [B] int32; indices [B, HKV, N] int32 with n_tokens ([B] or [B, HKV]) valid entries
-    in front, or None for all eligible tokens. tail: (rest [B, HKV], mean K and V [B, HKV, D]): one token more, as rest_ref has it.
-    Returns [B, HQ, D] in q's dtype; fp32 inside.
+    in front, or None for all eligible tokens. Returns [B, HQ, D] in q's dtype; fp32 inside.
     """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
@@ -1468,13 +1169,7 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, tail
     grouped = q.float().view(B, HKV, HQ // HKV, D)
     logits = torch.einsum(f"bhgd,{operand}->bhgn", grouped, k.float()) / math.sqrt(D)  # [B, HKV, G, N]
     logits = logits.masked_fill(~valid[:, :, None], float("-inf"))
-    if tail is None:
-        return torch.einsum(f"bhgn,{operand}->bhgd", logits.softmax(-1), v.float()).reshape(B, HQ, D).to(q.dtype)
-    rest, mean_k, mean_v = tail
-    of_tail = torch.einsum("bhgd,bhd->bhg", grouped, mean_k) / math.sqrt(D) + rest[..., None]
-    weights = torch.cat([logits, of_tail[..., None]], -1).softmax(-1)
-    out = torch.einsum(f"bhgn,{operand}->bhgd", weights[..., :-1], v.float()) + weights[..., -1:] * mean_v[:, :, None]
-    return out.reshape(B, HQ, D).to(q.dtype)
+    return torch.einsum(f"bhgn,{operand}->bhgd", logits.softmax(-1), v.float()).reshape(B, HQ, D).to(q.dtype)
 
 
 @triton.jit
@@ -1493,26 +1188,11 @@ def _label_newest(key, basis, step, lo, labels, l_sw, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def _sum_block(k, v, sums, block, k_ss, v_ss, offs_d, D: tl.constexpr, MEAN_BLOCK: tl.constexpr):
-    """Writes the sums of K and V up to the end of one row and KV head's block."""
-    mask = offs_d < D
-    upto = sums + block.to(tl.int64) * 2 * D + offs_d
-    sum_k, sum_v = tl.load(upto, mask=mask, other=0.0), tl.load(upto + D, mask=mask, other=0.0)
-    for t in tl.range(0, MEAN_BLOCK, loop_unroll_factor=32):
-        token = (block * MEAN_BLOCK + t).to(tl.int64)
-        sum_k += tl.load(k + token * k_ss + offs_d, mask=mask, other=0.0).to(tl.float32)
-        sum_v += tl.load(v + token * v_ss + offs_d, mask=mask, other=0.0).to(tl.float32)
-    tl.store(upto + 2 * D, sum_k, mask=mask)
-    tl.store(upto + 3 * D, sum_v, mask=mask)
-
-
-@triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, rest, sums, partial, partial_lse, arrived, chosen, out, basis_k, step, lo,
-                   labels, newest, max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw,
-                   n_sb, n_sh, n_ss, s_sb, s_sh, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
-                   D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-                   W: tl.constexpr, BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr, SUM: tl.constexpr, TAIL: tl.constexpr,
-                   MEAN_BLOCK: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr,
+def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, chosen, out, basis_k, step, lo, labels,
+                   newest, max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw, n_sb,
+                   n_sh, n_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
+                   BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
+                   BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr,
                    ANNOUNCED: tl.constexpr):
     if PDL and not OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -1527,10 +1207,6 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, rest, sums, partial, pa
             _label_newest(newest + pid_b * n_sb + pid_h * n_sh + last.to(tl.int64) * n_ss, basis_k + pid_h * D * C,
                           step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + last, l_sw, D, BLOCK_D,
                           W, BLOCK_W, WIDTHS)
-            if SUM:
-                if (last + 1) % MEAN_BLOCK == 0:
-                    _sum_block(k + pid_b * k_sb + pid_h * k_sh, v + pid_b * v_sb + pid_h * v_sh, sums + pid_b * s_sb + pid_h * s_sh,
-                               last // MEAN_BLOCK, k_ss, v_ss, offs_d, D, MEAN_BLOCK)
             return
     query = tl.load(q + pid_b * q_sb + (pid_h * G + offs_g[:, None]) * q_sh + offs_d[None, :],
                     mask=mask_g[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_G, BLOCK_D]
@@ -1542,13 +1218,6 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, rest, sums, partial, pa
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    if TAIL:
-        if pid_split == 0:  # begins with the tail
-            begin, end = _mean_blocks(seq_len, tl.maximum(seq_len - window, 0), MEAN_BLOCK)
-            mean_k, mean_v = _mean(sums + pid_b * s_sb + pid_h * s_sh, begin, end, offs_d, D, MEAN_BLOCK)
-            top = tl.sum(query.to(tl.float32) * mean_k[None, :], 1) * scale_log2
-            total += 1.0
-            acc += mean_v[None, :]
     if ANNOUNCED:  # what ran before the selection has ended: all its programs waited for that before this one could begin
         while tl.atomic_add(chosen + row, 0, sem="acquire") == 0:  # its result is used, else Triton 3.6 leaves it out
             done = 0
@@ -1561,8 +1230,6 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, rest, sums, partial, pa
     per_split = tl.cdiv(end - begin, SPLITS * BLOCK_N) * BLOCK_N
     begin += pid_split * per_split
     end = tl.minimum(begin + per_split, end)
-    if TAIL:
-        top += tl.load(rest + row) * 1.4426950408889634
     offs_n = begin + tl.arange(0, BLOCK_N)
     token = offs_n
     if SPARSE:
@@ -1613,19 +1280,16 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, rest, sums, partial, pa
 
 
 def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspace=None, labels=None, label_map=None,
-           newest=None, rest=None, sums=None, overlap=False, announced=False, block_n=None, num_warps=None, stages=2):
+           newest=None, overlap=False, announced=False, block_n=None, num_warps=None, stages=2):
     """As attend_ref; K and V are read once per KV head, by several programs, the last of which combines their parts.
 
     labels [B, HKV, W, S] int32 and label_map: if given, the label of each row's newest key is written, too; the key is read at
-    seq_lens - 1 in `newest` [B, HKV, S, D], by default k: only then are those of `sums` written which end with it, as by
-    sum_blocks. rest [B, HKV] fp32: one token more, as rest_ref has it, its K and V those of mean_ref(sums). overlap: read q, k, v,
-    sums and seq_lens while `select`, called right before, ends; they must be older than that. announced: that call announced each
-    row, and they are attended to as they are chosen.
+    seq_lens - 1 in `newest` [B, HKV, S, D], by default k. overlap: read q, k, v and seq_lens while `select`, called right before,
+    ends; they must be older than that. announced: that call announced each row, and they are attended to as they are chosen.
     """
     B, HQ, D = q.shape
     HKV, S = k.shape[1:3]
     G = HQ // HKV
-    grows = sums is not None and labels is not None and newest is None
     newest = k if newest is None else newest
     assert q.stride(2) == k.stride(3) == v.stride(3) == newest.stride(3) == 1
     ws = workspace or Workspace(B, HQ, HKV, D, S, q.device)
@@ -1640,13 +1304,12 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     splits = max(1, ws.splits // 2) if wide else ws.splits
     num_warps = num_warps or ((2 if wide else 1) if q.element_size() == 2 else 4)
     _attend_kernel[(B * HKV, splits + (W > 0))](
-        q, k, v, seq_lens, indices, n_tokens, rest, sums, ws.partial, ws.partial_lse, ws.arrived, ws.chosen, out,
+        q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, ws.chosen, out,
         *((m.basis_k, m.step, m.lo, labels, newest) if W else (None,) * 5), S if indices is None else indices.shape[-1],
         NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],
-        *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3],
-        *(sums.stride()[:2] if sums is not None else (0, 0)), indices is not None, HKV, G,
+        *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3], indices is not None, HKV, G,
         max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), splits, block_n or (64 if wide else 32), stages, W,
-        triton.next_power_of_2(W), m.widths if W else (), SUM=grows, TAIL=rest is not None, MEAN_BLOCK=MEAN_BLOCK,
+        triton.next_power_of_2(W), m.widths if W else (),
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
         PDL=overlapped, OVERLAP=overlap, ANNOUNCED=announced, num_warps=num_warps,
         # as many as fit: left alone, the compiler takes 168 with some labels, and has fewer loads on the way
@@ -1670,37 +1333,27 @@ def label_newest_ref(k, seq_lens, labels, label_map):
     label_ref(k.gather(2, rows), newest, labels, label_map)
 
 
-def write_newest_ref(k, v, seq_lens, labels, label_map, sums):
-    """What attend writes beside what it returns: the labels of the newest keys and, unless they are None, the sums."""
-    label_newest_ref(k, seq_lens, labels, label_map)
-    if sums is not None:
-        sum_blocks(k, v, (seq_lens - 1)[:, None], sums)
-
-
-def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None, label_map=None, sums=None):
+def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None, label_map=None):
     """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in attend_ref.
 
-    labels, label_map, and sums beside them: if given, the label of each row's newest key and the sums are written, for sparse
-    steps to come.
+    labels and label_map: if given, the label of each row's newest key is written, for sparse steps to come.
     """
     if impl == "triton" or (impl == "auto" and q.is_cuda):
-        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels, label_map=label_map, sums=sums)
+        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels, label_map=label_map)
     if labels is not None:
-        write_newest_ref(k, v, seq_lens, labels, label_map, sums)
+        label_newest_ref(k, seq_lens, labels, label_map)
     live = int(seq_lens.max())
     return attend_ref(q, k[:, :, :live], v[:, :, :live], seq_lens, window=window)
 
 
-def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None, label_newest=True, sums=None):
+def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None, label_newest=True):
     """One query per row over the tokens that its label scores select.
 
     q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32; label_map: LabelMap of this layer;
     seq_lens [B] int32, at least 1, newest token included; window: sliding window in tokens or None; workspace: scratch of this
-    shape, so that nothing but the output is allocated; label_newest: write the label of each row's newest key, and the sums;
-    sums: of sums_shape, for config.tail. Returns [B, HQ, D]. Rows may share one cache, k, v, labels and sums expanded along B, if
-    its labels are there: without label_newest.
+    shape, so that nothing but the output is allocated; label_newest: write the label of each row's newest key. Returns [B, HQ, D].
+    Rows may share one cache, k, v and labels expanded along B, if its labels are there: without label_newest.
     """
-    assert not config.tail or sums is not None, "tail needs the sums of K and V"
     assert not label_newest or labels.stride(0) or len(q) == 1, "rows that share a cache would overwrite labels others read"
     if config.use_triton(q):
         B, HQ, D = q.shape
@@ -1709,15 +1362,13 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
         announced = dict(workspace=workspace, announced=workspace.announced)
         newest = dict(labels=labels, label_map=label_map) if label_newest else {}
         try:
-            indices, n_tokens, rest = select(q, labels, label_map, seq_lens, config, window, **announced)
-            return attend(q, k, v, seq_lens, indices, n_tokens, window, rest=rest, sums=sums, overlap=True, **newest, **announced)
+            chosen = select(q, labels, label_map, seq_lens, config, window, **announced)
+            return attend(q, k, v, seq_lens, *chosen, window, overlap=True, **newest, **announced)
         except BaseException:  # rows announced to nobody
             workspace.chosen.zero_()
             raise
     if label_newest:
-        write_newest_ref(k, v, seq_lens, labels, label_map, sums)
+        label_newest_ref(k, seq_lens, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
     k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
-    indices, n_tokens, rest = select_tokens(q, labels, label_map, seq_lens, config, window)
-    tail = (rest, *mean_ref(sums, seq_lens, window)) if config.tail else None
-    return attend_ref(q, k, v, seq_lens, indices, n_tokens, tail=tail)
+    return attend_ref(q, k, v, seq_lens, *select_tokens(q, labels, label_map, seq_lens, config, window))

@@ -46,8 +46,7 @@ from tqdm import tqdm
 
 import calibrate
 from ds_attention import (
-    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, live_range, mean_ref, select_ref, select_tokens,
-    top_p_ref, widths_name
+    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, live_range, select_ref, select_tokens, widths_name
 )
 from generate import (
     HERE, add_sparsity_arguments, default_dtype, label_bits, load, load_maps, pick_device, read_text, sparsity_from
@@ -72,22 +71,18 @@ class Sparse(LayerCache):
     """
 
     labelled = False  # whether the choice reads labels
-    weighs = False  # whether its scores stand for q . k / sqrt(D), so that a softmax of them means something
     one_by_one = False  # whether each row's choice depends on that of the row before
 
     def __init__(self, layer, scratch):
         """scratch: {rows: Workspace} of the last number of rows, shared by all layers."""
-        super().__init__(layer.kv, layer.window, layer.ds, layer.label_map, layer.labels, layer.sums)
+        super().__init__(layer.kv, layer.window, layer.ds, layer.label_map, layer.labels)
         self.scratch = scratch
         self.start()
 
     @classmethod
     def unfit(cls, ds, window):
         """Why the method cannot run with this DSConfig and sliding window, or None."""
-        if ds.top_p is not None and not cls.weighs:
-            return f"top_p={ds.top_p:g}: only ds and exact_topk foresee how much attention tokens get"
-        if ds.tail and not cls.labelled:
-            return "tail: only ds weighs what it does not attend to"
+        return None
 
     def start(self, probed=False):
         """Counts from nought. probed: also sums up the attention mass which the chosen tokens hold."""
@@ -100,7 +95,7 @@ class Sparse(LayerCache):
         super().write(k, v, positions, labels=self.labelled)
 
     def choose(self, q, seq_lens):
-        """The tokens attended, (indices [R, HKV, N], n_tokens [R], rest) as from select_tokens."""
+        """The tokens attended, (indices [R, HKV, N], n_tokens) as from select_tokens."""
         raise NotImplementedError
 
     def workspace_of(self, q):
@@ -112,36 +107,29 @@ class Sparse(LayerCache):
         return self.scratch[R]
 
     def decode(self, q, seq_lens):
-        indices, n, rest = self.choose(q, seq_lens)
-        out = self.attend_to(q, seq_lens, indices, n, rest)
+        indices, n = self.choose(q, seq_lens)
+        out = self.attend_to(q, seq_lens, indices, n)
         self.attended = self.attended + n.double().mean() * len(q)
         if self.mass is not None:
             self.mass = self.mass + self.kept_mass(q, seq_lens, indices, n)
         return out
 
-    def attend_to(self, q, seq_lens, indices, n, rest):
+    def attend_to(self, q, seq_lens, indices, n):
         (R, HKV, N), D = indices.shape, q.shape[2]
         if self.ds.use_triton(q):
             k, v = self.kv.expand(R, -1, -1, -1, -1).unbind(3)
-            sums = None if rest is None else self.sums.expand(R, -1, -1, -1, -1)
-            return attend(q, k, v, seq_lens, indices, n, self.window, self.workspace_of(q), rest=rest, sums=sums,
-                          overlap=self.labelled)
+            return attend(q, k, v, seq_lens, indices, n, self.window, self.workspace_of(q), overlap=self.labelled)
         heads = torch.arange(HKV, device=q.device)[:, None]
         # gathered by whole rows, which is many times faster than attend_ref's own gather; then each head is a row of its own
         k, v = (x[0][heads, indices.clamp(min=0)].view(R * HKV, 1, N, D) for x in self.kv.unbind(3))
-        tail = None
-        if rest is not None:
-            tail = rest.view(-1, 1), *(x.reshape(R * HKV, 1, D) for x in mean_ref(self.sums, seq_lens, self.window))
         lengths = n.view(R, -1).expand(R, HKV).flatten()
-        return attend_ref(q.reshape(R * HKV, -1, D), k, v, lengths, tail=tail).view_as(q)
+        return attend_ref(q.reshape(R * HKV, -1, D), k, v, lengths).view_as(q)
 
     def best(self, scores, seq_lens):
-        """scores [R, HKV, S] -> (indices [R, HKV, N], n_tokens [R], None: no weight for the rest)."""
+        """scores [R, HKV, S] -> (indices [R, HKV, N], n_tokens [R])."""
         S, forced = scores.shape[2], (self.ds.sink, self.ds.recent, self.window)
         n = self.ds.budget(live_range(seq_lens, self.window)[1])
-        if self.ds.top_p is not None:
-            n = top_p_ref(scores, seq_lens, n, self.ds.top_p, *forced)
-        return select_ref(scores, seq_lens, n, self.ds.budget(S if self.window is None else min(S, self.window)), *forced), n, None
+        return select_ref(scores, seq_lens, n, self.ds.budget(S if self.window is None else min(S, self.window)), *forced), n
 
     def kept_mass(self, q, seq_lens, indices, n):
         """Share of the exact softmax that the chosen tokens hold, summed over the rows: [HQ] fp64."""
@@ -158,7 +146,7 @@ class Sparse(LayerCache):
 class DoubleSparsity(Sparse):
     """By label scores, through the stages that ds_decode runs."""
 
-    labelled = weighs = True
+    labelled = True
 
     def choose(self, q, seq_lens):
         labels, workspace = self.labels.expand(len(q), -1, -1, -1), None
@@ -185,8 +173,6 @@ class Baseline(Sparse):
 
 class ExactTopK(Baseline):
     """The best tokens by q . k / sqrt(D) itself: the ceiling of token sparsity."""
-
-    weighs = True
 
     def scores(self, q, k):
         return torch.einsum("rhgd,hsd->rhgs", q, k) / math.sqrt(q.shape[3])
@@ -281,28 +267,17 @@ def parse_method(text):
     return name, calibration or None, label_bits(bits) if bits else None
 
 
-BUDGET_FIELDS = {"n": "n_tokens", "top_p": "top_p"}
-
-
 def parse_budget(text, ds):
-    """"1/16" (as --sparsity 16: of the tokens, and of K's bytes for labels), "n=256", "top_p=0.9", "tail", or several, as in
-    "1/16,n=256" -> DSConfig."""
+    """"1/16" (as --sparsity 16: of the tokens, and of K's bytes for labels), "n=256", or both, as in "1/16,n=256" -> DSConfig."""
     for part in sorted(text.split(","), key=lambda part: not part.startswith("1/")):  # n=N holds, whichever comes first
-        if part == "tail":
-            ds = replace(ds, tail=True)
-            continue
-        name, _, value = part.partition("=")
-        field = BUDGET_FIELDS.get(name)
-        if part.startswith("1/"):
-            field, value = "sparsity", part[2:]
-            ds = replace(ds, n_tokens=None)
-        if field is None:
-            raise ValueError(f"budgets={text}: must look like 1/16, n=256 or n=512,top_p=0.9,tail")
+        name, value = part[:2], part[2:]
+        if name not in ("1/", "n="):
+            raise ValueError(f"budgets={text}: must look like 1/16, n=256 or 1/32,n=256")
         try:
-            value = int(value) if field == "n_tokens" else float(value)
+            value = int(value) if name == "n=" else float(value)
         except ValueError:
             raise ValueError(f"budgets={text}: {value or 'nothing'} is not a number") from None
-        ds = replace(ds, **{field: value})
+        ds = replace(ds, n_tokens=value) if name == "n=" else replace(ds, sparsity=value, n_tokens=None)
     return ds
 
 
@@ -310,7 +285,7 @@ def budget_name(ds):
     """What parse_budget would read, or "all" for dense."""
     if ds is None:
         return "all"
-    parts = [f"{name}={value:g}" for name, field in BUDGET_FIELDS.items() if (value := getattr(ds, field))] + ["tail"] * ds.tail
+    parts = [f"n={ds.n_tokens}"] if ds.n_tokens else []
     labels_alone = ds.n_tokens and ds.sparsity == DSConfig.sparsity  # what the share is for then, by default
     return ",".join(parts if labels_alone else [f"1/{ds.sparsity:g}", *parts])
 
@@ -1018,8 +993,8 @@ def main():
     parser.add_argument("--methods", nargs="+", help=f"ways to choose the tokens: {', '.join(METHODS)}; ds:CALIBRATION, "
                                                      "ds/BITS and ds:CALIBRATION/BITS are ds with other labels, of these "
                                                      "--label_bits, calibrated by that --method of calibrate.py (default: ds)")
-    parser.add_argument("--budgets", nargs="+", help="1/R as by --sparsity, n=N as by --n_tokens, top_p=P, tail; several with "
-                                                     "commas between (default: as those options say)")
+    parser.add_argument("--budgets", nargs="+", help="1/R as by --sparsity, n=N as by --n_tokens; both with a comma between "
+                                                     "(default: as those options say)")
     parser.add_argument("--calibration_data", metavar="FILE", help="text for ds:CALIBRATION (default: the Python language "
                                                                    "reference)")
     parser.add_argument("--results", metavar="FILE", help="rows are added to it, those in it are not measured again (default: "
@@ -1069,7 +1044,7 @@ def evaluate(args):
     runs = [(args.task, args.limit, settings)]
     if args.task == "all":
         runs = default_run(ds or DSConfig(), args.context, evaluation)
-        if ds is None or args.methods or args.budgets or args.n_tokens or args.top_p or args.tail:
+        if ds is None or args.methods or args.budgets or args.n_tokens:
             limits = {}
             for task, limit, _ in runs:
                 limits.setdefault(task, limit)

@@ -284,7 +284,7 @@ class Generation:
     step_s: list  # of each step after the first
     cold_start_s: float  # from the start of the process to the first token
     weight_bytes_per_step: int
-    kv_bytes_per_step: float  # cache read by a decode step, with top_p at most, labels included, mean over the steps
+    kv_bytes_per_step: float  # cache read by a decode step, labels included, mean over the steps
     dense_kv_bytes_per_step: float
 
     def statistics(self):
@@ -496,14 +496,9 @@ def add_sparsity_arguments(parser):
                         help=f"attend to 1/R of the tokens, {default.min_tokens} at least, with labels of 1/R of K's bytes; 1: "
                              "dense (default %(default)g)")
     parser.add_argument("--n_tokens", type=int, help="attend to this many tokens instead of a share")
-    parser.add_argument("--top_p", type=float, metavar="P", help="of these only as many, the best first, as hold this share of the "
-                                                                "attention that the labels foresee (default: all)")
-    parser.add_argument("--tail", action="store_true", default=default.tail,
-                        help="count the tokens that are not attended to as one more, of the mean K and V of all whole blocks of "
-                             "256 tokens, with the weight that the labels give them")
     parser.add_argument("--label_channels", type=int, metavar="C", help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=label_bits, metavar="BITS",
-                        help="bits per label dim: 1, 2, 4, 8 or 16; or dims x bits of each width, the most important first, as "
+                        help="bits per label dim: 1, 2, 4 or 8; or dims x bits of each width, the most important first, as "
                              "8x4,48x2 (default: many dims of few bits, as 8x4,48x2 in 16 bytes; 4 with --label_channels)")
     parser.add_argument("--channels", metavar="FILE", help="label maps of calibrate.py --out (default: the checkpoint's own)")
     parser.add_argument("--dense_layers", type=int, default=default.dense_layers,
@@ -513,8 +508,8 @@ def add_sparsity_arguments(parser):
 def sparsity_from(args):
     """DSConfig of the arguments, or None for dense. Raises ValueError for values out of bounds."""
     if args.sparsity == 1 and args.n_tokens is None:
-        for name in ("top_p", "tail", "label_channels", "label_bits"):
-            if getattr(args, name) is not None and getattr(args, name) is not False:
+        for name in ("label_channels", "label_bits"):
+            if getattr(args, name) is not None:
                 raise ValueError(f"{name}={getattr(args, name)}: --sparsity 1 is dense; take a larger one, or leave this out")
         return None
     names = {f.name for f in fields(DSConfig)}

@@ -25,7 +25,7 @@ import triton.language as tl
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, pdl, sum_blocks, sums_shape, write_labels
+from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, pdl, write_labels
 
 # ---------------------------------------------------------------- configuration
 
@@ -283,7 +283,6 @@ class LayerCache:
     ds: DSConfig | None = None  # None: a dense layer
     label_map: LabelMap | None = None
     labels: torch.Tensor | None = None  # [B, HKV, W, S] int32
-    sums: torch.Tensor | None = None  # for ds.tail: of K and V, see sums_shape
     workspace: Workspace | None = None  # scratch of a decode step of B rows; other shapes make their own
     all_tokens: bool = False  # decode attends to everything, whatever `ds` is; labels are written all the same
 
@@ -293,17 +292,15 @@ class LayerCache:
 
     def row(self, b):
         """The same layer of sequence b alone: a view with B = 1."""
-        labels, sums = (None if x is None else x[b : b + 1] for x in (self.labels, self.sums))
-        return LayerCache(self.kv[b : b + 1], self.window, self.ds, self.label_map, labels, sums)
+        labels = None if self.labels is None else self.labels[b : b + 1]
+        return LayerCache(self.kv[b : b + 1], self.window, self.ds, self.label_map, labels)
 
     def write(self, k, v, positions, labels=True):
-        """k, v [B, HKV, T, D] to positions [B, T]; labels=False leaves the keys' labels, and the sums, to `decode`."""
+        """k, v [B, HKV, T, D] to positions [B, T]; labels=False leaves the keys' labels to `decode`."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.kv.transpose(1, 2)[rows, positions] = torch.stack([k, v], 3).transpose(1, 2)  # [B, T, HKV, 2, D]
         if labels and self.ds is not None:
             write_labels(k, positions, self.labels, self.label_map, self.ds)
-            if self.sums is not None:
-                sum_blocks(*self.kv.unbind(3), positions, self.sums)
 
     def past(self, length):
         """K and V of the first `length` tokens, [B, HKV, length, D] each."""
@@ -318,11 +315,10 @@ class LayerCache:
         if self.ds is None:
             return dense_decode(q, k, v, seq_lens, self.window, workspace=workspace)
         if self.all_tokens:
-            newest = dict(labels=self.labels, label_map=self.label_map, sums=self.sums) if own else {}
+            newest = dict(labels=self.labels, label_map=self.label_map) if own else {}
             return dense_decode(q, k, v, seq_lens, self.window, self.ds.impl, workspace, **newest)
         labels = self.labels.expand(len(q), -1, -1, -1)
-        sums = None if self.sums is None else self.sums.expand(len(q), -1, -1, -1, -1)
-        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace, own, sums)
+        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace, own)
 
 
 class KVCache:
@@ -343,8 +339,6 @@ class KVCache:
                 padded = -(-S // 16) * 16  # each row of label words starts aligned: four are loaded at once
                 labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32, device=device)[..., :S]
                 settings |= dict(ds=ds, label_map=label_maps[i].to(device), labels=labels)
-                if ds.tail:
-                    settings |= dict(sums=torch.zeros(sums_shape(B, HKV, S, D), device=device))
             self.layers.append(self.make_layer((B, HKV, S, 2, D), dtype, device, settings))
 
     def make_layer(self, shape, dtype, device, settings):
@@ -381,8 +375,7 @@ class KVCache:
         return sum(layer.kv_bytes() for layer in self.layers)
 
     def label_bytes(self):
-        """Bytes of the labels, and of the sums."""
-        return sum(x.nbytes for layer in self.layers for x in (layer.labels, layer.sums) if x is not None)
+        return sum(layer.labels.nbytes for layer in self.layers if layer.labels is not None)
 
     def workspaces(self):
         return [self.layers[0].workspace] if self.layers[0].workspace else []
@@ -393,8 +386,7 @@ class KVCache:
         return {"KV cache": self.kv_bytes(), "labels": self.label_bytes(), "workspace": sum(x.nbytes for x in scratch)}
 
     def read_bytes(self, lengths):
-        """Bytes of cache that decode steps read at these live lengths, an int64 tensor, with top_p at most: (as configured, if
-        dense)."""
+        """Bytes of cache that decode steps read at these live lengths, an int64 tensor: (as configured, if dense)."""
         dense = sparse = 0
         for layer in self.layers:
             live = lengths if layer.window is None else lengths.clamp(max=layer.window)
@@ -405,8 +397,6 @@ class KVCache:
                 sparse += live.sum().item() * token
             else:
                 sparse += (layer.ds.budget(live) * token + live * HKV * layer.labels.shape[2] * 4).sum().item()
-                if layer.sums is not None:  # both ends of what the mean is of
-                    sparse += len(live) * 2 * layer.sums[0, :, 0].nbytes
         return sparse, dense
 
 

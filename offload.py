@@ -30,8 +30,7 @@ import triton.language as tl
 from tqdm import tqdm
 
 from ds_attention import (
-    MEAN_BLOCK, Workspace, _sum_block, attend, attend_ref, dense_decode, label_newest_ref, live_range, mean_ref, per_head,
-    select_tokens, sum_blocks)
+    Workspace, attend, attend_ref, dense_decode, label_newest_ref, live_range, per_head, select_tokens)
 from model import KVCache, LayerCache, open_tensors
 
 # ---------------------------------------------------------------- host memory
@@ -295,51 +294,6 @@ def unpack(host, rows):
     rows = rows.view(torch.int32)
     _unpack_kernel[(triton.cdiv(T, 32), HKV)](host.kv.view(torch.int32), host.tops, rows, T, host.kv.shape[2], rows.stride(1), D,
                                               triton.next_power_of_2(D), 32)
-
-
-def sum_ended_ref(host, seq_lens, sums):
-    """As sum_blocks, of the blocks that end with sequences as long as seq_lens [B] int32: their K and V are read back from host."""
-    (_, HKV, _, _, D), size = host.kv.shape, MEAN_BLOCK
-    for b, length in enumerate(seq_lens.tolist()):
-        if length % size == 0:
-            h, t = (x.flatten() for x in torch.meshgrid(torch.arange(HKV), torch.arange(length - size, length), indexing="ij"))
-            rows = host.kv[b, h, t] if host.tops is None else unpack_ref(host, torch.full_like(h, b), h, t)
-            k, v = rows.view(1, HKV, size, 2, D).unbind(3)
-            sum_blocks(k, v, torch.arange(size)[None], sums[b : b + 1, :, length // size - 1 :])
-
-
-@triton.jit
-def _sum_ended_kernel(host, tops, seq_lens, sums, S, s_sb, s_sh, HKV, D: tl.constexpr, BLOCK: tl.constexpr,
-                      PACKED_ROWS: tl.constexpr, MEAN_BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    length = tl.load(seq_lens + row // HKV)
-    if length % MEAN_BLOCK == 0:
-        sums += (row // HKV).to(tl.int64) * s_sb + (row % HKV).to(tl.int64) * s_sh
-        block = length // MEAN_BLOCK - 1
-        offs = tl.arange(0, BLOCK)
-        if PACKED_ROWS:  # a word has two values: the even ones, and the odd ones
-            mask = offs < D
-            upto = sums + block.to(tl.int64) * 2 * D + 2 * offs
-            even, odd = tl.load(upto, mask=mask, other=0.0), tl.load(upto + 1, mask=mask, other=0.0)
-            for t in tl.range(length - MEAN_BLOCK, length, loop_unroll_factor=8):
-                at = row.to(tl.int64) * S + t + tl.arange(0, 1)
-                words = tl.reshape(_unpacked(host, tops, at, at >= 0, D, BLOCK), (BLOCK,))
-                even += (words << 16).to(tl.float32, bitcast=True)
-                odd += (words >> 16 << 16).to(tl.float32, bitcast=True)
-            tl.store(upto + 2 * D, even, mask=mask)
-            tl.store(upto + 2 * D + 1, odd, mask=mask)
-        else:
-            k = host + row.to(tl.int64) * S * 2 * D
-            _sum_block(k, k + D, sums, block, 2 * D, 2 * D, offs, D, MEAN_BLOCK)
-
-
-def sum_ended(host, seq_lens, sums):
-    """As sum_ended_ref, in the order in which attend sums them up."""
-    B, HKV, S, _, D = host.kv.shape
-    packed = host.tops is not None
-    rows = host.kv.view(torch.int32) if packed else host.kv
-    _sum_ended_kernel[(B * HKV,)](rows, host.tops, seq_lens, sums, S, *sums.stride()[:2], HKV, D, triton.next_power_of_2(D), packed,
-                                  MEAN_BLOCK, num_warps=1)
 
 
 # ---------------------------------------------------------------- resident tokens
@@ -731,7 +685,7 @@ class OffloadedLayer(HostLayer):
         B, HKV, R = self.resident.slot_token.shape
         n = live_range(seq_lens, self.window)[1].clamp(max=R)
         positions = (seq_lens - n)[:, None] + torch.arange(R, device=q.device, dtype=torch.int32)
-        return positions[:, None].expand(B, HKV, R).contiguous(), per_head(n, HKV).contiguous(), None
+        return positions[:, None].expand(B, HKV, R).contiguous(), per_head(n, HKV).contiguous()
 
     def resolve(self, placed, indices, n_tokens, seq_lens, **kind):
         run = resolve if self.ds.use_triton(seq_lens) else resolve_ref
@@ -751,13 +705,13 @@ class OffloadedLayer(HostLayer):
             q = block.attn.queries(x, cos, sin, self.ahead).squeeze(2)  # [B, HQ of these heads, D]
             labels, label_map = self.labels[:, : self.ahead], self.label_map.first(self.ahead)
             self.chosen = select_tokens(q, labels, label_map, seq_lens, self.ds, self.window, workspace)
-            self.resolve(placed, *self.chosen[:2], seq_lens, ahead=True)
+            self.resolve(placed, *self.chosen, seq_lens, ahead=True)
 
         self.slots_known = self.foresight.choosing.run(choose)
 
     def fetch_ahead(self, seq_lens):
         """Fetches what was chosen, once the current stream has done what it was given: until then PCIe is another layer's."""
-        (indices, *_), placed = self.chosen, self.foresight.placements[self.number % 2]
+        (indices, _), placed = self.chosen, self.foresight.placements[self.number % 2]
         self.rows_there = self.foresight.fetching.run(lambda: self.fetch(placed, None, indices, seq_lens), after=self.slots_known)
 
     def decode(self, q, seq_lens):
@@ -768,7 +722,7 @@ class OffloadedLayer(HostLayer):
         if not by_kernels:
             label_newest_ref(newest_k, seq_lens, self.labels, self.label_map)
         chosen, self.chosen = self.chosen, None
-        indices, n_tokens, rest = chosen if chosen and self.predicted else self.selected(q, seq_lens)
+        indices, n_tokens = chosen if chosen and self.predicted else self.selected(q, seq_lens)
         if chosen:
             self.foresight.choosing.wait(self.slots_known)
         self.resolve(self.placed, indices, n_tokens, seq_lens, foreseen=self.ahead if chosen and not self.predicted else 0)
@@ -781,13 +735,10 @@ class OffloadedLayer(HostLayer):
         self.fetch(self.placed, self.newest, indices, seq_lens)
         if following:
             following.fetch_ahead(seq_lens)
-        if self.sums is not None:
-            (sum_ended if by_kernels else sum_ended_ref)(self.host, seq_lens, self.sums)
         if not by_kernels:
-            tail = None if rest is None else (rest, *mean_ref(self.sums, seq_lens, self.window))
-            return attend_ref(q, k, v, seq_lens, self.placed.slots, n_tokens, tail=tail)
+            return attend_ref(q, k, v, seq_lens, self.placed.slots, n_tokens)
         return attend(q, k, v, seq_lens, self.placed.slots, n_tokens, self.window, self.workspace, self.labels, self.label_map,
-                      newest_k, rest, self.sums)
+                      newest_k)
 
 
 class Streaming:
@@ -873,7 +824,7 @@ class OffloadCache(KVCache):
             heads = self.ahead * config.n_heads // config.n_kv_heads
             even = Workspace(batch, heads, self.ahead, config.head_dim, max_seq_length, device, ds, config.longest_window)
             odd = copy(even)  # all but what comes out is scratch of one stream
-            odd.indices, odd.n_tokens, odd.rest = (torch.empty_like(x) for x in (even.indices, even.n_tokens, even.rest))
+            odd.indices, odd.n_tokens = torch.empty_like(even.indices), torch.empty_like(even.n_tokens)
             self.foresight.workspaces = [even, odd]
         shape = (batch, config.n_kv_heads, max_seq_length, 2, config.head_dim)
         host = host_layers(count, shape, dtype, device) if host is None else host
@@ -937,8 +888,8 @@ class OffloadCache(KVCache):
             self.side.wait(copied[i % 2])
             if start:
                 layer.read_rows(b, buffer[:, :, :start])
-            labels, sums = (None if x is None else x[b : b + 1] for x in (layer.labels, layer.sums))
-            yield LayerCache(buffer, layer.window, layer.ds, layer.label_map, labels, sums)
+            labels = None if layer.labels is None else layer.labels[b : b + 1]
+            yield LayerCache(buffer, layer.window, layer.ds, layer.label_map, labels)
             copied[i % 2] = self.side.run(partial(layer.write_rows, b, start, buffer[:, :, start:end]))
         for copies in copied:
             self.side.wait(copies)
