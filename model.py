@@ -35,13 +35,14 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "
 # and so do we: a sliding_window under llama, for one, changes nothing.
 _SHARED_DEFAULTS = dict(
     hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, head_dim=None, hidden_act="silu",
-    rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, eos_token_id=2, bos_token_id=1)
+    rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, bos_token_id=1,
+    eos_token_id=None)  # where config.json names none, transformers' generation has none
 _MISTRAL_DEFAULTS = _SHARED_DEFAULTS | dict(
     vocab_size=32000, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072,
     sliding_window=4096)
 _QWEN_DEFAULTS = _SHARED_DEFAULTS | dict(
     vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
-    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None, eos_token_id=None,
+    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None,
     bos_token_id=None)
 DEFAULTS = {
     "llama": _SHARED_DEFAULTS | dict(
@@ -236,6 +237,8 @@ PRESETS = {
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 131072, 128256, rope_theta=500000.0, bos_id=128000, eos_ids=(128001,),
                            rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+    "Qwen2.5-7B": _llama(3584, 18944, 28, 28, 4, 131072, 152064, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
+    "Qwen3-8B": _llama(4096, 12288, 36, 32, 8, 40960, 151936, norm_eps=1e-6, rope_theta=1e6, qk_norm=True),
 }
 
 # ---------------------------------------------------------------- rotary embedding

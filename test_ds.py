@@ -38,7 +38,8 @@ from huggingface_hub import errors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
-    LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+    AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig,
+    MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 )
 from triton.runtime import JITFunction
 
@@ -657,14 +658,24 @@ MODELS = {
     "llama-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "mistral": (MistralForCausalLM, MistralConfig, {"head_dim": 16}),
     "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
 }
+
+
+def randomize(model):
+    """Biases and norms that do something: transformers starts them at 0 and 1."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data.normal_(0 if name.endswith("bias") else 1, 0.3)
+    return model.eval()
 
 
 def make_hf(path, kind="llama", dtype=torch.float32, config=None, **save):
     """Saves a random Hugging Face model of this kind in `path`; returns the model. config: changes to its shape."""
     torch.manual_seed(0)
     model_class, config_class, more = MODELS[kind]
-    model = model_class(config_class(**{**SHAPE, **more, **(config or {})})).to(dtype).eval()
+    model = randomize(model_class(config_class(**{**SHAPE, **more, **(config or {})})).to(dtype))
     model.save_pretrained(path, **save)
     return model
 
@@ -936,6 +947,11 @@ VARIANTS = {
         "original_max_position_embeddings": 32}}),
     "mistral-window": ("mistral", {"sliding_window": 16}),
     "mixtral": ("mixtral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 16,
+                                "layer_types": ["sliding_attention", "full_attention"]}),
 }
 
 
@@ -959,27 +975,126 @@ def test_logits_and_greedy_decoding_equal_hf(kind, more, tmp_path):
     assert generate.generate(generate.DecodeStep(model, cache), [prompt[0].tolist()], 32).token_ids == [theirs]
 
 
-def test_config_reads_the_older_rope_keys():
-    base = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1,
-            "intermediate_size": 64, "vocab_size": 10, "max_position_embeddings": 4096}
-    old = ModelConfig.from_dict({**base, "rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 4.0}})
-    new = ModelConfig.from_dict({**base, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}})
-    assert old == new and old.max_positions == 16384 and old.rope_theta == 5000.0
-    for change, match in [({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel"),
-                          ({"quantization_config": {}}, "unknown keys quantization_config"),
-                          ({"attention_bias": True}, "attention_bias=True"),
-                          ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type=yarn")]:
-        with pytest.raises(ValueError, match=match):
-            ModelConfig.from_dict({**base, **change})
-    with pytest.raises(ValueError, match="missing key 'hidden_size'"):
-        ModelConfig.from_dict({name: value for name, value in base.items() if name != "hidden_size"})
+# Keys as published models have them, sizes aside; what is not there takes transformers' default.
+LLAMA1 = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", initializer_range=0.02,
+              rms_norm_eps=1e-6, torch_dtype="float16", transformers_version="4.28.0", use_cache=True, pad_token_id=0)
+MISTRAL = LLAMA1 | dict(architectures=["MistralForCausalLM"], model_type="mistral", num_key_value_heads=2)
+MIXTRAL = MISTRAL | dict(architectures=["MixtralForCausalLM"], model_type="mixtral", num_local_experts=4,
+                         output_router_logits=False, router_aux_loss_coef=0.02)
+QWEN2 = LLAMA1 | dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", num_key_value_heads=2)
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=64)
+CONFIGS = {  # (keys, trained positions)
+    "llama1-no-positions": (LLAMA1 | dict(max_sequence_length=2048, pad_token_id=-1), 2048),
+    "llama2": (LLAMA1 | dict(max_position_embeddings=4096, pretraining_tp=2, rope_scaling=None, rms_norm_eps=1e-5), 4096),
+    "llama3.2": (LLAMA1 | dict(max_position_embeddings=1024, attention_bias=False, mlp_bias=False, rope_theta=5e5, head_dim=16,
+                               rope_scaling=LLAMA3_ROPE, tie_word_embeddings=True, eos_token_id=[5, 6]), 1024),
+    "llama3-rope-parameters": (LLAMA1 | dict(max_position_embeddings=1024, rope_parameters=LLAMA3_ROPE | dict(rope_theta=5e5)),
+                               1024),
+    "smollm2": (LLAMA1 | {"is_llama_config": True, "rope_interleaved": False, "num_key_value_heads": 1, "rope_theta": 100000,
+                          "max_position_embeddings": 8192, "transformers.js_config": {"kv_cache_dtype": {"q4": "float16"}},
+                          "tie_word_embeddings": True}, 8192),
+    "eagle": (LLAMA1 | dict(max_position_embeddings=2048, bias=False), 2048),
+    "llama-with-a-window": (LLAMA1 | dict(sliding_window=5, max_position_embeddings=99), 99),
+    "vicuna-16k": (LLAMA1 | dict(max_position_embeddings=4096, max_sequence_length=16384, st_hidden_size=64,
+                                 rope_scaling=dict(type="linear", factor=4.0)), 16384),
+    "deepseek-coder": (LLAMA1 | dict(max_position_embeddings=16384, rope_scaling=dict(type="linear", factor=4.0)), 16384),
+    "dynamic-ntk": (LLAMA1 | dict(max_position_embeddings=4096, rope_scaling=dict(type="dynamic", factor=8.0)), 4096),
+    "without-architectures": ({k: v for k, v in LLAMA1.items() if k != "architectures"}, 2048),
+    "mistral-default-window": (MISTRAL, 131072),
+    "mistral-v0.1": (MISTRAL | dict(sliding_window=7, max_position_embeddings=32768), 32768),
+    "mistral-v0.3": (MISTRAL | dict(sliding_window=None, rope_theta=1e6, max_position_embeddings=32768), 32768),
+    "mixtral-default-theta": (MIXTRAL, 131072),
+    "mixtral-with-a-window": (MIXTRAL | dict(sliding_window=7), 131072),
+    "qwen2-unused-window": (QWEN2 | dict(use_sliding_window=False, sliding_window=7, max_window_layers=1), 32768),
+    "qwen2-no-end": (QWEN2 | dict(bos_token_id=5, eos_token_id=None, rope_theta=1e6), 32768),
+}
+
+
+def make_published(path, config):
+    """A random model of transformers' for a config.json, in `path` with the config as it is given; returns the model."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    path.mkdir()
+    text = json.dumps(sizes | config)
+    (path / "config.json").write_text(text)
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    for parameter in randomize(hf).parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.3)
+    hf.save_pretrained(path)
+    (path / "config.json").write_text(text)
+    (path / "generation_config.json").unlink(missing_ok=True)
+    return hf
+
+
+@pytest.mark.parametrize("config, positions", CONFIGS.values(), ids=CONFIGS)
+@torch.inference_mode()
+def test_published_configs_are_read_as_transformers_reads_them(config, positions, tmp_path):
+    """Logits, end tokens and trained length. Regressions: unknown keys and absent ones were refused, Mistral's and Mixtral's
+    defaults were Llama's, a window was taken where transformers takes none, linear scaling multiplied the trained length."""
+    hf = make_published(tmp_path / "hf", config)
+    model = load_model(convert_hf.convert(tmp_path / "hf", tmp_path / "out", "float32"), "cpu", torch.float32)
+    prompt = torch.arange(24)[None]
+    torch.testing.assert_close(model(prompt), hf(prompt).logits, atol=1e-4, rtol=1e-4)
+    eos = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id
+    assert model.config.eos_ids == tuple([] if eos is None else eos if isinstance(eos, list) else [eos])
+    assert model.config.max_positions == positions
+
+
+@torch.inference_mode()
+def test_mistral_s_default_window_is_applied(tmp_path):
+    """Regression: absent, it was taken for none, and texts past 4,096 tokens went their own way."""
+    hf = make_published(tmp_path / "hf", MISTRAL | dict(num_hidden_layers=1))
+    model = load_model(convert_hf.convert(tmp_path / "hf", tmp_path / "out", "float32"), "cpu", torch.float32)
+    assert model.config.window(0) == 4096
+    prompt = torch.randint(64, (1, 4200), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(prompt)[:, -9:], hf(prompt).logits[:, -9:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("text, eos_ids", [('{"eos_token_id": [2, 9]}', (2, 9)), ('{"eos_token_id": 4}', (4,)), ("{}", ())])
+def test_end_tokens_are_those_of_generation_config(text, eos_ids, tmp_path):
+    """Regression: config.json's were taken, and chat models did not stop. As transformers has it, an empty file means none."""
+    make_published(tmp_path / "hf", LLAMA1 | dict(eos_token_id=7))
+    (tmp_path / "hf" / "generation_config.json").write_text(text)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id
+    assert theirs == (list(eos_ids) if len(eos_ids) > 1 else eos_ids[0] if eos_ids else None)
+    out = convert_hf.convert(tmp_path / "hf", tmp_path / "out")
+    assert ModelConfig.from_file(out / "config.json").eos_ids == eos_ids
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(architectures=["GPT2LMHeadModel"], model_type="gpt2"), "architecture GPT2LMHeadModel"),
+    (dict(architectures=["Gemma3ForCausalLM"], model_type="gemma3"), "model_type gemma3"),
+    (dict(quantization_config=dict(quant_method="awq", bits=4)), "quantised by awq"),
+    (dict(quantization_config=dict(quant_method="bitsandbytes", load_in_4bit=True)), "quantised by bitsandbytes"),
+    (dict(auto_map=dict(AutoModelForCausalLM="modeling_x.X")), "auto_map"),
+    (dict(attention_bias=True), "attention_bias=True"), (dict(hidden_act="gelu"), "hidden_act=gelu"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type=yarn"),
+    (dict(rope_scaling=dict(type="longrope", short_factor=[1.0])), "rope_type=longrope"),
+    (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor"),
+    (dict(rope_scaling=dict(type="linear")), "missing key 'factor'"),
+    (dict(hidden_size="64"), "wrong type"), (dict(num_hidden_layers=0), "n_layers=0"),
+])
+def test_configs_that_would_change_the_result_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        ModelConfig.from_dict(LLAMA1 | change)
+
+
+def test_unread_keys_are_named_in_one_line(tmp_path, capsys):
+    make_published(tmp_path / "hf", LLAMA1 | dict(st_hidden_size=64, is_llama_config=True))
+    capsys.readouterr()
+    convert_hf.convert(tmp_path / "hf", tmp_path / "out")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "is_llama_config, st_hidden_size" in told
 
 
 def test_presets_have_the_published_sizes():
     """Billions of parameters of the published checkpoints, embeddings included."""
     sizes = {name: sum(math.prod(s) for s in parameter_shapes(config).values()) / 1e9 for name, config in PRESETS.items()}
     published = {"Llama-7B": 6.738, "Llama-2-7B": 6.738, "Llama-2-70B": 68.977, "Vicuna-7B-v1.5-16K": 6.738,
-                 "Mistral-7B-v0.1": 7.242, "Mixtral-8x7B-v0.1": 46.703, "Llama-3.1-8B": 8.030}
+                 "Mistral-7B-v0.1": 7.242, "Mixtral-8x7B-v0.1": 46.703, "Llama-3.1-8B": 8.030, "Qwen2.5-7B": 7.616,
+                 "Qwen3-8B": 8.191}
     assert sizes == pytest.approx(published, abs=1e-3)
 
 
@@ -988,7 +1103,7 @@ def random_model(seed=0, **more):
     torch.manual_seed(seed)
     shape = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, vocab_size=64, max_positions=256)
     model = Transformer(ModelConfig(**(shape | more))).eval().requires_grad_(False)
-    for parameter in model.parameters():
+    for parameter in randomize(model).parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, 0.3)
     config = DSConfig(sparsity=4, min_tokens=4, label_channels=8, dense_layers=1, dense_below=0, sink=1, recent=2)
@@ -997,8 +1112,9 @@ def random_model(seed=0, **more):
     return model, [label_map] * 3, config
 
 
-@pytest.mark.parametrize("more", [{}, {"sliding_window": 24}, {"n_experts": 4, "experts_per_token": 2}],
-                         ids=["llama", "window", "mixtral"])
+@pytest.mark.parametrize("more", [{}, {"sliding_window": 24}, {"n_experts": 4, "experts_per_token": 2},
+                                  {"qkv_bias": True, "sliding_window": 24, "full_layers": (0, 2)}, {"qk_norm": True}],
+                         ids=["llama", "window", "mixtral", "qwen2-windows", "qwen3"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_ragged_batch_gives_what_each_prompt_gives_alone(sparse, more):
     model, maps, config = random_model(**more)
@@ -1046,6 +1162,9 @@ DECODES = {  # with dim 40, ffn_dim 36 and a vocabulary of 65: no multiples of a
     "window": dict(B=3, n_heads=1, n_kv_heads=1, head_dim=128, sliding_window=9),
     "tied": dict(B=5, n_heads=3, n_kv_heads=3, tie_embeddings=True),
     "experts": dict(B=3, n_heads=2, n_kv_heads=1, n_experts=4, experts_per_token=2),
+    "bias": dict(B=3, n_heads=7, n_kv_heads=1, qkv_bias=True),
+    "head-norms": dict(B=3, n_heads=2, n_kv_heads=1, head_dim=128, qk_norm=True),
+    "head-norms-two-heads-a-program": dict(B=17, n_heads=3, n_kv_heads=1, head_dim=16, qk_norm=True, dim=280),
     "several-steps": dict(B=17, n_heads=2, n_kv_heads=1, dim=280, ffn_dim=528),  # of BLOCK_K, the last not full; prefetched
 }
 
@@ -1503,7 +1622,9 @@ RAGGED = [[1] + list(range(3, 3 + n)) for n in (50, 5, 33)]
 
 
 OFFLOADS = {"mha": (dict(n_kv_heads=4), None), "gqa": ({}, 33), "window": (dict(sliding_window=40), None),
-            "roomy": ({}, 95), "dense-at-first": (dict(below=80), None)}
+            "roomy": ({}, 95), "dense-at-first": (dict(below=80), None),
+            "qwen2-windows": (dict(qkv_bias=True, sliding_window=60, full_layers=(2,)), None),
+            "qwen3": (dict(qk_norm=True), None)}
 
 
 @pytest.mark.parametrize("more, resident", OFFLOADS.values(), ids=OFFLOADS)
