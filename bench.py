@@ -33,9 +33,12 @@ import ds_attention as ds
 from ds_attention import DSConfig, LabelMap, Selection, Workspace, bits_of, parse_widths, write_labels
 from eval import generated_items, kv_document, need_matplotlib, provenance, text_windows, texts_of
 from generate import (
-    HERE, DecodeStep, copy_bandwidth, default_dtype, generate, label_bits, load, load_maps, now, pick_device
+    HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
 )
-from model import PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes, run_command
+from model import (
+    PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, default_dtype, parameter_shapes,
+    pick_device, run_command
+)
 from offload import (
     MIN_AGREEMENT, OffloadCache, check_host_memory, free_host_bytes, host_layers, idle_heads, packs, predictable_layers
 )
@@ -642,7 +645,7 @@ class Prompts(RandomText):
         (B, S), = sizes
         if args.data:
             data, texts = texts_of(args.data)
-            prompts = text_windows(tokenizer, texts, S - 1, B)
+            prompts = text_windows(tokenizer, texts, S - len(tokenizer.prefix), B)
         else:
             data, items = "key-value retrieval", generated_items(tokenizer, kv_document, [S], B)
             prompts = [item["context"] + item["question"] for item in items]

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ds_attention import DSConfig, LabelMap, eligible_tokens, label_ref, live_range, score_ref, select_ref, widths_name
-from generate import Tokenizer, default_dtype, pick_device, read_text
-from model import ArgumentParser, ModelConfig, fingerprint, load_model, run_command
+from model import ArgumentParser, ModelConfig, default_dtype, fingerprint, load_model, pick_device, run_command
+from tokenizer import Tokenizer, read_text
 
 METHODS = ("joint", "variance", "qk", "q", "k", "random")
 
@@ -210,15 +210,14 @@ def builtin_text():
 
 def calibration_windows(tokenizer, text, samples, context):
     """Non-overlapping windows spread over the text -> (calibration windows, held-out windows), lists of [1, T]."""
-    tokens = tokenizer.encode(text, bos=False)
-    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    new = context - len(first)  # tokens of text in a window
+    tokens = tokenizer.encode(text, special=False)
+    new = context - len(tokenizer.prefix)  # tokens of text in a window
     count = min(samples + max(1, samples // 4), len(tokens) // new)
     if count < 3:
         raise ValueError(f"the text has {len(tokens)} tokens: at least {3 * context} are needed (two windows of --context "
                          f"{context} to calibrate on, one held out); give a longer --data or a smaller --context")
     starts = torch.linspace(0, len(tokens) - new, count).long().tolist()
-    windows = [torch.tensor([first + tokens[i : i + new]]) for i in starts]
+    windows = [torch.tensor([tokenizer.prefix + tokens[i : i + new]]) for i in starts]
     return [w for i, w in enumerate(windows) if i % 5 != 2], windows[2::5]
 
 
@@ -238,7 +237,7 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     text = builtin_text() if text is None else text
     context = min(context, config.max_positions)
     dims = min(dims or config.head_dim, config.head_dim)
-    windows, held_out = calibration_windows(Tokenizer(checkpoint, config.bos_id), text, samples, context)
+    windows, held_out = calibration_windows(Tokenizer(checkpoint, config.vocab_size), text, samples, context)
     hidden = {"fit": [model.embed(w.to(device)) for w in windows], "check": [model.embed(w.to(device)) for w in held_out]}
     cos, sin = model.rope(torch.arange(context, device=device)[None])
     generator = torch.Generator().manual_seed(seed)

@@ -49,13 +49,16 @@ from ds_attention import (
     DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, live_range, select_ref, select_tokens, widths_name
 )
 from generate import (
-    HERE, add_sparsity_arguments, default_dtype, label_bits, load, load_maps, pick_device, read_text, sparsity_from
+    HERE, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
 )
-from model import ArgumentParser, KVCache, LayerCache, fingerprint, open_tensors, run_command
+from model import (
+    ArgumentParser, KVCache, LayerCache, default_dtype, fingerprint, open_tensors, pick_device, run_command
+)
 from tiny.tasks import (
     kv_answer, kv_context, kv_question, lines_answer, lines_context, lines_question, needle_answer, needle_pieces,
     needle_question, random_kv, random_lines, random_needles
 )
+from tokenizer import read_text
 
 RESULTS = HERE / "results" / "quality.jsonl"  # the README's rows
 RUNS = HERE / "runs"  # everybody's own, and what continues an interrupted run; git ignores it
@@ -357,13 +360,12 @@ class Decoder:
 
 
 def text_windows(tokenizer, texts, context, limit=None):
-    """Non-overlapping windows of `context` tokens, BOS in front of each; short tails are dropped. limit: spread evenly."""
-    if tokenizer.bos_id is None:
-        raise ValueError("perplexity needs a model with a beginning-of-text token: its config.json has no bos_token_id")
+    """Non-overlapping windows of `context` tokens, BOS in front of each where the tokenizer has it there; short tails are
+    dropped. limit: spread evenly."""
     windows = []
     for text in texts:
-        tokens = tokenizer.encode(text, bos=False)
-        windows += [[tokenizer.bos_id] + tokens[i : i + context] for i in range(0, len(tokens) - context + 1, context)]
+        tokens = tokenizer.encode(text, special=False)
+        windows += [tokenizer.prefix + tokens[i : i + context] for i in range(0, len(tokens) - context + 1, context)]
     if not windows:
         raise ValueError(f"no text of {context} tokens: give a longer --data or a smaller --context")
     if limit and limit < len(windows):
@@ -372,7 +374,7 @@ def text_windows(tokenizer, texts, context, limit=None):
 
 
 def perplexity(decoder, window):
-    """window: ids, the first a BOS; every other one is scored given all before it."""
+    """window: ids; every one but the first is scored given all before it."""
     decoder.start()
     targets = torch.tensor(window[1:], device=decoder.model.device)
     nats = 0.0
@@ -607,7 +609,7 @@ def mmlu_items(tokenizer, directory, limit=None):
     def ask(question, *choices):
         return "\n".join([question, *(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices)), "Answer:"])
 
-    letters = [tokenizer.encode(f"Answer: {letter}", bos=False)[-1] for letter in "ABCD"]
+    letters = [tokenizer.encode(f"Answer: {letter}", special=False)[-1] for letter in "ABCD"]
     items = []
     for path in sorted(Path(directory, "test").glob("*_test.csv")):
         subject = path.name.removesuffix("_test.csv")

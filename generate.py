@@ -21,77 +21,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 import triton
 from tqdm import tqdm
 from triton.runtime import JITFunction
 
+from calibrate import calibrate
 from convert_hf import convert
 from ds_attention import DSConfig
-from model import ArgumentParser, KVCache, ModelConfig, check_memory, load_label_maps, load_model, open_tensors, run_command
+from model import (
+    ArgumentParser, KVCache, ModelConfig, check_memory, default_dtype, load_label_maps, load_model, open_tensors,
+    pick_device, run_command
+)
 from offload import MIN_AGREEMENT, MODES, OffloadCache, check_host_memory, free_host_bytes, predictable_layers
 from tiny.tasks import kv_answer, kv_prompt, random_kv
+from tokenizer import Tokenizer, read_text
 
 HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------- loading
-
-
-class Tokenizer:
-    """A checkpoint's tokenizer.model (SentencePiece), or its tokenizer.json through the optional package tokenizers."""
-
-    def __init__(self, checkpoint, bos_id):
-        """bos_id: the model's beginning-of-text token, put in front by encode; None for none."""
-        self.bos_id = bos_id
-        model_file, json_file = Path(checkpoint) / "tokenizer.model", Path(checkpoint) / "tokenizer.json"
-        if model_file.exists():
-            try:
-                processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-            except (RuntimeError, OSError):
-                raise ValueError(f"{model_file}: not a SentencePiece model") from None
-            self._encode, self.decode, self.size = processor.encode, processor.decode, processor.get_piece_size
-        elif json_file.exists():
-            try:
-                import tokenizers
-            except ImportError:
-                raise ValueError(f"{json_file}: this tokenizer needs one more package: pip install tokenizers") from None
-            try:
-                processor = tokenizers.Tokenizer.from_file(str(json_file))
-            except Exception:  # of no narrower class
-                raise ValueError(f"{json_file}: not a file of the package tokenizers") from None
-            self._encode = lambda text: processor.encode(text, add_special_tokens=False).ids
-            self.decode, self.size = processor.decode, processor.get_vocab_size
-        else:
-            raise ValueError(f"{checkpoint}: no tokenizer.model or tokenizer.json")
-
-    def encode(self, text, bos=True):
-        """text -> token ids, bos_id in front unless bos is False or the model has none."""
-        text.encode()  # raises for a command line argument that was not UTF-8
-        return ([self.bos_id] if bos and self.bos_id is not None else []) + self._encode(text)
-
-
-def pick_device(name):
-    """The --device argument -> "cuda" or "cpu". Raises ValueError for a GPU that is not there."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cuda", "cpu"):
-        raise ValueError(f"device={name}: must be cuda or cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name}: no GPU that torch can use; run with --device cpu")
-    return name
-
-
-def default_dtype(device):
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
 def is_converted(directory):
@@ -124,8 +73,6 @@ def resolve_checkpoint(name):
 def ensure_calibrated(checkpoint, device):
     """Calibrates a checkpoint that has no label maps yet."""
     if not (checkpoint / "channels.safetensors").exists():
-        from calibrate import calibrate  # calibrate is built on this file: imported only where it is called
-
         print(f"{checkpoint} is not calibrated yet: calibrating (once)", file=sys.stderr)
         with contextlib.redirect_stdout(sys.stderr):
             calibrate(checkpoint, device=device, dtype=default_dtype(device))
@@ -142,11 +89,7 @@ def open_checkpoint(name):
     """A checkpoint by directory or hub id -> (config, tokenizer, our checkpoint directory)."""
     checkpoint = resolve_checkpoint(name)
     config = ModelConfig.from_file(checkpoint / "config.json")
-    tokenizer = Tokenizer(checkpoint, config.bos_id)
-    if tokenizer.size() > config.vocab_size:
-        raise ValueError(f"{checkpoint}: the tokenizer has {tokenizer.size()} pieces, the model a vocabulary of "
-                         f"{config.vocab_size}: they do not belong together")
-    return config, tokenizer, checkpoint
+    return config, Tokenizer(checkpoint, config.vocab_size), checkpoint
 
 
 def load(name, device, dtype):
@@ -381,31 +324,28 @@ def divergence(wanted, found, texts):
     return total / max(1, sum(map(len, texts)))
 
 
+def new_tokens_text(tokenizer, prompt, ids):
+    return tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
+
+
 class Streamer:
     """Prints one sequence's text as its tokens come; a character is held back until all its bytes are there."""
 
     def __init__(self, tokenizer, context=()):
-        """context: the tokens before; the last few suffice for the first new piece to keep its leading space."""
+        """context: the tokens before, after which the first new piece keeps its leading space."""
         self.tokenizer = tokenizer
-        self.ids = list(context)[-16:]
-        self.printed = len(tokenizer.decode(self.ids))
+        self.before, self.new = list(context), []  # before: at least the last tokens that were printed
 
     def __call__(self, b, token):
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if not text.endswith("\ufffd"):
-            self._print(text)
-            if len(self.ids) > 64:  # what is decoded again for each token stays short
-                self.ids = self.ids[-16:]
-                self.printed = len(self.tokenizer.decode(self.ids))
-
-    def _print(self, text):
-        print(text[self.printed :], end="", flush=True)
-        self.printed = len(text)
+        self.new.append(token)
+        text = new_tokens_text(self.tokenizer, self.before, self.new)
+        if text and not text.endswith("\ufffd"):
+            print(text, end="", flush=True)
+            self.before, self.new = self.new, []
 
     def finish(self):
         """Prints what is left of a character that was never completed, and the end of the line."""
-        self._print(self.tokenizer.decode(self.ids) + "\n")
+        print(new_tokens_text(self.tokenizer, self.before, self.new), flush=True)
 
 
 # ---------------------------------------------------------------- command line
@@ -566,8 +506,11 @@ def parse_arguments():
     parser.add_argument("--no_compile", dest="compile", action="store_false", help="the default: without torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="of weights and cache (default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--interactive", action="store_true", help="read lines from the terminal and continue after each; "
-                                                                   "an empty line or Ctrl-D ends")
+    parser.add_argument("--interactive", action="store_true", help="read lines from the terminal and answer each, by the checkpoint's "
+                                                                   "chat template if it has one; an empty line or Ctrl-D ends")
+    parser.add_argument("--no_chat_template", action="store_true",
+                        help="with --interactive: continue the text of all lines, whatever chat template there is")
+    parser.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
     parser.add_argument("--compare", action="store_true",
                         help="generate dense and sparse: both texts, where they part, how far apart their next-token "
                              "distributions are, both speeds")
@@ -585,17 +528,18 @@ def parse_arguments():
             raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add that option")
     if args.min_agreement > 1:
         raise ValueError(f"min_agreement={args.min_agreement:g}: is a share, at most 1")
-    if args.interactive and (args.prompt or args.prompt_file or args.json or args.compare):
-        raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, --prompt_file, --json and "
-                         "--compare")
+    if args.interactive and (args.prompt or args.prompt_file or args.json or args.compare or args.chat):
+        raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, --prompt_file, --json, "
+                         "--compare and --chat, which it does by itself")
+    if args.no_chat_template and not args.interactive:
+        raise ValueError("--no_chat_template: only --interactive takes the template by itself; leave it out")
+    if args.chat and not (args.prompt or args.prompt_file):
+        raise ValueError("--chat: needs a --prompt or --prompt_file to put into the template")
     return args
 
 
 def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
-    """Tokens of cache per sequence. Raises ValueError for an empty prompt and for lengths that do not fit."""
-    for prompt in prompts:
-        if not prompt or prompt == [config.bos_id]:
-            raise ValueError("the prompt is empty: give at least one character of text")
+    """Tokens of cache per sequence. Raises ValueError for lengths that do not fit."""
     longest = max(map(len, prompts), default=0)
     wanted = longest + max_new_tokens if prompts else config.max_positions
     if min(wanted, max_seq_length or wanted) > config.max_positions:
@@ -613,8 +557,10 @@ def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
 
 
 def converse(step, tokenizer, args):
-    """The --interactive loop: each line continues the text so far, the answer streams. The cache keeps what is unchanged."""
-    text, ids = "", []
+    """The --interactive loop; answers stream. Each line is a turn of the checkpoint's chat template or, without one, continues
+    the token ids so far on a new line. The cache keeps what is unchanged."""
+    chat = tokenizer.chat_template is not None and not args.no_chat_template
+    messages, ids = [], []
     while True:
         try:
             line = input("> ")
@@ -622,7 +568,8 @@ def converse(step, tokenizer, args):
             return
         if not line:
             return
-        whole = tokenizer.encode(f"{text}\n{line}" if text else line)
+        messages.append({"role": "user", "content": line})
+        whole = tokenizer.chat(messages) if chat else ids + tokenizer.encode_line(line) if ids else tokenizer.encode(line)
         room = step.cache.max_seq_length - len(whole)
         if room < 1:
             print(f"the conversation has used up its {step.cache.max_seq_length} tokens of cache", file=sys.stderr)
@@ -632,13 +579,9 @@ def converse(step, tokenizer, args):
         stream = Streamer(tokenizer, whole)
         result = generate(step, [whole[kept:]], min(args.max_new_tokens, room), kept, stream)
         ids = whole + result.token_ids[0]
-        text = tokenizer.decode(ids)
+        messages.append({"role": "assistant", "content": tokenizer.decode(result.token_ids[0])})
         stream.finish()
         print_statistics(run_statistics(result, step.cache, args.device), args.device)
-
-
-def new_tokens_text(tokenizer, prompt, ids):
-    return tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
 
 
 def compare(model, tokenizer, prompts, size, ds, label_maps, cache_type, args):
@@ -692,8 +635,10 @@ def main():
     if not texts and not args.interactive:
         prompt, answer = demonstration(tokenizer)
         texts = [prompt]
-        args.max_new_tokens = min(args.max_new_tokens, len(tokenizer.encode(answer[1:], bos=False)))
-    prompts = [tokenizer.encode(text) for text in texts]
+        args.max_new_tokens = min(args.max_new_tokens, len(tokenizer.encode(answer[1:], special=False)))
+    prompts = [tokenizer.chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text) for text in texts]
+    if [] in prompts or tokenizer.prefix in prompts:
+        raise ValueError("the prompt is empty: give at least one character of text")
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:

@@ -1070,6 +1070,21 @@ def load_label_maps(checkpoint, config, ds, path=None):
 # ---------------------------------------------------------------- command lines
 
 
+def pick_device(name):
+    """The --device argument -> "cuda" or "cpu". Raises ValueError for a GPU that is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise ValueError(f"device={name}: must be cuda or cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: no GPU that torch can use; run with --device cpu")
+    return name
+
+
+def default_dtype(device):
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Says what is wrong with an argument in one line, through run_command."""
 
