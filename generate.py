@@ -52,16 +52,18 @@ def is_converted(directory):
 
 
 def resolve_checkpoint(name):
-    """A checkpoint directory of ours for a path or hub id; a Hugging Face one is converted to checkpoints/ first."""
+    """A checkpoint directory of ours for a path or hub id; a Hugging Face one, or a GGUF file, is converted to checkpoints/
+    first."""
     source = Path(name)
     if not name:
         raise ValueError("the checkpoint's name is empty: give a directory or a hub id")
-    if source.is_dir():
-        if is_converted(source):
-            return source
-        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.iterdir())
+    if source.is_dir() and is_converted(source):
+        return source
+    if source.exists():
+        listed = source.iterdir() if source.is_dir() else [source]
+        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in listed)
         tag = hashlib.sha256(repr((str(source.resolve()), files)).encode()).hexdigest()[:8]
-        converted = HERE / "checkpoints" / f"{source.resolve().name}-{tag}"
+        converted = HERE / "checkpoints" / f"{source.resolve().name.removesuffix('.gguf')}-{tag}"
     else:
         converted = HERE / "checkpoints" / name.replace("/", "--")
     if not is_converted(converted):
