@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ds_attention import DSConfig, LabelMap, eligible_tokens, label_ref, live_range, score_ref, select_ref, widths_name
-from model import ArgumentParser, ModelConfig, default_dtype, fingerprint, load_model, pick_device, run_command
+from model import (
+    ArgumentParser, ModelConfig, default_dtype, fingerprint, load_model, pick_device, run_command
+)
 from tokenizer import Tokenizer, read_text
 
 METHODS = ("joint", "variance", "qk", "q", "k", "random")
@@ -237,7 +239,8 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     text = builtin_text() if text is None else text
     context = min(context, config.max_positions)
     dims = min(dims or config.head_dim, config.head_dim)
-    windows, held_out = calibration_windows(Tokenizer(checkpoint, config.vocab_size), text, samples, context)
+    tokenizer = Tokenizer(checkpoint, config.vocab_size)
+    windows, held_out = calibration_windows(tokenizer, text, samples, context)
     hidden = {"fit": [model.embed(w.to(device)) for w in windows], "check": [model.embed(w.to(device)) for w in held_out]}
     cos, sin = model.rope(torch.arange(context, device=device)[None])
     generator = torch.Generator().manual_seed(seed)

@@ -31,8 +31,8 @@ from calibrate import calibrate
 from convert_hf import convert
 from ds_attention import DSConfig
 from model import (
-    ArgumentParser, KVCache, ModelConfig, check_memory, default_dtype, load_label_maps, load_model, open_tensors,
-    pick_device, run_command
+    ArgumentParser, KVCache, ModelConfig, check_memory, default_dtype, load_label_maps, load_model,
+    open_tensors, pick_device, run_command
 )
 from offload import MIN_AGREEMENT, MODES, OffloadCache, check_host_memory, free_host_bytes, predictable_layers
 from tiny.tasks import kv_answer, kv_prompt, random_kv
@@ -331,12 +331,12 @@ def new_tokens_text(tokenizer, prompt, ids):
 
 
 class Streamer:
-    """Prints one sequence's text as its tokens come; a character is held back until all its bytes are there."""
+    """Prints a sequence's text as its tokens come, a character when all its bytes are there."""
 
     def __init__(self, tokenizer, context=()):
         """context: the tokens before, after which the first new piece keeps its leading space."""
         self.tokenizer = tokenizer
-        self.before, self.new = list(context), []  # before: at least the last tokens that were printed
+        self.before, self.new = list(context), []  # what was printed last, what was not yet
 
     def __call__(self, b, token):
         self.new.append(token)
@@ -508,11 +508,13 @@ def parse_arguments():
     parser.add_argument("--no_compile", dest="compile", action="store_false", help="the default: without torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="of weights and cache (default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--interactive", action="store_true", help="read lines from the terminal and answer each, by the checkpoint's "
-                                                                   "chat template if it has one; an empty line or Ctrl-D ends")
+    parser.add_argument("--interactive", action="store_true",
+                        help="read lines from the terminal and answer each, by the checkpoint's "
+                             "chat template if it has one; an empty line or Ctrl-D ends")
     parser.add_argument("--no_chat_template", action="store_true",
-                        help="with --interactive: continue the text of all lines, whatever chat template there is")
-    parser.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
+                        help="with --interactive: continue the lines as plain text all the same")
+    parser.add_argument("--chat", action="store_true",
+                        help="put each prompt into the checkpoint's chat template")
     parser.add_argument("--compare", action="store_true",
                         help="generate dense and sparse: both texts, where they part, how far apart their next-token "
                              "distributions are, both speeds")
@@ -530,11 +532,13 @@ def parse_arguments():
             raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add that option")
     if args.min_agreement > 1:
         raise ValueError(f"min_agreement={args.min_agreement:g}: is a share, at most 1")
-    if args.interactive and (args.prompt or args.prompt_file or args.json or args.compare or args.chat):
-        raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, --prompt_file, --json, "
-                         "--compare and --chat, which it does by itself")
+    others = args.prompt or args.prompt_file or args.json or args.compare or args.chat
+    if args.interactive and others:
+        raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, "
+                         "--prompt_file, --json, --compare and --chat, which it does by itself")
     if args.no_chat_template and not args.interactive:
-        raise ValueError("--no_chat_template: only --interactive takes the template by itself; leave it out")
+        raise ValueError("--no_chat_template: only --interactive takes a template by itself; leave "
+                         "the option out")
     if args.chat and not (args.prompt or args.prompt_file):
         raise ValueError("--chat: needs a --prompt or --prompt_file to put into the template")
     return args
@@ -559,8 +563,8 @@ def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
 
 
 def converse(step, tokenizer, args):
-    """The --interactive loop; answers stream. Each line is a turn of the checkpoint's chat template or, without one, continues
-    the token ids so far on a new line. The cache keeps what is unchanged."""
+    """The --interactive loop; answers stream. Each line is a turn of the checkpoint's chat template
+    or, without one, a new line after the tokens so far. The cache keeps what is unchanged."""
     chat = tokenizer.chat_template is not None and not args.no_chat_template
     messages, ids = [], []
     while True:
@@ -571,7 +575,10 @@ def converse(step, tokenizer, args):
         if not line:
             return
         messages.append({"role": "user", "content": line})
-        whole = tokenizer.chat(messages) if chat else ids + tokenizer.encode_line(line) if ids else tokenizer.encode(line)
+        if chat:  # all of it anew: a template may change what it made of earlier turns
+            whole = tokenizer.chat(messages)
+        else:
+            whole = ids + tokenizer.encode_line(line) if ids else tokenizer.encode(line)
         room = step.cache.max_seq_length - len(whole)
         if room < 1:
             print(f"the conversation has used up its {step.cache.max_seq_length} tokens of cache", file=sys.stderr)
@@ -637,8 +644,10 @@ def main():
     if not texts and not args.interactive:
         prompt, answer = demonstration(tokenizer)
         texts = [prompt]
-        args.max_new_tokens = min(args.max_new_tokens, len(tokenizer.encode(answer[1:], special=False)))
-    prompts = [tokenizer.chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text) for text in texts]
+        most = len(tokenizer.encode(answer[1:], special=False))
+        args.max_new_tokens = min(args.max_new_tokens, most)
+    prompts = [tokenizer.chat([{"role": "user", "content": text}]) if args.chat
+               else tokenizer.encode(text) for text in texts]
     if [] in prompts or tokenizer.prefix in prompts:
         raise ValueError("the prompt is empty: give at least one character of text")
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)

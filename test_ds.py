@@ -2,7 +2,7 @@
 
 Layers of truth: our model equals Hugging Face's; dense decode equals prefill; the reference equals dense when N >= S;
 kernels equal the reference. Oracles (pytest, transformers) are installed for tests only:
-    pip install -r requirements.txt pytest transformers && python -m pytest -q test_ds.py
+    pip install -r requirements.txt pytest transformers protobuf && python -m pytest -q test_ds.py
 """
 import contextlib
 import copy
@@ -27,6 +27,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 
 GPU = torch.cuda.is_available()
@@ -38,8 +40,9 @@ from huggingface_hub import errors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig,
-    MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig,
+    MistralForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
+    Qwen3ForCausalLM
 )
 from triton.runtime import JITFunction
 
@@ -57,6 +60,7 @@ from model import (
 )
 from offload import OffloadCache
 from tiny import tasks
+from tokenizer import Tokenizer, from_sentencepiece, read_text
 
 if not GPU:
     ds.PROGRAMS = 16  # the interpreter runs them one after the other
@@ -2077,7 +2081,8 @@ def test_rankings_follow_their_statistics():
 def test_calibration_of_the_tiny_model(tiny_copy):
     """On other text than it was fitted to: labels keep nearly the mass of exact scores, and more than random channels."""
     model = load_model(TINY, "cpu", torch.float32)
-    tokens = torch.tensor([evaluation.text_windows(generate.Tokenizer(TINY, 1), [calibrate.builtin_text()], 1024, 1)[0]])
+    text = calibrate.builtin_text()
+    tokens = torch.tensor(evaluation.text_windows(Tokenizer(TINY), [text], 1024, 1))
     kept = {}
     for method in ("joint", "qk", "random"):
         out = tiny_copy / "channels.safetensors"
@@ -2096,13 +2101,17 @@ def test_calibration_of_the_tiny_model(tiny_copy):
     assert provenance["method"] == "random" and {"checkpoint", "text_sha256", "samples", "tokens", "date"} <= set(provenance)
 
 
-@pytest.mark.parametrize("bos_id", [1, None])
-def test_calibration_windows_are_full_and_apart(bos_id):
-    tokenizer = SimpleNamespace(bos_id=bos_id, encode=lambda text, bos: list(range(2, 1000)))
+@pytest.mark.parametrize("prefix", [[1], []], ids=["bos", "no-bos"])
+def test_windows_are_full_and_apart(prefix):
+    """Of calibration and of perplexity. The latter were refused to models without a BOS."""
+    tokenizer = SimpleNamespace(prefix=prefix, encode=lambda text, special: list(range(2, 1000)))
     windows = sum(calibrate.calibration_windows(tokenizer, "", 5, 100), [])
     assert len(windows) == 6 and all(window.shape == (1, 100) for window in windows)
     tokens = torch.cat(windows, 1)
-    assert len(tokens[tokens > 1].unique()) == (tokens > 1).sum() == 600 - 6 * (bos_id is not None)
+    assert len(tokens[tokens > 1].unique()) == (tokens > 1).sum() == 600 - 6 * len(prefix)
+    windows = evaluation.text_windows(tokenizer, ["", ""], 100)
+    assert len(windows) == 18 and windows[1] == prefix + list(range(102, 202))
+    assert windows[9] == windows[0] == prefix + list(range(2, 102))
 
 
 def test_agreement_of_a_prediction():
@@ -2168,7 +2177,7 @@ def test_the_authors_rankings_load(name, preset):
 def tiny():
     dtype = torch.bfloat16 if GPU else torch.float32
     model = load_model(TINY, DEVICE, dtype)
-    return model, generate.Tokenizer(TINY, model.config.bos_id)
+    return model, Tokenizer(TINY)
 
 
 def decoder(tiny, size, config, method="ds", **more):
@@ -2390,7 +2399,7 @@ def test_longbench_runs_on_items_of_its_format(tiny, tmp_path):
     cut, whole = (evaluation.longbench_items(tiny[1], path, None, size)[0]["prompt"] for size in (100, 400))
     assert len(cut) == 36 and cut == whole[:18] + whole[-18:]
     told = decoder(tiny, 400, None)
-    told.greedy = lambda *_: tiny[1].encode("Finch, Ezra\nand more", bos=False)
+    told.greedy = lambda *_: tiny[1].encode("Finch, Ezra\nand more", special=False)
     assert evaluation.longbench(told, found[0] | {"dataset": "triviaqa"})["score"] == pytest.approx(100), "the first line alone"
     assert evaluation.longbench(told, found[0])["score"] == pytest.approx(200 * 2 / 6)
     run = command("eval.py", "longbench", "--data", path, "--context", 400, "--device", "cpu", "--results", tmp_path / "rows")
@@ -2803,28 +2812,11 @@ def test_published_items_have_our_wording(tmp_path):
     with gzip.open(tmp_path / "items.jsonl.gz", "wt") as file:
         file.write(line * 3)
     for name in ("items.jsonl", "items.jsonl.gz"):
-        items = evaluation.kv_items(generate.Tokenizer(TINY, 1), tmp_path / name, limit=2)
+        items = evaluation.kv_items(Tokenizer(TINY), tmp_path / name, limit=2)
         assert len(items) == 2 and items[0] == items[1] and items[0]["depth"] == 0.5 and items[0]["length"] is None
-    prompt, answer = (generate.Tokenizer(TINY, 1).decode(ids) for ids in (items[0]["context"][1:] + items[0]["question"],
-                                                                          items[0]["answer"]))
+    prompt = Tokenizer(TINY).decode(items[0]["context"] + items[0]["question"])
+    answer = Tokenizer(TINY).decode(items[0]["answer"])
     assert prompt.endswith('"c": "d"}\n\nWhat is stored under "c"?\nValue:') and answer.strip() == '"d"'
-
-
-@pytest.mark.parametrize("name", ["tiny", "llama2", "mistral"])
-def test_tokenizers_stream_what_they_decode(name, tmp_path, capsys):
-    """Characters of several byte tokens come out whole, and the streamed pieces add up to the text."""
-    path = TINY / "tokenizer.model" if name == "tiny" else SHARED / "tokenizers" / f"{name}.model"
-    if not path.exists():
-        pytest.skip("needs the project's shared test data")
-    shutil.copy(path, tmp_path / "tokenizer.model")
-    tokenizer = generate.Tokenizer(tmp_path, 1)
-    text = "Two words, caf\u00e9 \u65e5\u672c \U0001f642 and 123."
-    ids = tokenizer.encode(text)
-    assert ids[0] == 1 and tokenizer.decode(ids) == text
-    stream = generate.Streamer(tokenizer, ids[:3])
-    for token in ids[3:]:
-        stream(0, token)
-    assert tokenizer.decode(ids[:3]) + capsys.readouterr().out == text
 
 
 @pytest.mark.parametrize("item", [(tasks.kv_prompt(r := tasks.random_kv(random.Random(1), 9), r[3][0]), tasks.kv_answer(r[3][1])),
@@ -2833,8 +2825,399 @@ def test_tokenizers_stream_what_they_decode(name, tmp_path, capsys):
 def test_prompt_and_answer_tokenise_as_they_do_together(item):
     """Training saw them together; generation must meet the same tokens."""
     prompt, answer = item
-    encode = generate.Tokenizer(TINY, 1).encode
-    assert encode(prompt) + encode(answer[1:], bos=False) == encode(prompt + answer)
+    encode = Tokenizer(TINY).encode
+    assert encode(prompt) + encode(answer[1:], special=False) == encode(prompt + answer)
+
+
+# ---------------------------------------------------------------- tokenizers
+
+AWKWARD = [
+    "The sea was calm", "  two  spaces", "a\n\n  b\tc", "caf\u00e9 \u65e5\u672c \U0001f642", "",
+    "x </s><s>[INST] y [/INST]<unk>", "<|user|>one<tool>  two <tool><|end|>\n three"
+]
+PAD = dict(id=3, content="<pad>", single_word=False, lstrip=False, rstrip=False, normalized=False,
+           special=True)
+ADDED = {"4096": {"content": "<|user|>", "special": True, "normalized": False},
+         "4097": {"content": "<tool>", "special": False, "normalized": True, "rstrip": True},
+         "4098": {"content": "<|end|>", "special": True, "normalized": False, "lstrip": True}}
+SPM = TINY / "tokenizer.model"
+TIKTOKEN = "IQ== 0\nIg== 1\nIw== 2\n"
+
+
+def with_bos(backend):
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        ["<s>", "$A"], special_tokens=[("<s>", 1)])
+    return backend
+
+
+def byte_level(bos=False, **change):
+    """The content of a small byte-level tokenizer.json. change: of its sections."""
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.train_from_iterator(
+        ["the sea was calm and the dog ran"] * 9, tokenizers.trainers.BpeTrainer(
+            vocab_size=320, special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+            initial_alphabet=alphabet, show_progress=False))
+    return json.loads((with_bos(backend) if bos else backend).to_str()) | change
+
+
+def spaces_json():
+    """The content of a tokenizer.json that encodes as the embedded checkpoint's tokenizer.model."""
+    backend, _ = from_sentencepiece(SPM)
+    backend.add_special_tokens(["<unk>"])
+    return json.loads(with_bos(backend).to_str())
+
+
+def tokenizer_at(path, model_type="llama", **files):
+    """Writes a checkpoint's files, of TOKENIZER_FILES: texts, objects, or other files to copy."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for kind, content in files.items():
+        file = path / TOKENIZER_FILES[kind]
+        if isinstance(content, Path):
+            shutil.copy(content, file)
+        else:
+            file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+TOKENIZER_FILES = {"whole": "tokenizer.json", "spm": "tokenizer.model",
+                   "config": "tokenizer_config.json", "special": "special_tokens_map.json",
+                   "added": "added_tokens.json", "template": "chat_template.jinja"}
+
+
+def same_as_transformers(path):
+    """Asserts equal ids, with and without special tokens, and equal text of them -> both."""
+    ours, there = Tokenizer(path), AutoTokenizer.from_pretrained(path)
+    for text in AWKWARD:
+        for special in (True, False):
+            ids = there.encode(text, add_special_tokens=special)
+            assert ours.encode(text, special) == ids, text
+            assert ours.decode(ids) == there.decode(ids, skip_special_tokens=True)
+    return ours, there
+
+
+NAMED = dict(bos_token="<s>", eos_token="</s>")
+JSON_TOKENIZERS = {
+    "truncation-saved": dict(whole=byte_level(truncation=dict(
+        direction="Right", max_length=4, strategy="LongestFirst", stride=0))),
+    "padding-saved": dict(whole=byte_level(padding=dict(
+        strategy={"Fixed": 32}, direction="Left", pad_to_multiple_of=None, pad_id=3, pad_type_id=0,
+        pad_token="<pad>"))),
+    "no-bos": dict(whole=byte_level(), config=NAMED | dict(add_bos_token=True)),
+    "bos": dict(whole=byte_level(bos=True), config=NAMED | dict(add_bos_token=False)),
+    "added": dict(whole=byte_level(bos=True), config=dict(added_tokens_decoder=ADDED)),
+    "added-file": dict(
+        whole=byte_level(), added={"<tool>": 321, "<|end|>": 320},
+        special=dict(eos_token="<|end|>", additional_special_tokens=["<|user|>"])),
+    "spaces": dict(whole=spaces_json(), config=dict(added_tokens_decoder=ADDED)),
+    "llama-class": dict(
+        whole=spaces_json(), config=NAMED | dict(tokenizer_class="LlamaTokenizer")),
+    "llama-class-legacy": dict(whole=spaces_json(), config=NAMED | dict(
+        tokenizer_class="LlamaTokenizerFast", legacy=True)),
+    "llama-class-byte-level": dict(
+        whole=byte_level(), config=dict(tokenizer_class="LlamaTokenizer")),
+    "mistral": dict(model_type="mistral", whole=spaces_json(), config=dict(
+        tokenizer_class="LlamaTokenizer", legacy=False)),
+    "qwen": dict(model_type="qwen2", whole=byte_level(), config=dict(
+        tokenizer_class="Qwen2Tokenizer", eos_token="</s>", pad_token="</s>", unk_token=None)),
+}
+
+
+@pytest.mark.parametrize("files", JSON_TOKENIZERS.values(), ids=JSON_TOKENIZERS)
+def test_tokenizer_json_is_read_as_transformers_reads_it(files, tmp_path):
+    """A truncation saved in the file left 4 tokens of a prompt, a padding made 33 of it, and BOS
+    was put in front of all."""
+    ours, _ = same_as_transformers(tokenizer_at(tmp_path, **files))
+    assert ours.prefix == ours.encode("") == [1] * (files["whole"]["post_processor"] is not None)
+
+
+@pytest.fixture(params=["tiny", "llama2", "mistral"])
+def spm(request):
+    path = SPM if request.param == "tiny" else SHARED / "tokenizers" / f"{request.param}.model"
+    if not path.exists():
+        pytest.skip("needs the project's shared test data")
+    return path
+
+
+def test_tokenizer_model_encodes_as_sentencepiece(spm, tmp_path):
+    there = sentencepiece.SentencePieceProcessor(model_file=str(spm))
+    ours = Tokenizer(tokenizer_at(tmp_path, spm=spm))
+    assert ours.prefix == [1]
+    for text in [*AWKWARD[:5], *(read_text(ROOT / name) for name in ("README.md", "generate.py"))]:
+        ids = there.encode(text)
+        assert ours.encode(text) == [1] + ids and ours.decode([1] + ids) == text
+
+
+MODEL_CONFIGS = {
+    "own-rule": dict(bos_token="<s>", add_bos_token=True, added_tokens_decoder=ADDED),
+    "not-legacy": NAMED | dict(add_bos_token=True, add_eos_token=True, legacy=False),
+    "llama-class": dict(tokenizer_class="LlamaTokenizer", add_bos_token=False,
+                        pad_token=PAD | {"__type": "AddedToken"}),
+    "llama-class-legacy": dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", legacy=True,
+                               add_bos_token=True, added_tokens_decoder=ADDED),
+    "no-prefix": dict(tokenizer_class="LlamaTokenizer", add_bos_token=False,
+                      add_prefix_space=False),
+}
+
+
+@pytest.mark.parametrize("config", MODEL_CONFIGS.values(), ids=MODEL_CONFIGS)
+def test_added_tokens_beside_a_tokenizer_model(config, tmp_path):
+    """They, and special tokens in a text, came out as letters."""
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
+    same_as_transformers(tokenizer_at(tmp_path, spm=SPM, config=config))
+    if "added_tokens_decoder" not in config:
+        same_as_transformers(tokenizer_at(
+            tmp_path, added={"<tool>": 4097, "<|end|>": 4096},
+            special=dict(eos_token={"content": "<|end|>", "lstrip": True})))
+
+
+def test_bos_beside_a_tokenizer_model_can_be_switched_off(tmp_path):
+    ours = Tokenizer(tokenizer_at(tmp_path, spm=SPM, config=dict(add_bos_token=False)))
+    assert ours.prefix == [] and [1] + ours.encode("The sea") == Tokenizer(TINY).encode("The sea")
+
+
+def test_a_tiktoken_file_is_not_opened_beside_a_tokenizer_json(tmp_path):
+    """Llama 3's original tokenizer.model lies beside the other: it was opened, and refused."""
+    same_as_transformers(tokenizer_at(tmp_path, whole=byte_level(), spm=TIKTOKEN))
+
+
+def test_other_tokenizer_files_are_refused_in_one_line(tmp_path):
+    unigram = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the sea was calm", "the dog ran"] * 50), model_writer=unigram,
+        vocab_size=30, hard_vocab_limit=False, minloglevel=2)
+    (tmp_path / "file").write_bytes(unigram.getvalue())
+    for i, (says, files) in enumerate([
+            ("only Llama's kind", dict(spm=tmp_path / "file")),
+            ("if it is tiktoken's", dict(spm=TIKTOKEN)),
+            ("not a file of the package", dict(whole=json.dumps(byte_level())[:999])),
+            ("no tokenizer.json or tokenizer.model", {}),
+            ("is malformed", dict(whole=byte_level(), config={"bos_token": {"id": 1}})),
+            ("not a JSON object", dict(whole=byte_level(), config=[])),
+            ("not a JSON file", dict(whole=byte_level(), added="{"))]):
+        with pytest.raises(ValueError, match=says) as caught:
+            Tokenizer(tokenizer_at(tmp_path / str(i), **files))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("files", [dict(spm=SPM), dict(whole=byte_level())], ids=["spm", "json"])
+def test_a_token_past_the_tokenizer_is_no_text(files, tmp_path, capsys):
+    """Of a vocabulary padded beyond the tokenizer: an IndexError when such a token was sampled."""
+    tokenizer = Tokenizer(tokenizer_at(tmp_path, **files))
+    ids = tokenizer.encode("the sea")
+    assert tokenizer.decode(ids[:-1] + [4100] + ids[-1:]) == "the sea"
+    assert tokenizer.decode([4100]) == ""
+    stream = generate.Streamer(tokenizer, ids)
+    stream(0, 4100)
+    stream.finish()
+    assert capsys.readouterr().out == "\n"
+
+
+def test_a_token_past_the_model_is_an_error_only_where_it_is_used(tmp_path):
+    """One unused <pad> more than the model has embeddings was 'they do not belong together'."""
+    content = byte_level()
+    size = len(content["model"]["vocab"])
+    content["added_tokens"].append(PAD | {"id": size, "content": "[PAD]"})
+    tokenizer = Tokenizer(tokenizer_at(tmp_path, whole=content), size)
+    assert max(tokenizer.encode("the sea")) < size
+    with pytest.raises(ValueError, match=rf"'\[PAD\]', token {size}: .* vocabulary has {size}"):
+        tokenizer.encode("the [PAD] sea")
+
+
+@pytest.mark.parametrize("kind", ["spm", "json"])
+def test_tokenizers_stream_what_they_decode(kind, spm, tmp_path, capsys):
+    """Characters of several tokens come out whole, and the streamed pieces add up to the text."""
+    files = dict(spm=spm) if kind == "spm" else dict(whole=byte_level(bos=True))
+    tokenizer = Tokenizer(tokenizer_at(tmp_path, **files))
+    text = "Two words, caf\u00e9 \u65e5\u672c \U0001f642 and " + "\U0001f642" * 40 + " 123."
+    ids = tokenizer.encode(text)
+    assert ids[0] == 1 and tokenizer.decode(ids) == text
+    # of whole characters up to there
+    starts = [n for n in range(1, len(ids)) if not tokenizer.decode(ids[:n]).endswith("\ufffd")]
+    for start in (1, starts[2], starts[len(starts) // 2]):
+        stream, pieces = generate.Streamer(tokenizer, ids[:start]), []
+        for token in ids[start:]:
+            stream(0, token)
+            stream(0, 2)  # a special token
+            pieces.append(capsys.readouterr().out)
+        stream.finish()
+        assert "\ufffd" not in "".join(pieces) and max(map(len, pieces)) < 8
+        whole = generate.new_tokens_text(tokenizer, ids[:start], ids[start:])
+        assert "".join(pieces) + capsys.readouterr().out == whole + "\n"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfThe sea")
+    assert read_text(tmp_path / "text") == "The sea"
+
+
+TEMPLATES = {
+    "chatml": """{% for message in messages %}{% if loop.first and message.role != 'system' %}<s>
+Be brief.</s>
+{% endif %}{{ '<s>' + message['role'] + '\\n' + message.content + '</s>' + '\\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}""",
+    "inst": """{{ bos_token }}{% for message in messages %}
+    {% if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('the user begins, then they take turns') }}
+    {% endif %}
+    {% if message.role == 'user' %}
+        {{- '[INST] ' + message.content.strip() + ' [/INST]' -}}
+    {% else %}
+        {% generation %} {{ message.content.strip() ~ eos_token }}
+{{- bos_token if not loop.last }}{% endgeneration %}
+    {% endif %}
+{% endfor %}""",
+    "headers": """{%- set ns = namespace(turns=0) %}
+{% if tools is none and documents is none %}{{- bos_token }}{% endif %}
+{%- for message in messages if message.content is defined %}
+{%- set ns.turns = ns.turns + 1 %}
+    {{- '<pad>' + message['role'] + '<pad>\\n\\n' + message['content'] | trim + '</s>' }}
+    {%- if ns.turns > 4 %}{% break %}{% endif %}
+{%- endfor %}
+{{- strftime_now('%Y') }} {{ messages[-1] | tojson }}
+{%- if add_generation_prompt %}{{- '<pad>assistant<pad>\\n\\n' }}{% endif %}""",
+}
+SAID = ["Hello, caf\u00e9?", "One </b> \u201ctwo\u201d", "  And then? ", "3\n", "<unk>\U0001f642"]
+
+
+def conversation(turns):
+    roles = itertools.cycle(["user", "assistant"])
+    return [{"role": role, "content": text} for role, text in zip(roles, SAID[: 2 * turns - 1])]
+
+
+def their_chat(tokenizer, messages):
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+@pytest.mark.parametrize("place", ["file", "config", "list"])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("whole", [spaces_json(), byte_level(bos=True)], ids=["spaces", "bytes"])
+def test_chat_gives_the_ids_of_apply_chat_template(whole, template, place, tmp_path):
+    config = NAMED | dict(eos_token=PAD | {"__type": "AddedToken", "content": "</s>"})
+    files = {}
+    if place == "file":
+        files = dict(template=template)
+        config["chat_template"] = "not this one"
+    elif place == "config":
+        config["chat_template"] = template
+    else:
+        config["chat_template"] = [{"name": "tool_use", "template": "not this one"},
+                                   {"name": "default", "template": template}]
+    path = tokenizer_at(tmp_path, whole=whole, config=config, **files)
+    ours, there = same_as_transformers(path)
+    for turns in (1, 3):
+        ids = ours.chat(conversation(turns))
+        assert ids == their_chat(there, conversation(turns)) and len(ids) > 10 * turns
+
+
+def test_a_template_can_refuse_a_conversation(tmp_path):
+    ours = Tokenizer(tokenizer_at(tmp_path, spm=SPM, template=TEMPLATES["inst"]))
+    with pytest.raises(ValueError, match="the user begins, then they take turns"):
+        ours.chat(conversation(2)[1:])
+
+
+def checkpoint_at(path, **files):
+    """The embedded checkpoint with other files for its tokenizer."""
+    tokenizer_at(path, **files)
+    for name in ("config.json", "model.safetensors", "channels.safetensors"):
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to(TINY / name)
+    return path
+
+
+BAD_TEMPLATES = {
+    "raises": ("{{ raise_exception('no\\nroles') }}", "the chat template fails: no roles"),
+    "reads-a-file": ("{% include '{}/secret' %}", "no loader"),
+    "imports-a-file": ("{% from '{}/secret' import x %}{{ x }}", "no loader"),
+    "syntax": ("{% for message in messages %}", "Unexpected end of template"),
+    "type": ("{{ messages + 1 }}", "TypeError"),
+    "undefined": ("{{ messages[9].content }}", "UndefinedError"),
+    "python": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    "changes-messages": ("{{ messages.append(1) }}", "SecurityError"),
+    "endless": ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+    "nothing": ("", "the prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("template, says", BAD_TEMPLATES.values(), ids=BAD_TEMPLATES)
+def test_a_bad_template_is_one_line_and_status_2(template, says, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    path = checkpoint_at(tmp_path / "checkpoint", spm=SPM,
+                         template=template.replace("{}", str(tmp_path)))
+    before = sorted(tmp_path.rglob("*"))
+    run = command("generate.py", "--device", "cpu", "--checkpoint", path, "--chat",
+                  "--prompt", "hello")
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr.startswith("error: ") and says in run.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_prompt_with_chat_is_one_turn(tmp_path):
+    path = checkpoint_at(tmp_path / "checkpoint", spm=SPM, template=TEMPLATES["inst"])
+    out = tmp_path / "out.json"
+    for more, text in (([], "hello"), (["--chat"], "[INST] hello [/INST]")):
+        run = command("generate.py", "--device", "cpu", "--checkpoint", path, "--prompt", "hello",
+                      "--json", out, "--max_new_tokens", 2, *more)
+        assert run.returncode == 0, run.stderr
+        assert json.loads(out.read_text())["prompt_token_ids"] == [Tokenizer(TINY).encode(text)]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--chat", "--prompt", "x"], "has no chat template; leave out --chat"),
+    (["--chat"], "--chat: needs a --prompt"), (["--interactive", "--chat"], "leave out"),
+    (["--no_chat_template", "--prompt", "x"], "--no_chat_template: only --interactive"),
+], ids=["no-template", "no-prompt", "interactive", "not-interactive"])
+def test_chat_options_that_cannot_be_meant(arguments, says):
+    run = command("generate.py", "--device", "cpu", *arguments)
+    assert run.returncode == 2 and says in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def turns(path, monkeypatch, lines, *more):
+    """Runs --interactive -> of each line the token ids up to the answer, and the answer's."""
+    found, cached, lines = [], [], iter(lines)
+
+    def record(step, prompts, max_new_tokens, start, *rest, real=generate.generate):
+        result = real(step, prompts, max_new_tokens, start, *rest)
+        result.token_ids[0] += [2]  # as if the model had said </s> where it is no end
+        cached[start:] = prompts[0]
+        found.append((list(cached), result.token_ids[0]))
+        cached.extend(result.token_ids[0])
+        return result
+
+    monkeypatch.setattr(generate, "generate", record)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, ""))
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", "--checkpoint", str(path),
+                                      "--interactive", "--max_new_tokens", "5", *more])
+    generate.main()
+    return found
+
+
+def test_interactive_takes_the_turns_of_the_template(tmp_path, monkeypatch):
+    path = checkpoint_at(tmp_path / "checkpoint", whole=spaces_json(), config=NAMED,
+                         template=TEMPLATES["inst"])
+    there, messages = AutoTokenizer.from_pretrained(path), []
+    lines = ["Once upon a time", "And then?", "And the sea?"]
+    found = turns(path, monkeypatch, lines)
+    assert len(found) == 3
+    for line, (prompt, answer) in zip(lines, found):
+        messages.append({"role": "user", "content": line})
+        assert prompt == their_chat(there, messages)
+        said = there.decode(answer, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": said})
+
+
+def test_interactive_without_a_template_keeps_the_tokens(tmp_path, monkeypatch):
+    """The text so far was tokenised again in each turn, without the special tokens in it."""
+    path = checkpoint_at(tmp_path / "checkpoint", spm=SPM, template=TEMPLATES["inst"])
+    lines = ["Once upon a time", "And then"]
+    (first, answer), (second, _) = turns(path, monkeypatch, lines, "--no_chat_template")
+    encode = Tokenizer(TINY).encode
+    assert first == encode(lines[0])
+    assert second == first + answer + encode("\n".join(lines))[len(first) :]
 
 
 # ---------------------------------------------------------------- command lines
@@ -2908,7 +3291,7 @@ def test_compare_shows_texts_and_figures_of_both(tmp_path):
 
 def test_generation_ends_where_the_cache_is_full(tmp_path):
     prompt, out = "The sea was calm", tmp_path / "out.json"
-    n = len(generate.Tokenizer(TINY, 1).encode(prompt))
+    n = len(Tokenizer(TINY).encode(prompt))
     run = command("generate.py", "--device", "cpu", "--prompt", prompt, "--max_seq_length", n + 3, "--json", out)
     assert run.returncode == 0 and len(json.loads(out.read_text())["token_ids"][0]) == 3, run.stderr
     run = command("generate.py", "--device", "cpu", "--prompt", prompt, "--max_seq_length", n)
