@@ -657,7 +657,8 @@ class Evaluation:
 def by(name):
     """A cell of scores by kind."""
     def found(row):
-        return ", ".join(f"{key}: {value:.0f}" for key, value in row[f"by_{name}"].items())
+        scores = row[f"by_{name}"].items()
+        return ", ".join(f"{key}: {score:.0f}" for key, score in scores) or "-"
     return found
 
 
@@ -718,7 +719,7 @@ def main():
     parser = ArgumentParser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("tasks", nargs="*", choices=(*TASKS, "table"), help="(default: perplexity kv_retrieval)")
+    add("tasks", nargs="*", help=f"{', '.join(TASKS)} (default: perplexity kv_retrieval); or table")
     add("--checkpoint", default=str(HERE / "tiny"),
         help="directory or hub id (default: the tiny model)")
     add("--data",
@@ -769,8 +770,9 @@ def main():
 def evaluate(args):
     """The rows of a command line, from a file or measured."""
     args.tasks = args.tasks or ["perplexity", "kv_retrieval"]
-    if "table" in args.tasks:
-        raise ValueError("table: is a command of its own; leave out the tasks")
+    for task in args.tasks:
+        if task not in TASKS:
+            raise ValueError(f"tasks={task}: must be some of {', '.join(TASKS)}, or table alone")
     bounded = {"context": [args.context], "last": [args.last], "limit": [args.limit],
                "lengths": args.lengths or []}
     for name, values in bounded.items():
