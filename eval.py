@@ -179,22 +179,19 @@ class Paper(DoubleSparsity):
         return super().choose(self.grouped(q).mean(2), seq_lens)
 
 
-def pooled(scores):
-    """One score of a token for a group's query heads: [R, HKV, G, S] -> [R, HKV, S].
+def pool_ref(scores):
+    """Scores of a group's query heads [..., G, S], -inf where a row may not look -> one per token.
 
-    The logarithm of the sum of its softmax weights: large scores give a head no more of a say.
-    scores: -inf where a row may not look.
+    The largest logarithm of its softmax weights: large scores give a head no more of a say.
     """
-    if scores.shape[2] == 1:
-        return scores[:, :, 0]
-    return (scores - scores.logsumexp(-1, keepdim=True)).logsumexp(2)
+    return (scores - scores.logsumexp(-1, keepdim=True)).amax(-2)
 
 
 class ExactTopK(Sparse):
     """The best tokens by q . k / sqrt(D) itself: the ceiling of token sparsity."""
 
     def choose(self, q, seq_lens):
-        return self.best(pooled(self.logits(q, seq_lens)), seq_lens)
+        return self.best(pool_ref(self.logits(q, seq_lens)), seq_lens)
 
 
 class Streaming(Sparse):
@@ -227,7 +224,7 @@ class Quest(Sparse):
                  + torch.einsum("rhgd,hpd->rhgp", q.clamp(max=0), low))
         eligible = F.pad(eligible_tokens(seq_lens, S, self.window), (0, short))
         eligible = eligible.unflatten(1, (-1, self.PAGE)).any(2)[:, None, None]
-        scores = pooled(bound.masked_fill(~eligible, float("-inf")))
+        scores = pool_ref(bound.masked_fill(~eligible, float("-inf")))
         return self.best(scores.repeat_interleave(self.PAGE, -1)[..., :S], seq_lens)
 
 

@@ -386,8 +386,8 @@ def common_words_task(kind, rng, n, text):
     """Ten words, 30 times each (fewer where little fits), and n others, 3 times each."""
     known = sorted(set(re.findall(r"\b[a-z]{4,10}\b", text)))
     if n + 10 > len(known):
-        raise ValueError(f"a text of {len(known)} different words is too short: give longer --data, "
-                         "or smaller --lengths")
+        raise ValueError(f"a text of {len(known)} different words is too short: give longer "
+                         "--data, or smaller --lengths")
     words = rng.sample(known, n + 10)
     listed = words[:10] * min(30, n + 5) + words[10:] * 3
     rng.shuffle(listed)

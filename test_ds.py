@@ -2330,14 +2330,6 @@ def test_h2o_keeps_the_newest_and_the_most_attended():
                 got[j] += weight
 
 
-def test_a_group_is_pooled_by_softmax_weight():
-    """Not by raw scores: a head whose scores are large alike must not choose for the others."""
-    scores = torch.tensor([[[[90.0, 91.0, 90.0, -torch.inf], [0.0, 0.0, 5.0, -torch.inf]]]])
-    weights = scores.softmax(-1).sum(2)
-    torch.testing.assert_close(evaluation.pooled(scores).exp(), weights)
-    assert weights.argmax() == 2 and scores.mean(2).argmax() == 2 and scores.amax(2).argmax() == 1
-
-
 def test_exact_scores_choose_for_every_head_of_a_group():
     """One head wants token 3 alone, but its score of token 7 is still far above what the other head wants most, token 9."""
     config = DSConfig(n_tokens=3, dense_layers=0, sink=0, recent=1)
