@@ -441,8 +441,11 @@ def score_answer(item, dense, decoders):
         if "answer" in item:
             answer = item["answer"]
             logits = torch.cat(list(decoder.logits(ids[first:] + answer[:-1])))[-len(answer) :]
-            among = torch.tensor(item.get("among", range(logits.shape[1])), device=logits.device)
-            score = 100.0 * (among[logits[:, among].argmax(-1)].tolist() == answer)
+            if "among" in item:
+                best = [item["among"][i] for i in logits[:, item["among"]].argmax(-1).tolist()]
+            else:
+                best = logits.argmax(-1).tolist()
+            score = 100.0 * (best == answer)
         else:
             metric, one_line = METRICS[item["metric"]], item["one_line"]
 
