@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 import calibrate
 from ds_attention import (
-    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, live_range, select_ref, select_tokens, widths_name
+    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, live_range, pool_ref, select_ref, select_tokens,
+    widths_name
 )
 from generate import (
     HERE, add_sparsity_arguments, default_dtype, label_bits, load, load_maps, pick_device, read_text, sparsity_from
@@ -158,7 +159,7 @@ class DoubleSparsity(Sparse):
 
 
 class Baseline(Sparse):
-    """By scores of keys and queries as they are, of a group's queries by their mean or maximum."""
+    """By scores of keys and queries as they are, pooled over a group's queries as those of labels."""
 
     def scores(self, q, k):
         """q [R, HKV, G, D], k [HKV, S, D], fp32 -> [R, HKV, G, S], or [S] for all alike."""
@@ -168,7 +169,8 @@ class Baseline(Sparse):
         S, HKV = int(seq_lens.max()), self.kv.shape[1]
         scores = self.scores(q.float().unflatten(1, (HKV, -1)), self.past(S)[0][0].float())
         scores = scores.expand(len(q), HKV, q.shape[1] // HKV, S)
-        return self.best(scores.mean(2) if self.ds.pool == "mean" else scores.amax(2), seq_lens)
+        eligible = eligible_tokens(seq_lens, S, self.window)[:, None, None]
+        return self.best(pool_ref(scores.masked_fill(~eligible, float("-inf"))), seq_lens)
 
 
 class ExactTopK(Baseline):
@@ -202,7 +204,7 @@ class Quest(Baseline):
         padded = torch.cat([k, k[:, -1:].expand(-1, -S % self.PAGE, -1)], 1)  # repeats a key: no new extreme
         low, high = padded.unflatten(1, (-1, self.PAGE)).aminmax(dim=2)  # [HKV, pages, D]
         bound = torch.einsum("rhgd,hpd->rhgp", q.clamp(min=0), high) + torch.einsum("rhgd,hpd->rhgp", q.clamp(max=0), low)
-        return bound.repeat_interleave(self.PAGE, -1)[..., :S]
+        return bound.repeat_interleave(self.PAGE, -1)[..., :S] / math.sqrt(q.shape[3])
 
 
 class H2O(Sparse):
