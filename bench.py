@@ -86,7 +86,8 @@ def graph_us(calls, device, repeats=30):
 def channel_map(HKV, D, config, device):
     """A LabelMap of the first channels, for random keys of unit variance."""
     channels = torch.arange(config.channels(D), device=device).expand(HKV, -1)
-    return LabelMap.from_statistics(channels, torch.ones_like(channels).float(), config.widths(D))
+    zeros = torch.zeros(channels.shape, device=device)
+    return LabelMap.from_statistics(channels, zeros, zeros + 1, config.widths(D))
 
 
 def label_all(kv, labels, label_map, config):

@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import json
 import lzma
-import math
 import os
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from ds_attention import (
     DSConfig, LabelMap, eligible_tokens, label_ref, live_range, pool_ref, score_ref, select_ref, widths_name
 )
 from generate import Tokenizer, default_dtype, pick_device, read_text
-from model import ArgumentParser, ModelConfig, fingerprint, load_model, run_command
+from model import ArgumentParser, ModelConfig, apply_rope, fingerprint, load_model, run_command
 
 METHODS = ("planes", "qk", "q", "k", "random")
 CONTEXT = 8192  # tokens of a window, if the model has as many
@@ -39,9 +38,11 @@ class Moments:
     abs_q: torch.Tensor | float = 0.0  # |q_c|
     abs_k: torch.Tensor | float = 0.0  # |k_c|
     kk: torch.Tensor | float = 0.0  # k_c^2
+    unturned: torch.Tensor | float = 0.0  # k_c before RoPE
 
-    def add(self, q, k):
-        """q [1, HQ, T, D], k [1, HKV, T, D], both after RoPE."""
+    def add(self, q, k, cos, sin):
+        """q [1, HQ, T, D], k [1, HKV, T, D], both after RoPE with cos, sin [1, 1, T, D / 2]."""
+        self.unturned = self.unturned + apply_rope(k.float(), cos, -sin)[0].sum(1, dtype=torch.float64)
         k = k[0].float()  # [HKV, T, D]
         q = q[0].float().unflatten(0, (len(k), -1))  # [HKV, G, T, D]
         G, double = q.shape[1], torch.float64
@@ -70,11 +71,16 @@ def rank_channels(moments, method, generator):
     return torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1) if method == "planes" else ranked
 
 
-def channel_rms(moments, channels):
-    """The root mean square that the ranges of channels [HKV, D] follow, in their order: that of both of a
-    plane, since RoPE turns one into the other."""
-    rms = (both_halves(moments.kk) / 2 / moments.tokens).sqrt()
-    return rms.gather(1, channels % rms.shape[1])
+def key_ranges(moments, cos, sin):
+    """(mean, std) of each channel's keys at all positions, of which cos, sin [1, 1, positions, D / 2] are: [HKV, D] each.
+
+    RoPE turns the constant part of a plane's keys: in fast planes its mean is zero, slow ones keep some of it. Both of a plane's
+    channels have one std, since what turns is now in the one, now in the other.
+    """
+    constant = (moments.unturned / moments.tokens)[None, :, None]
+    mean = apply_rope(constant, cos.mean(2, keepdim=True), sin.mean(2, keepdim=True))[0, :, 0]
+    variance = both_halves(moments.kk / moments.tokens - mean.square()).clamp(min=0) / 2
+    return mean, variance.sqrt().repeat(1, 2)
 
 
 def load_rankings(path, config, projection):
@@ -214,9 +220,11 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
                     for first, end in ((context // 2, context), (context, longest)))
     generator = torch.Generator().manual_seed(seed)
     widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
-    tensors = {"channels": [], "rms": [], "agreement": []}
-    print(f"layer  mass kept by labels  by exact scores  past {context}: by labels  by exact scores  agreement   "
-          f"({widths_name(widths)} bit, 1/{ds.sparsity:g} of the tokens)")
+    everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])
+    tensors = {"channels": [], "mean": [], "std": [], "agreement": []}
+    columns = "labels keep", "exact scores", f"past {context}: labels", "exact scores", "agreement"
+    print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)} bit\nlayer"
+          + "".join(f"{column:>20}" for column in columns))
     figures = []
     before = None  # what the layer before got of the text held out
     for i, layer in enumerate(tqdm(model.layers, desc="calibrating", unit="layer", leave=False)):
@@ -225,12 +233,12 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
         for j, (x, rope) in enumerate(zip(hidden, ropes)):
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
-                moments.add(q, k)
+                moments.add(q, k, *rope)
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(moments, method, generator) if ranking is None else ranking[i].to(device)
-        rms = channel_rms(moments, channels)
-        label_map = LabelMap.from_statistics(channels[:, :C], rms[:, :C], widths)
-        kept = [kept_mass(q, k, label_map, ds, rows, layer.attn.window) if rows is not None else [math.nan] * 2
+        of_file = [channels, *(x.gather(1, channels).float() for x in key_ranges(moments, *everywhere))]
+        label_map = LabelMap.from_statistics(*(x[:, :C] for x in of_file), widths)
+        kept = [kept_mass(q, k, label_map, ds, rows, layer.attn.window) if rows is not None else 2 * [float("nan")]
                 for rows in (within, past)]
         agreement = 0.0  # the first layer's is not foreseen
         if foreseen is not None:
@@ -238,10 +246,11 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
             parts = (x[:, :, :context] for x in (q, predicted, k))
             agreement = prediction_agreement(*parts, label_map, ds, within, layer.attn.window)
         figures.append([*kept[0], *kept[1], agreement])
-        tqdm.write(f"{i:5d}  " + figures_line(figures[-1]))
-        for name, tensor in zip(tensors, (channels.int(), rms.float(), torch.tensor(agreement))):
+        tqdm.write(f"{i:5d}" + "".join(f"{value:20.3f}" for value in figures[-1]))
+        for name, tensor in zip(tensors, (channels.int(), *of_file[1:], torch.tensor(agreement))):
             tensors[name].append(tensor.cpu())
-    print(f" mean  {figures_line(torch.tensor(figures).mean(0).tolist())}   (a window of {longest} tokens, held out)")
+    mean = torch.tensor(figures).mean(0).tolist()
+    print(" mean" + "".join(f"{value:20.3f}" for value in mean) + f"   (a window of {longest} tokens, held out)")
     provenance = {"checkpoint": fingerprint(checkpoint / "model.safetensors"), "method": method_name or method,
                   "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "samples": str(len(windows)),
                   "tokens": str(len(windows) * context), "context": str(context), "seed": str(seed),
@@ -259,12 +268,6 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     finally:
         temporary.unlink(missing_ok=True)
     return out
-
-
-def figures_line(values):
-    """A layer's figures below their headings."""
-    widths = (19, 15, 21, 15, 9)
-    return "  ".join(f"{'-' if math.isnan(value) else f'{value:.3f}':>{width}}" for value, width in zip(values, widths))
 
 
 def main():

@@ -164,32 +164,34 @@ CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
 class LabelMap:
     """One layer's calibrated choice of channels, with static ranges.
 
-    A label has a code for each chosen channel of the key: floor(k_c / step_c + half of the codes that
-    its bits have), cut to these, so that as many lie below zero as above. A token's score is
-    sum_c q_c * step_c * code_c, the products q_c * step_c rounded to 8 bits (see query_codes).
+    A label has a code for each chosen channel of the key: floor((k_c - lo_c) / step_c + 1/2), cut to what
+    its bits hold. A token's score is sum_c q_c * step_c * code_c, the products q_c * step_c rounded to 8 bits
+    (see query_codes); what lo_c adds is the same for all tokens.
     """
 
     channels: torch.Tensor  # [HKV, C] int32, the most important ones first
+    lo: torch.Tensor  # [HKV, C] fp32
     step: torch.Tensor  # [HKV, C] fp32
     widths: tuple  # ((dims, bits), ...), C dims in all: see DSConfig.widths
 
     def __post_init__(self):
         assert self.channels.dtype == torch.int32
-        assert self.channels.is_contiguous() and self.step.is_contiguous()
+        assert all(t.is_contiguous() for t in (self.channels, self.lo, self.step))
 
     @staticmethod
-    def from_statistics(channels, rms, widths):
-        """channels, rms [HKV, C]: their numbers, and the root mean square that each one's range follows."""
-        step = per_dim(widths, lambda bits: 2 * CLIP[bits] / (2**bits - 1), rms.device) * rms
-        step = step.float().clamp(min=1e-12).contiguous()
-        return LabelMap(channels.int().contiguous(), step, widths)
+    def from_statistics(channels, mean, std, widths):
+        """channels, mean, std [HKV, C]: their numbers, and what each one's range is about and follows."""
+        clip = per_dim(widths, CLIP.get, std.device)
+        lo = (mean - clip * std).float().contiguous()
+        step = per_dim(widths, lambda bits: 2 * CLIP[bits] / (2**bits - 1), std.device) * std
+        return LabelMap(channels.int().contiguous(), lo, step.float().clamp(min=1e-12).contiguous(), widths)
 
     def to(self, device):
-        return LabelMap(self.channels.to(device), self.step.to(device), self.widths)
+        return LabelMap(*(t.to(device) for t in (self.channels, self.lo, self.step)), self.widths)
 
     def first(self, heads):
         """That of the first so many KV heads."""
-        return LabelMap(self.channels[:heads], self.step[:heads], self.widths)
+        return LabelMap(*(t[:heads] for t in (self.channels, self.lo, self.step)), self.widths)
 
     def query_codes(self, q):
         """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is unit * (codes . label codes).
@@ -246,9 +248,8 @@ def label_ref(k, positions, labels, label_map):
     k [B, HKV, T, D] post-RoPE; positions [B, T] integer; labels [B, HKV, W, S] int32.
     """
     m = label_map
-    half = per_dim(m.widths, lambda bits: 2.0 ** (bits - 1), k.device)
-    codes = torch.floor(take_channels(k, m.channels) / m.step[:, None] + half)  # [B, HKV, T, C]
-    codes = codes.clamp(min=0).minimum(2 * half - 1)
+    codes = torch.floor((take_channels(k, m.channels) - m.lo[:, None]) / m.step[:, None] + 0.5)  # [B, HKV, T, C]
+    codes = codes.clamp(min=0).minimum(per_dim(m.widths, lambda bits: 2.0**bits - 1, k.device))
     rows = torch.arange(len(k), device=k.device)[:, None]
     labels.permute(0, 3, 1, 2)[rows, positions] = pack(codes, m.widths).transpose(1, 2)  # [B, T, HKV, W]
 
@@ -273,42 +274,43 @@ def _narrowest(WIDTHS):
 
 @triton.jit
 def _dim_bits(dim, WIDTHS: tl.constexpr):
-    """(first bit in the label, how many codes) of label dims; those past the last begin past its words."""
+    """(first bit in the label, largest code) of label dims; those past the last begin past its words."""
     bit = dim * WIDTHS[0][1]
-    codes = tl.full(dim.shape, 2.0 ** WIDTHS[0][1], tl.float32)
+    top = tl.full(dim.shape, 2.0 ** WIDTHS[0][1] - 1, tl.float32)
     for i in tl.static_range(1, len(WIDTHS)):
         nth = dim - _before(WIDTHS, i)[0]
         bit = tl.where(nth >= 0, _before(WIDTHS, i)[1] + nth * WIDTHS[i][1], bit)
-        codes = tl.where(nth >= 0, 2.0 ** WIDTHS[i][1], codes)
-    return bit, codes
+        top = tl.where(nth >= 0, 2.0 ** WIDTHS[i][1] - 1, top)
+    return bit, top
 
 
 @triton.jit
-def _label(keys, mask, channels, step, labels, l_sw, W: tl.constexpr, WIDTHS: tl.constexpr):
+def _label(keys, mask, channels, lo, step, labels, l_sw, W: tl.constexpr, WIDTHS: tl.constexpr):
     """Writes labels of one KV head's keys. keys, labels: pointers [T], to first channels and first words."""
     C: tl.constexpr = _dims(WIDTHS)
     offs_c = tl.arange(0, triton.next_power_of_2(C))
     channel = tl.load(channels + offs_c, mask=offs_c < C, other=0)
+    lows = tl.load(lo + offs_c, mask=offs_c < C, other=0.0)
     steps = tl.load(step + offs_c, mask=offs_c < C, other=1.0)
     chosen = tl.load(keys[:, None] + channel[None, :], mask=mask[:, None] & (offs_c < C)[None, :], other=0.0)
-    bit, count = _dim_bits(offs_c, WIDTHS)
-    codes = tl.floor(tl.div_rn(chosen.to(tl.float32), steps[None, :]) + (count / 2)[None, :])
-    codes = tl.minimum(tl.maximum(codes, 0.0), (count - 1)[None, :]).to(tl.int32) << (bit % 32)[None, :]
+    bit, top = _dim_bits(offs_c, WIDTHS)
+    codes = tl.floor(tl.div_rn(chosen.to(tl.float32) - lows[None, :], steps[None, :]) + 0.5)
+    codes = tl.minimum(tl.maximum(codes, 0.0), top[None, :]).to(tl.int32) << (bit % 32)[None, :]
     for w in tl.static_range(W):
         word = tl.sum(tl.where((bit // 32 == w)[None, :], codes, 0), 1)
         tl.store(labels + w * l_sw, word, mask=mask)
 
 
 @triton.jit
-def _label_kernel(k, positions, labels, channels, step, T, k_sb, k_sh, k_st, p_sb, l_sb, l_sh, l_sw, W: tl.constexpr,
+def _label_kernel(k, positions, labels, channels, lo, step, T, k_sb, k_sh, k_st, p_sb, l_sb, l_sh, l_sw, W: tl.constexpr,
                   WIDTHS: tl.constexpr, BLOCK_T: tl.constexpr):
     pid_t, pid_h, pid_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
     pos = tl.load(positions + pid_b * p_sb + offs_t, mask=mask_t, other=0).to(tl.int64)
     C: tl.constexpr = _dims(WIDTHS)
-    _label(k + pid_b * k_sb + pid_h * k_sh + offs_t.to(tl.int64) * k_st, mask_t, channels + pid_h * C, step + pid_h * C,
-           labels + pid_b * l_sb + pid_h * l_sh + pos, l_sw, W, WIDTHS)
+    _label(k + pid_b * k_sb + pid_h * k_sh + offs_t.to(tl.int64) * k_st, mask_t, channels + pid_h * C, lo + pid_h * C,
+           step + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + pos, l_sw, W, WIDTHS)
 
 
 def label(k, positions, labels, label_map):
@@ -320,7 +322,7 @@ def label(k, positions, labels, label_map):
     assert k.stride(3) == positions.stride(1) == labels.stride(3) == 1
     BLOCK_T = 1 if T == 1 else 64
     _label_kernel[(triton.cdiv(T, BLOCK_T), HKV, B)](
-        k, positions, labels, m.channels, m.step, T, *k.stride()[:3], positions.stride(0), *labels.stride()[:3], W, m.widths,
+        k, positions, labels, m.channels, m.lo, m.step, T, *k.stride()[:3], positions.stride(0), *labels.stride()[:3], W, m.widths,
         BLOCK_T)
 
 
@@ -1182,7 +1184,7 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
 
 
 @triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, chosen, out, channels, step, labels, newest,
+def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, chosen, out, channels, lo, step, labels, newest,
                    max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw, n_sb,
                    n_sh, n_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
@@ -1199,7 +1201,7 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
             C: tl.constexpr = _dims(WIDTHS)
             last = tl.load(seq_lens + pid_b) - 1  # whoever reads this label in this step overrides its key with FORCED
             key = newest + pid_b * n_sb + pid_h * n_sh + last.to(tl.int64) * n_ss + tl.arange(0, 1)
-            _label(key, tl.arange(0, 1) == 0, channels + pid_h * C, step + pid_h * C,
+            _label(key, tl.arange(0, 1) == 0, channels + pid_h * C, lo + pid_h * C, step + pid_h * C,
                    labels + pid_b * l_sb + pid_h * l_sh + last + tl.arange(0, 1), l_sw, W, WIDTHS)
             return
     query = tl.load(q + pid_b * q_sb + (pid_h * G + offs_g[:, None]) * q_sh + offs_d[None, :],
@@ -1299,7 +1301,7 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     num_warps = num_warps or ((2 if wide else 1) if q.element_size() == 2 else 4)
     _attend_kernel[(B * HKV, splits + (W > 0))](
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, ws.chosen, out,
-        *((m.channels, m.step, labels, newest) if W else (None,) * 4), S if indices is None else indices.shape[-1],
+        *((m.channels, m.lo, m.step, labels, newest) if W else (None,) * 5), S if indices is None else indices.shape[-1],
         NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],
         *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3], indices is not None, HKV, G,
         max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), splits, block_n or (64 if wide else 32), stages, W,

@@ -942,7 +942,7 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     maps = None
     if ds is not None:
         of_channels = meta(HKV, ds.channels(D))
-        maps = [LabelMap.from_statistics(of_channels, of_channels, ds.widths(D))] * config.n_layers
+        maps = [LabelMap.from_statistics(*(of_channels,) * 3, ds.widths(D))] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K
@@ -1059,8 +1059,8 @@ def load_label_maps(checkpoint, config, ds, path=None):
             raise ValueError(f"{path}: made for {L} layers, {HKV} KV heads, head_dim {D}; the model "
                              f"has {config.n_layers}, {config.n_kv_heads}, {config.head_dim}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        channels, rms = (file.get_tensor(name)[..., : ds.channels(D)] for name in ("channels", "rms"))
-    return [LabelMap.from_statistics(*of_layer, ds.widths(D)) for of_layer in zip(channels, rms)]
+        tensors = [file.get_tensor(name)[..., : ds.channels(D)] for name in ("channels", "mean", "std")]
+    return [LabelMap.from_statistics(*of_layer, ds.widths(D)) for of_layer in zip(*tensors)]
 
 
 # ---------------------------------------------------------------- command lines

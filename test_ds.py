@@ -51,8 +51,8 @@ import generate
 import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
-    PRESETS, Attention, KVCache, LayerCache, ModelConfig, MoEFeedForward, Residual, Transformer, check_memory, load_label_maps,
-    load_model, memory_need, parameter_shapes
+    PRESETS, Attention, KVCache, LayerCache, ModelConfig, MoEFeedForward, Residual, Transformer, apply_rope, check_memory,
+    load_label_maps, load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
 from tiny import tasks
@@ -104,7 +104,8 @@ class Problem:
         self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
         self.k, self.v = self.kv.unbind(3)
         channels = torch.stack([torch.randperm(self.D, generator=generator)[: self.C] for _ in range(self.HKV)])
-        self.map = LabelMap.from_statistics(channels, torch.ones(self.HKV, self.C), self.widths).to(DEVICE)
+        mean, std = 0.1 * torch.ones(2, self.HKV, self.C) * torch.tensor([1, 9])[:, None, None]
+        self.map = LabelMap.from_statistics(channels, mean, std, self.widths).to(DEVICE)
         self.labels = torch.full((self.B, self.HKV, self.config.words(self.D), self.S), -1, dtype=torch.int32, device=DEVICE)
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).expand(self.B, -1).contiguous()
         ds.label_ref(self.k, self.positions, self.labels, self.map)
@@ -124,7 +125,8 @@ class Problem:
 
 def first_channels(HKV, C, widths):
     """A LabelMap of the first C channels, for keys of unit variance."""
-    return LabelMap.from_statistics(torch.arange(C).expand(HKV, -1), torch.ones(HKV, C), widths).to(DEVICE)
+    zeros = torch.zeros(HKV, C)
+    return LabelMap.from_statistics(torch.arange(C).expand(HKV, -1), zeros, zeros + 1, widths).to(DEVICE)
 
 
 def relative_error(a, b):
@@ -974,7 +976,7 @@ def random_model(seed=0, **more):
             parameter.normal_(0, 0.3)
     config = DSConfig(sparsity=4, min_tokens=4, label_channels=8, dense_layers=1, dense_below=0, sink=1, recent=2)
     channels = torch.randperm(16)[:8].expand(2, -1)
-    label_map = LabelMap.from_statistics(channels, torch.ones(2, 8), ((8, 4),))
+    label_map = LabelMap.from_statistics(channels, torch.zeros(2, 8), torch.ones(2, 8), ((8, 4),))
     return model, [label_map] * 3, config
 
 
@@ -1471,7 +1473,7 @@ def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", se
     """A DecodeStep of random_model with this type of cache, whose texts do not end."""
     model, maps, config = random_model(seed, **(dict(eos_ids=(), n_kv_heads=2, max_positions=4096) | more))
     HKV = model.config.n_kv_heads
-    maps = [LabelMap(m.channels[:1].repeat(HKV, 1), m.step[:1].repeat(HKV, 1), m.widths) for m in maps]
+    maps = [LabelMap(*(t[:1].repeat(HKV, 1) for t in (m.channels, m.lo, m.step)), m.widths) for m in maps]
     config = replace(config, dense_below=below, impl=impl)
     cache = cache_type(model.config, batch, size, DEVICE, dtype, config, maps)
     return generate.DecodeStep(model.to(DEVICE, dtype), cache)
@@ -1874,7 +1876,8 @@ def moments(seed, tokens=300, into=None):
     scale = torch.rand(1, 4, 1, 16, generator=generator) * 3
     m = into or calibrate.Moments()
     m.add(scale * torch.randn(1, 4, tokens, 16, generator=generator),
-          torch.randn(1, 2, tokens, 16, generator=generator) * scale[:, ::2] + 1)
+          torch.randn(1, 2, tokens, 16, generator=generator) * scale[:, ::2] + 1,
+          *(torch.full((1, 1, tokens, 8), value) for value in (1.0, 0.0)))  # at position 0
     return m
 
 
@@ -1882,7 +1885,7 @@ def test_every_calibration_sample_counts():
     """The paper's release overwrote its sums, so that only the last block of text counted."""
     first, last, both = moments(0), moments(1), moments(1, into=moments(0))
     assert both.tokens == 600
-    for name in ("abs_qk", "abs_q", "abs_k", "kk"):
+    for name in ("abs_qk", "abs_q", "abs_k", "kk", "unturned"):
         torch.testing.assert_close(getattr(both, name), getattr(first, name) + getattr(last, name))
     ranked = [calibrate.rank_channels(m, "qk", None) for m in (first, last, both)]
     assert not torch.equal(ranked[2], ranked[1]) and not torch.equal(ranked[2], ranked[0])
@@ -1895,7 +1898,7 @@ def test_calibration_sees_all_of_its_text(tiny_copy):
     stds = []
     for text in ("".join(texts), texts[1], texts[0]):
         calibrate.calibrate(tiny_copy, text, "qk", samples=4, context=256)
-        stds.append(load_file(tiny_copy / "channels.safetensors")["rms"])
+        stds.append(load_file(tiny_copy / "channels.safetensors")["std"])
     assert not torch.allclose(stds[0], stds[1], rtol=0.02) and not torch.allclose(stds[0], stds[2], rtol=0.02)
 
 
@@ -1909,21 +1912,33 @@ def test_rankings_follow_their_statistics():
 
 
 def test_planes_are_pairs_that_rope_turns_together():
-    """Pairs c, c + D / 2 side by side, by what both add to q . k, with one range; the constant part of a key counts."""
+    """Pairs c, c + D / 2 side by side, by what both add to q . k; the constant part of a key counts."""
     m = moments(5)
     channels = calibrate.rank_channels(m, "planes", None)
     pairs = channels.unflatten(1, (-1, 2))
     assert torch.equal(pairs[..., 1], pairs[..., 0] + 8) and (channels.sort().values == torch.arange(16)).all()
     assert (m.abs_qk.gather(1, channels).unflatten(1, (-1, 2)).sum(2).diff() <= 0).all()
-    rms = calibrate.channel_rms(m, channels).unflatten(1, (-1, 2))
-    assert torch.equal(rms[..., 0], rms[..., 1])
-    squares = m.kk.gather(1, channels).unflatten(1, (-1, 2)) / m.tokens
-    torch.testing.assert_close(rms[..., 0].square() * 2, squares.sum(2))
     q, k = torch.ones(1, 4, 50, 16), torch.randn(1, 2, 50, 16)
     k[..., 3] = 100.0
     constant = calibrate.Moments()
-    constant.add(q, k)
+    constant.add(q, k, *(torch.full((1, 1, 50, 8), value) for value in (1.0, 0.0)))
     assert (calibrate.rank_channels(constant, "planes", None)[:, :2] == torch.tensor([3, 11])).all()
+
+
+def test_ranges_hold_at_all_positions():
+    """From keys at the first 512 positions: mean and spread of both channels of each plane over 8192, whose constant parts
+    turn. (Of the first 512 alone they are others.)"""
+    model = random_model(max_positions=8192)[0]
+    keys = torch.randn(1, 2, 8192, 16, generator=torch.Generator().manual_seed(0)) + 3 * torch.randn(1, 2, 1, 16)
+    rope = model.rope(torch.arange(8192)[None])
+    turned = apply_rope(keys, *rope)
+    m = calibrate.Moments()
+    m.add(turned[:, :, :512].repeat(1, 2, 1, 1), turned[:, :, :512], *(x[:, :, :512] for x in rope))
+    mean, std = calibrate.key_ranges(m, *rope)
+    spread = turned[0].var(1).unflatten(1, (2, -1)).mean(1).sqrt().repeat(1, 2)
+    torch.testing.assert_close(mean.float(), turned[0].mean(1), atol=0.2, rtol=0)
+    torch.testing.assert_close(std.float(), spread, atol=0.2, rtol=0.05)
+    assert (turned[0, :, :512].mean(1) - turned[0].mean(1)).abs().max() > 1
 
 
 def test_calibration_of_the_tiny_model(tiny_copy):
@@ -1976,7 +1991,7 @@ def test_calibration_looks_past_its_context(tiny_copy, capsys):
     """Where the model has more positions: a window of twice as many tokens."""
     calibrate.calibrate(tiny_copy, samples=2, context=300)
     lines = capsys.readouterr().out.splitlines()
-    assert "past 300" in lines[0] and "held out" in lines[-1] and "600 tokens" in lines[-1]
+    assert "past 300" in lines[1] and "held out" in lines[-1] and "600 tokens" in lines[-1]
     mean = [float(value) for value in lines[-1].split()[1:6]]
     assert all(0.2 < value < 1 for value in mean) and mean[0] <= mean[1] and mean[2] <= mean[3]
 
@@ -1984,7 +1999,7 @@ def test_calibration_looks_past_its_context(tiny_copy, capsys):
 def test_agreement_of_a_prediction():
     generator = torch.Generator().manual_seed(0)
     q, k, other = (torch.randn(1, heads, 200, 16, generator=generator) for heads in (4, 2, 4))
-    label_map = LabelMap.from_statistics(torch.arange(16).expand(2, -1), torch.ones(2, 16), ((16, 4),))
+    label_map = first_channels(2, 16, ((16, 4),)).to("cpu")
     config = DSConfig(n_tokens=40, sink=2, recent=5, label_channels=16)
     rows = calibrate.spread_queries(100, 200, 4, "cpu")
     shares = [calibrate.prediction_agreement(q, p, k, label_map, config, rows) for p in (q, q + other, other, -q)]
