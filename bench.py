@@ -88,10 +88,9 @@ def graph_us(calls, device, repeats=30):
 
 def channel_map(HKV, D, config, device):
     """A LabelMap of the first channels, for random keys of unit variance."""
-    C = config.channels(D)
-    basis = torch.eye(D, device=device)[:, :C].expand(HKV, -1, -1)
-    zeros = torch.zeros(HKV, C, device=device)
-    return LabelMap.from_statistics(basis, basis, zeros, zeros + 1, config.widths(D))
+    channels = torch.arange(config.channels(D), device=device).expand(HKV, -1)
+    zeros = torch.zeros(channels.shape, device=device)
+    return LabelMap.from_statistics(channels, zeros, zeros + 1, config.widths(D))
 
 
 def label_all(kv, labels, label_map, config):
@@ -144,7 +143,7 @@ def check(x, config, out):
     indices = ds.select(x.q, x.labels, x.map, x.seq_lens, config)[0] if config.use_triton(x.q) else None
     for b in range(len(x.q)):
         row = slice(b, b + 1)
-        scores = ds.score_ref(x.q[row], x.labels[row], x.map, x.seq_lens[row], pool=config.pool)
+        scores = ds.score_ref(x.q[row], x.labels[row], x.map, x.seq_lens[row], config.sink)
         n = config.budget(x.seq_lens[row])
         want = ds.select_ref(scores, x.seq_lens[row], n, int(n), config.sink, config.recent)
         chosen = want if indices is None else indices[row, :, : int(n)]
@@ -160,7 +159,7 @@ def check(x, config, out):
 def naive_chain(x, config):
     """The obvious way, in eager torch: labels unpacked, all scores written out, torch.topk, gather, SDPA."""
     n = config.budget(x.labels.shape[-1])
-    scores = ds.score_ref(x.q, x.labels, x.map, x.seq_lens, pool=config.pool)
+    scores = ds.score_ref(x.q, x.labels, x.map, x.seq_lens, config.sink)
     rows = scores.topk(n, -1).indices[..., None].expand(-1, -1, -1, x.q.shape[2])
     k, v = x.k.gather(2, rows), x.v.gather(2, rows)
     return F.scaled_dot_product_attention(x.q[:, :, None], k, v, enable_gqa=x.q.shape[1] != x.k.shape[1])

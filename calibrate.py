@@ -1,9 +1,9 @@
 """Offline calibration: checkpoint + text -> channels.safetensors (Double Sparsity, arXiv 2408.07092, section 3.1).
 
-For each layer and KV head, finds the map from keys and queries (after RoPE) to a few label dims whose products
-stand for q . k, most important dims first, and the statistics that set each dim's static quantisation range. For each
-layer also how much of its selection could be foreseen, one layer ahead (see offload.py).
-Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method joint]
+For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they add to q . k, and
+measures the statistic that sets each one's static quantisation range. For each layer also how much of its selection
+could be foreseen, one layer ahead (see offload.py).
+Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method planes]
 """
 import argparse
 import dataclasses
@@ -19,96 +19,70 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ds_attention import DSConfig, LabelMap, eligible_tokens, label_ref, live_range, score_ref, select_ref, widths_name
+from ds_attention import (
+    DSConfig, LabelMap, eligible_tokens, label_ref, live_range, pool_ref, score_ref, select_ref, widths_name
+)
 from model import (
-    ArgumentParser, ModelConfig, default_dtype, fingerprint, load_model, pick_device, run_command
+    ArgumentParser, ModelConfig, apply_rope, default_dtype, fingerprint, load_model, pick_device, run_command
 )
 from tokenizer import Tokenizer, read_text
 
-METHODS = ("joint", "variance", "qk", "q", "k", "random")
+METHODS = ("planes", "qk", "q", "k", "random")
+CONTEXT = 8192  # tokens of a window, if the model has as many
 
 
 @dataclasses.dataclass
 class Moments:
-    """Sums over the tokens of one layer, all fp64: HKV first, the query sums pooled over each group's heads."""
+    """Sums over the tokens of one layer, [HKV, D] fp64, those of queries the means over their groups."""
 
     tokens: int = 0
-    qq: torch.Tensor | float = 0.0  # [HKV, D, D] sum of q q^T, mean over the group
-    kk: torch.Tensor | float = 0.0  # [HKV, D, D] sum of k k^T
-    k: torch.Tensor | float = 0.0  # [HKV, D] sum of k
-    abs_q: torch.Tensor | float = 0.0  # [HKV, D] sum of |q|, mean over the group
-    abs_k: torch.Tensor | float = 0.0  # [HKV, D] sum of |k|
-    abs_qk: torch.Tensor | float = 0.0  # [HKV, D] sum of |q_c k_c| at one position, mean over the group
+    abs_qk: torch.Tensor | float = 0.0  # |q_c k_c| at one position
+    abs_q: torch.Tensor | float = 0.0  # |q_c|
+    abs_k: torch.Tensor | float = 0.0  # |k_c|
+    kk: torch.Tensor | float = 0.0  # k_c^2
+    unturned: torch.Tensor | float = 0.0  # k_c before RoPE
 
-    def add(self, q, k):
-        """q [1, HQ, T, D], k [1, HKV, T, D], both after RoPE."""
+    def add(self, q, k, cos, sin):
+        """q [1, HQ, T, D], k [1, HKV, T, D], both after RoPE with cos, sin [1, 1, T, D / 2]."""
+        self.unturned = self.unturned + apply_rope(k.float(), cos, -sin)[0].sum(1, dtype=torch.float64)
         k = k[0].float()  # [HKV, T, D]
         q = q[0].float().unflatten(0, (len(k), -1))  # [HKV, G, T, D]
-        G = q.shape[1]
+        G, double = q.shape[1], torch.float64
         self.tokens += k.shape[1]
-        self.qq = self.qq + torch.einsum("hgtd,hgte->hde", q, q).double() / G
-        self.kk = self.kk + (k.transpose(1, 2) @ k).double()
-        self.k = self.k + k.double().sum(1)
-        self.abs_q = self.abs_q + q.abs().double().sum((1, 2)) / G
-        self.abs_k = self.abs_k + k.abs().double().sum(1)
-        self.abs_qk = self.abs_qk + (q * k[:, None]).abs().double().sum((1, 2)) / G
+        self.abs_qk = self.abs_qk + (q * k[:, None]).abs().sum((1, 2), dtype=double) / G
+        self.abs_q = self.abs_q + q.abs().sum((1, 2), dtype=double) / G
+        self.abs_k = self.abs_k + k.abs().sum(1, dtype=double)
+        self.kk = self.kk + k.square().sum(1, dtype=double)
 
-    def __add__(self, other):
-        return Moments(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
-    def key_covariance(self):
-        mean = self.k / self.tokens
-        return self.kk / self.tokens - mean[:, :, None] * mean[:, None, :]  # [HKV, D, D]
+def both_halves(x):
+    """x [HKV, D] -> [HKV, D / 2]: sums over the channels c and c + D / 2 that RoPE turns together."""
+    return x.unflatten(1, (2, -1)).sum(1)
 
 
 def rank_channels(moments, method, generator):
-    """Channels of each KV head, most important first: [HKV, D] int64."""
-    variance = moments.key_covariance().diagonal(dim1=1, dim2=2)
+    """Channels of each KV head, most important first: [HKV, D] int64; by "planes" the pairs c, c + D / 2 side by side."""
     importance = {
+        "planes": both_halves(moments.abs_qk),  # mean |q_c k_c| of both of the plane's channels
         "qk": moments.abs_qk,  # the paper's: mean |q_c k_c|
         "q": moments.abs_q,
         "k": moments.abs_k,
-        "variance": moments.qq.diagonal(dim1=1, dim2=2) * variance,  # a constant in k_c ranks nothing, so var(k_c)
-        "random": torch.rand(variance.shape, generator=generator, dtype=torch.float64).to(variance.device),
+        "random": torch.rand(moments.kk.shape, generator=generator, dtype=torch.float64).to(moments.kk.device),
     }[method]
-    return importance.sort(dim=-1, descending=True, stable=True).indices
+    ranked = importance.sort(dim=-1, descending=True, stable=True).indices
+    return torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1) if method == "planes" else ranked
 
 
-def matrix_sqrt(m):
-    """Square root of symmetric positive semi-definite matrices [..., D, D]."""
-    values, vectors = torch.linalg.eigh(m)
-    return (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
+def key_ranges(moments, cos, sin):
+    """(mean, std) of each channel's keys at all positions, of which cos, sin [1, 1, positions, D / 2] are: [HKV, D] each.
 
-
-def joint_bases(moments, dims):
-    """The best rank-`dims` approximation of q . k on the calibration text, as two [HKV, D, dims] bases.
-
-    With A = sqrt(E[q q^T]) sqrt(cov(k)) = U s V^T, the key labels are k . cov(k)^-1/2 V (unit variance) and the query
-    labels q . E[q q^T]^-1/2 U s; both are computed without the inverses.
+    RoPE turns the constant part of a plane's keys: in fast planes its mean is zero, slow ones keep some of it. Both of a plane's
+    channels have one std, since what turns is now in the one, now in the other.
     """
-    root_q = matrix_sqrt(moments.qq / moments.tokens)
-    root_k = matrix_sqrt(moments.key_covariance())
-    U, s, Vh = torch.linalg.svd(root_q @ root_k)
-    U, s, V = U[..., :dims], s[..., :dims], Vh.transpose(1, 2)[..., :dims]
-    return root_q @ U / s[:, None].clamp(min=1e-6 * s.max()), root_k @ V
-
-
-def label_bases(moments, method, dims, generator, ranking=None):
-    """(basis_k, basis_q, mean, std, ranking): [HKV, D, dims] twice, label statistics [HKV, dims] twice, [HKV, D].
-
-    ranking: a given one instead of the method's (the authors' files).
-    """
-    if ranking is None:
-        ranking = rank_channels(moments, "variance" if method == "joint" else method, generator)
-    if method == "joint":
-        basis_k, basis_q = joint_bases(moments, dims)
-    else:
-        D = ranking.shape[1]
-        identity = torch.eye(D, dtype=torch.float64, device=ranking.device)
-        basis_k = basis_q = identity[ranking[:, :dims]].transpose(1, 2)  # one-hot columns
-    mean = torch.einsum("hdc,hd->hc", basis_k, moments.k / moments.tokens)
-    variance = torch.einsum("hdc,hde,hec->hc", basis_k, moments.key_covariance(), basis_k)
-    return basis_k, basis_q, mean, variance.clamp(min=0).sqrt(), ranking
+    constant = (moments.unturned / moments.tokens)[None, :, None]
+    mean = apply_rope(constant, cos.mean(2, keepdim=True), sin.mean(2, keepdim=True))[0, :, 0]
+    variance = both_halves(moments.kk / moments.tokens - mean.square()).clamp(min=0) / 2
+    return mean, variance.sqrt().repeat(1, 2)
 
 
 def load_rankings(path, config, projection):
@@ -141,15 +115,11 @@ def load_rankings(path, config, projection):
     return torch.stack(rankings)
 
 
-def subspace_overlap(a, b):
-    """Share of one label space found in the other, mean over heads: for channels, the share they have in common."""
-    a, b = torch.linalg.qr(a).Q, torch.linalg.qr(b).Q  # [HKV, D, C]
-    return ((a.transpose(1, 2) @ b) ** 2).sum((1, 2)).mean().item() / a.shape[-1]
-
-
-def late_queries(T, queries, device):
-    """seq_lens [rows] of queries spread over the second half of T tokens, each of which selects from its own past."""
-    return torch.linspace(T // 2, T - 1, min(queries, T // 2), device=device).int() + 1
+def spread_queries(first, end, heads, device):
+    """seq_lens of up to 256 queries between two positions, each of which selects from its own past; fewer where
+    the scores of all heads would take more than half a GB."""
+    count = max(1, min(256, end - first, 2**27 // (heads * end)))
+    return torch.linspace(first, end - 1, count, device=device).int() + 1
 
 
 def label_scores(q, k, label_map, ds, seq_lens, window):
@@ -158,42 +128,42 @@ def label_scores(q, k, label_map, ds, seq_lens, window):
     labels = torch.zeros(1, HKV, ds.words(D), T, dtype=torch.int32, device=k.device)
     label_ref(k, torch.arange(T, device=k.device)[None], labels, label_map)
     rows = q[0].transpose(0, 1)[seq_lens - 1].float()  # [rows, HQ, D]
-    return score_ref(rows, labels.expand(len(rows), -1, -1, -1), label_map, seq_lens, window, ds.pool)
+    return score_ref(rows, labels.expand(len(rows), -1, -1, -1), label_map, seq_lens, ds.sink, window)
 
 
 def select_budget(scores, seq_lens, ds, window):
-    """select_ref of the configured number of tokens, without top_p."""
+    """select_ref of the configured number of tokens."""
     n_tokens = ds.budget(live_range(seq_lens, window)[1])
     return select_ref(scores, seq_lens, n_tokens, int(n_tokens.max()), ds.sink, ds.recent, window).long()
 
 
-def kept_mass(q, k, label_map, ds, window=None, queries=256):
-    """Attention mass that a selection keeps, mean over late queries and heads: (by labels, by exact scores).
+def kept_mass(q, k, label_map, ds, seq_lens, window=None):
+    """Attention mass that a selection keeps, mean over queries and heads: (by labels, by exact scores).
 
-    q [1, HQ, T, D], k [1, HKV, T, D].
+    q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows]: of the queries that select, at most T.
     """
+    end = int(seq_lens.max())
+    q, k = q[:, :, :end], k[:, :, :end]
     _, HKV, T, D = k.shape
-    seq_lens = late_queries(T, queries, k.device)
     grouped = q[0].transpose(0, 1)[seq_lens - 1].float().unflatten(1, (HKV, -1))  # [rows, HKV, G, D]
     exact = torch.einsum("rhgd,hsd->rhgs", grouped, k[0].float()) / D**0.5  # [rows, HKV, G, T]
-    exact = exact.masked_fill(~eligible_tokens(seq_lens, T, window)[:, None, None], float("-inf"))
-    pooled = exact.mean(2) if ds.pool == "mean" else exact.amax(2)
+    exact.masked_fill_(~eligible_tokens(seq_lens, T, window)[:, None, None], float("-inf"))
+    both = label_scores(q, k, label_map, ds, seq_lens, window), pool_ref(exact)
     mass = exact.softmax(-1)
     kept = []
-    for scores in (label_scores(q, k, label_map, ds, seq_lens, window), pooled):
-        chosen = select_budget(scores, seq_lens, ds, window)  # [rows, HKV, N]
-        picked = mass.gather(-1, chosen.clamp(min=0)[:, :, None].expand(-1, -1, mass.shape[2], -1))
-        kept.append(picked.masked_fill(chosen[:, :, None] < 0, 0.0).sum(-1).mean().item())
+    for scores in both:
+        chosen = select_budget(scores, seq_lens, ds, window)[:, :, None].expand(-1, -1, mass.shape[2], -1)
+        picked = mass.gather(-1, chosen.clamp(min=0))  # [rows, HKV, G, N]
+        kept.append(picked.masked_fill(chosen < 0, 0.0).sum(-1).mean().item())
     return kept
 
 
-def prediction_agreement(q, predicted_q, k, label_map, ds, window=None, queries=256):
-    """Share of the tokens that late queries q select which predicted_q selects as well, without those attended in any case.
+def prediction_agreement(q, predicted_q, k, label_map, ds, seq_lens, window=None):
+    """Share of the tokens that queries q select which predicted_q selects as well, without those attended in any case.
 
-    q, predicted_q [1, HQ, T, D], k [1, HKV, T, D].
+    q, predicted_q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows], at most T.
     """
     T = k.shape[2]
-    seq_lens = late_queries(T, queries, k.device)
     chosen = torch.zeros(2, len(seq_lens), k.shape[1], T + 1, dtype=torch.bool, device=k.device)
     for of, query in zip(chosen, (q, predicted_q)):
         indices = select_budget(label_scores(query, k, label_map, ds, seq_lens, window), seq_lens, ds, window)
@@ -210,78 +180,78 @@ def builtin_text():
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def calibration_windows(tokenizer, text, samples, context):
-    """Non-overlapping windows spread over the text -> (calibration windows, held-out windows), lists of [1, T]."""
-    tokens = tokenizer.encode(text, special=False)
-    new = context - len(tokenizer.prefix)  # tokens of text in a window
-    count = min(samples + max(1, samples // 4), len(tokens) // new)
-    if count < 3:
-        raise ValueError(f"the text has {len(tokens)} tokens: at least {3 * context} are needed (two windows of --context "
-                         f"{context} to calibrate on, one held out); give a longer --data or a smaller --context")
-    starts = torch.linspace(0, len(tokens) - new, count).long().tolist()
-    windows = [torch.tensor([tokenizer.prefix + tokens[i : i + new]]) for i in starts]
-    return [w for i, w in enumerate(windows) if i % 5 != 2], windows[2::5]
+def calibration_windows(tokenizer, text, samples, context, longest):
+    """Windows of a text that do not overlap: (up to `samples` of `context` tokens, spread over it, and from its middle one of
+    `longest` tokens, held out), [1, tokens] each."""
+    tokens, first = tokenizer.encode(text, special=False), tokenizer.prefix
+    new, held_out = context - len(first), longest - len(first)  # tokens of text in a window
+    count = min(samples, (len(tokens) - held_out) // new)
+    if count < 2:
+        raise ValueError(f"the text has {len(tokens)} tokens: at least {2 * context + longest} are needed (two windows of "
+                         f"--context {context} to calibrate on, one of {longest} held out); give a longer --data or a smaller "
+                         "--context")
+    sizes = [new] * (count // 2) + [held_out] + [new] * (count - count // 2)
+    gap, start, windows = (len(tokens) - sum(sizes)) // count, 0, []
+    for size in sizes:
+        windows.append(torch.tensor([first + tokens[start : start + size]]))
+        start += size + gap
+    return windows[: count // 2] + windows[count // 2 + 1 :], windows[count // 2]
 
 
 @torch.inference_mode()
-def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, dims=None, seed=0, ranking=None, device="cpu",
+def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, seed=0, ranking=None, device="cpu",
               dtype=torch.float32, out=None, ds=DSConfig(), method_name=None):
     """Writes channels.safetensors for a checkpoint directory and prints each layer's figures. Returns its path.
 
-    text: None for the built-in one. samples: windows to calibrate on, a quarter as many more are held out. dims: label
-    dims to keep, most important first (None: all). context: tokens per window. ranking: [L, HKV, D] channels given
-    instead of the method's, then method_name says whose. ds: the configuration that the figures, printed and
+    text: None for the built-in one. samples: windows to calibrate on, at most. context: tokens of each, None for the model's
+    length up to CONTEXT; the figures are of a window held out, of twice as many if the model has them. ranking: [L, HKV, D]
+    channels given instead of the method's, then method_name says whose. ds: the configuration that the figures, printed and
     stored, are for.
     """
     checkpoint = Path(checkpoint)
     model = load_model(checkpoint, device, dtype)
     config = model.config
     text = builtin_text() if text is None else text
-    context = min(context, config.max_positions)
-    dims = min(dims or config.head_dim, config.head_dim)
-    tokenizer = Tokenizer(checkpoint, config.vocab_size)
-    windows, held_out = calibration_windows(tokenizer, text, samples, context)
-    hidden = {"fit": [model.embed(w.to(device)) for w in windows], "check": [model.embed(w.to(device)) for w in held_out]}
-    cos, sin = model.rope(torch.arange(context, device=device)[None])
+    context = min(context or CONTEXT, config.max_positions)
+    longest = min(2 * context, config.max_positions)
+    windows, held_out = calibration_windows(Tokenizer(checkpoint, config.vocab_size), text, samples, context, longest)
+    hidden = [model.embed(w.to(device)) for w in (*windows, held_out)]
+    ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
+    within, past = (spread_queries(first, end, config.n_heads, device) if first < end else None
+                    for first, end in ((context // 2, context), (context, longest)))
     generator = torch.Generator().manual_seed(seed)
-    if dims < ds.channels(config.head_dim):
-        uniform = dataclasses.replace(ds, label_bits=4)  # whole words of it, and no more than the default's
-        ds = dataclasses.replace(uniform, label_channels=min(dims // 8 * 8, uniform.channels(config.head_dim)))
     widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
-    columns = {name: [] for name in ("basis_k", "basis_q", "mean", "std", "ranking", "agreement")}
-    print(f"layer  mass kept by labels  by exact scores  agreement  overlap of two halves   ({widths_name(widths)} bit, "
-          f"1/{ds.sparsity:g} of the tokens)")
-    kept_sums = torch.zeros(2)
-    before = None  # the layer before's inputs
+    everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])
+    tensors = {"channels": [], "mean": [], "std": [], "agreement": []}
+    columns = "labels keep", "exact scores", f"past {context}: labels", "exact scores", "agreement"
+    print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)} bit\nlayer"
+          + "".join(f"{column:>20}" for column in columns))
+    figures = []
+    before = None  # what the layer before got of the text held out
     for i, layer in enumerate(tqdm(model.layers, desc="calibrating", unit="layer", leave=False)):
-        halves = (Moments(), Moments())
-        for j, x in enumerate(hidden["fit"]):
-            q, k, _ = layer.attn.project(layer.attn_norm(x), cos, sin)
-            halves[j % 2].add(q, k)
-        given = None if ranking is None else ranking[i].to(device)
-        found = label_bases(halves[0] + halves[1], method, dims, generator, given)
-        for name, tensor in zip(columns, found):  # of all but the last
-            columns[name].append(tensor.cpu())
-        a, b = (label_bases(half, method, C, generator, given)[0] for half in halves)
-        basis_k, basis_q, mean, std = (t[..., :C].float() for t in found[:4])
-        label_map = LabelMap.from_statistics(basis_k, basis_q, mean, std, widths)
-        checks = [layer.attn.project(layer.attn_norm(x), cos, sin)[:2] for x in hidden["check"]]
-        kept = torch.tensor([kept_mass(q, k, label_map, ds, layer.attn.window) for q, k in checks]).mean(0)
-        kept_sums += kept
-        predictions = [layer.attn.queries(layer.attn_norm(x), cos, sin) for x in before or ()]  # of layer 0 there are none
-        shares = [prediction_agreement(q, predicted, k, label_map, ds, layer.attn.window)
-                  for (q, k), predicted in zip(checks, predictions)]
-        agreement = sum(shares) / len(checks)
-        columns["agreement"].append(torch.tensor(agreement))
-        tqdm.write(f"{i:5d}  {kept[0]:19.3f}  {kept[1]:15.3f}  {agreement:9.3f}  {subspace_overlap(a, b):21.3f}")
-        before = list(hidden["check"])
-        for xs in hidden.values():
-            for j, x in enumerate(xs):
-                xs[j] = layer(x, cos, sin)
-    print(f" mean  {kept_sums[0] / config.n_layers:19.3f}  {kept_sums[1] / config.n_layers:15.3f}   "
-          f"({len(held_out)} held-out windows of {context} tokens)")
-    tensors = {name: torch.stack(parts).to(torch.int32 if name == "ranking" else torch.float32).contiguous()
-               for name, parts in columns.items()}
+        moments, foreseen = Moments(), before
+        before = hidden[-1]
+        for j, (x, rope) in enumerate(zip(hidden, ropes)):
+            q, k, v = layer.before(x, *rope)
+            if j < len(windows):
+                moments.add(q, k, *rope)
+            hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
+        channels = rank_channels(moments, method, generator) if ranking is None else ranking[i].to(device)
+        of_file = [channels, *(x.gather(1, channels).float() for x in key_ranges(moments, *everywhere))]
+        label_map = LabelMap.from_statistics(*(x[:, :C] for x in of_file), widths)
+        kept = [kept_mass(q, k, label_map, ds, rows, layer.attn.window) if rows is not None else 2 * [float("nan")]
+                for rows in (within, past)]
+        agreement = 0.0  # the first layer's is not foreseen
+        if foreseen is not None:
+            predicted = layer.attn.queries(layer.attn_norm(foreseen), *ropes[-1])
+            parts = (x[:, :, :context] for x in (q, predicted, k))
+            agreement = prediction_agreement(*parts, label_map, ds, within, layer.attn.window)
+        figures.append([*kept[0], *kept[1], agreement])
+        tqdm.write(f"{i:5d}" + "".join(f"{value:20.3f}" for value in figures[-1]))
+        for name, tensor in zip(tensors, (channels.int(), *of_file[1:], torch.tensor(agreement))):
+            tensors[name].append(tensor.cpu())
+    mean = torch.tensor(figures).mean(0).tolist()
+    print(" mean" + "".join(f"{value:20.3f}" for value in mean) + f"   (a window of {longest} tokens, held out)")
     provenance = {"checkpoint": fingerprint(checkpoint / "model.safetensors"), "method": method_name or method,
                   "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "samples": str(len(windows)),
                   "tokens": str(len(windows) * context), "context": str(context), "seed": str(seed),
@@ -291,7 +261,7 @@ def calibrate(checkpoint, text=None, method="joint", samples=10, context=4096, d
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, provenance)
+        save_file({name: torch.stack(parts) for name, parts in tensors.items()}, temporary, provenance)
         temporary.chmod(mode)  # safetensors writes a file for its owner alone
         os.replace(temporary, out)
     except SafetensorError as error:
@@ -306,21 +276,20 @@ def main():
     parser.add_argument("--checkpoint", required=True, help="checkpoint directory; channels.safetensors is written there")
     parser.add_argument("--data", help="UTF-8 text file to calibrate on (default: the Python language reference)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--method", choices=METHODS, default="joint",
-                     help="joint: the linear map that keeps most of q.k; the others choose channels: qk by mean |q_c k_c| (the "
-                          "paper's), q and k by their mean size, variance by E[q_c^2] var(k_c), random (default %(default)s)")
+    how.add_argument("--method", choices=METHODS, default="planes",
+                     help="planes: pairs of channels that RoPE turns together, by mean |q_c k_c|; the others choose single "
+                          "channels: qk by mean |q_c k_c| (the paper's), q and k by their mean size, random (default %(default)s)")
     how.add_argument("--from_json", help="channel rankings in the authors' JSON format (.json or .json.xz) instead of "
                                          "--method; the text then only sets the label ranges")
     parser.add_argument("--json_projection", choices=("qk", "q", "k"), help="which of its rankings to take (default qk)")
-    parser.add_argument("--samples", type=int, default=10, help="windows of text to calibrate on; about a quarter as many "
-                                                                 "more are held out (default %(default)s)")
-    parser.add_argument("--context", type=int, default=4096, help="tokens per window (default %(default)s)")
-    parser.add_argument("--dims", type=int, help="label dims kept in the file, most important first (default: all)")
+    parser.add_argument("--samples", type=int, default=4, help="windows of text to calibrate on (default %(default)s); one more "
+                                                                "is held out for the figures")
+    parser.add_argument("--context", type=int, help=f"tokens per window (default: the model's length, at most {CONTEXT})")
     parser.add_argument("--seed", type=int, default=0, help="of --method random")
     parser.add_argument("--out", help="output file (default: channels.safetensors in the checkpoint)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
-    for name, low in [("samples", 3), ("context", 64), ("dims", 8)]:
+    for name, low in [("samples", 2), ("context", 64)]:
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least {low}")
     if args.json_projection and not args.from_json:
@@ -333,7 +302,7 @@ def main():
         ranking = load_rankings(args.from_json, ModelConfig.from_file(Path(args.checkpoint) / "config.json"),
                                 args.json_projection or "qk")
     out = calibrate(args.checkpoint, read_text(args.data) if args.data else None,
-                    "qk" if args.from_json else args.method, args.samples, args.context, args.dims, args.seed, ranking,
+                    "qk" if args.from_json else args.method, args.samples, args.context, args.seed, ranking,
                     device, default_dtype(device), args.out,
                     method_name=f"json:{Path(args.from_json).name}" if args.from_json else None)
     print(f"wrote {out}")

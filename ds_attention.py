@@ -1,11 +1,11 @@
 """Double Sparsity decode attention (arXiv 2408.07092): label -> score -> select -> attend.
 
-Each cached key is kept a second time as a small *label*: a calibrated linear map of the key, quantised to a few
-bits (the paper's choice of channels is a map with one-hot columns, section 3.1). A decode step scores every cached
-token with the labels, selects the best N per KV head, and attends to exactly those (section 3.2).
+Each cached key is kept a second time as a small *label*: a calibrated choice of its channels (section 3.1; by default
+of pairs that RoPE turns together), quantised to a few bits. A decode step scores every cached token with the labels,
+selects the best N per KV head, and attends to exactly those (section 3.2).
 
 Exact: attention over the selected tokens, the selection given the scores, the first `sink` and the newest `recent`
-tokens. Approximate: the scores, by the map's rank and by the label bits.
+tokens. Approximate: the scores, by the channels left out and by the label bits.
 
 Shapes, used everywhere: B batch rows, T new tokens, S cached tokens (allocated; the live length is in seq_lens),
 HQ / HKV query / KV heads, G = HQ // HKV, D head dim, C label dims, W 32-bit words of one token's label,
@@ -40,7 +40,6 @@ class DSConfig:
     dense_below: int = 3072  # a step whose longest row has fewer live tokens attends to everything: it could not win
     sink: int = 4  # first tokens always attended, counted inside N
     recent: int = 16  # newest tokens always attended, counted inside N
-    pool: str = "mean"  # how one selection serves a group's query heads: "mean" or "max" of their scores
     impl: str = "auto"  # "triton", "torch" (the reference), or "auto": triton on a GPU, torch on a CPU
 
     def __post_init__(self):
@@ -58,9 +57,8 @@ class DSConfig:
                 raise ValueError(f"label_channels={self.label_channels}: label_bits={self.label_bits} says how many; give one")
         elif self.label_bits not in (None, 1, 2, 4, 8):
             raise ValueError(f"label_bits={self.label_bits}: must be 1, 2, 4, 8, or dims x bits of each width as 8x4,48x2")
-        for name, choices in [("pool", ("mean", "max")), ("impl", ("auto", "torch", "triton"))]:
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(map(str, choices))}")
+        if self.impl not in ("auto", "torch", "triton"):
+            raise ValueError(f"impl={self.impl}: must be one of auto, torch, triton")
 
     def budget(self, live):
         """Tokens attended when `live` tokens are eligible. live: int, or int32 tensor; same type back."""
@@ -92,7 +90,7 @@ class DSConfig:
         if self.label_bits is None and self.label_channels is None:
             return default_widths(words, D)
         bits = self.label_bits or 4
-        C = self.label_channels or whole_words(words, bits, D)
+        C = self.label_channels or max(1, min(words, D * bits // 32)) * (32 // bits)  # whole words of it
         if C * bits % 32:
             raise ValueError(f"label_channels={C}: must be a multiple of {32 // bits} with {bits}-bit labels")
         if C > D:
@@ -141,11 +139,6 @@ def bits_of(widths):
     return widths[0][1] if len(widths) == 1 else widths_name(widths)
 
 
-def whole_words(words, bits, D):
-    """Label dims of that many bits in so many 32-bit words, or in as many as the head's D dims fill."""
-    return max(1, min(words, D * bits // 32)) * (32 // bits)
-
-
 def default_widths(words, D):
     """The label of this many 32-bit words: many dims at few bits (results/notes-quality.md says how they were chosen).
 
@@ -169,59 +162,55 @@ CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
 
 @dataclass
 class LabelMap:
-    """One layer's calibrated map from keys and queries to labels, with static ranges.
+    """One layer's calibrated choice of channels, with static ranges.
 
-    k_label = k @ basis_k[h]; the stored code is floor((k_label - lo) / step + 1/2) in its dim's bits;
-    q_label = q @ basis_q[h]; a token's score is sum_c q_label_c * step_c * code_c, the products q_label_c * step_c rounded
-    to 8 bits (see query_codes).
+    A label has a code for each chosen channel of the key: floor((k_c - lo_c) / step_c + 1/2), cut to what
+    its bits hold. A token's score is sum_c q_c * step_c * code_c, the products q_c * step_c rounded to 8 bits
+    (see query_codes); what lo_c adds is the same for all tokens.
     """
 
-    basis_k: torch.Tensor  # [HKV, D, C] fp32
-    basis_q: torch.Tensor  # [HKV, D, C] fp32
+    channels: torch.Tensor  # [HKV, C] int32, the most important ones first
     lo: torch.Tensor  # [HKV, C] fp32
     step: torch.Tensor  # [HKV, C] fp32
     widths: tuple  # ((dims, bits), ...), C dims in all: see DSConfig.widths
 
     def __post_init__(self):
-        assert all(t.is_contiguous() for t in (self.basis_k, self.basis_q, self.lo, self.step))
+        assert self.channels.dtype == torch.int32
+        assert all(t.is_contiguous() for t in (self.channels, self.lo, self.step))
 
     @staticmethod
-    def from_statistics(basis_k, basis_q, mean, std, widths):
-        """basis_k, basis_q: [HKV, D, C]; mean, std: [HKV, C] of the key labels on the calibration text."""
-        clip, step = (per_dim(widths, value, std.device)
-                      for value in (CLIP.get, lambda bits: 2 * CLIP[bits] / (2**bits - 1)))
-        return LabelMap(basis_k.float().contiguous(), basis_q.float().contiguous(), (mean - clip * std).contiguous(),
-                        (step * std).clamp(min=1e-12).contiguous(), widths)
+    def from_statistics(channels, mean, std, widths):
+        """channels, mean, std [HKV, C]: their numbers, and what each one's range is about and follows."""
+        clip = per_dim(widths, CLIP.get, std.device)
+        lo = (mean - clip * std).float().contiguous()
+        step = per_dim(widths, lambda bits: 2 * CLIP[bits] / (2**bits - 1), std.device) * std
+        return LabelMap(channels.int().contiguous(), lo, step.float().clamp(min=1e-12).contiguous(), widths)
 
     def to(self, device):
-        return LabelMap(*(t.to(device) for t in (self.basis_k, self.basis_q, self.lo, self.step)), self.widths)
+        return LabelMap(*(t.to(device) for t in (self.channels, self.lo, self.step)), self.widths)
 
     def first(self, heads):
         """That of the first so many KV heads."""
-        return LabelMap(*(t[:heads] for t in (self.basis_k, self.basis_q, self.lo, self.step)), self.widths)
+        return LabelMap(*(t[:heads] for t in (self.channels, self.lo, self.step)), self.widths)
 
-    def query_codes(self, q, pool):
-        """q [B, HQ, D] -> (codes [B, HKV, P, C], bias [B, HKV, P], unit [B, HKV]), so that a token's score is
+    def query_codes(self, q):
+        """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is unit * (codes . label codes).
 
-        unit * max over P of (codes . label codes + bias). codes and bias are integers in fp32, codes in [-127, 127]: the
-        query's labels, each times its label's step, on one scale per KV head. P = 1 for pool "mean" (the mean of linear
-        scores is the score of the mean query), G for "max".
+        codes: the query's channels, each times its label's step, on one scale per KV head: integers in
+        [-127, 127], as fp32.
         """
-        B, HQ, D = q.shape
-        HKV = len(self.basis_q)
-        grouped = q.float().view(B, HKV, HQ // HKV, D)
-        if pool == "mean":
-            grouped = grouped.mean(2, keepdim=True)  # [B, HKV, P, D]
-        dots = torch.einsum("bhpd,hdc->bhpc", grouped, self.basis_q)
-        largest = (dots * self.step[:, None]).abs().amax((2, 3))  # [B, HKV]
+        B, _, D = q.shape
+        grouped = q.float().view(B, len(self.channels), -1, D)
+        products = take_channels(grouped, self.channels) * self.step[:, None]  # [B, HKV, G, C]
+        largest = products.abs().amax((2, 3))  # [B, HKV]
         # one rounding, as in the kernel: a number over a tensor would be a product with its reciprocal
         scale = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)[..., None, None]
-        codes = torch.floor(dots * self.step[:, None] * scale + 0.5)
-        bias = (dots * self.lo[:, None]).sum(-1)  # less the largest of a group: a common shift changes nothing
-        bias = torch.floor((bias - bias.amax(-1, keepdim=True)) * scale[..., 0] + 0.5).clamp(min=-(2.0**30))
-        if pool == "mean":
-            bias = torch.zeros_like(bias)  # the same for all tokens: it matters only between the heads of a group
-        return codes, bias, largest / 127 / math.sqrt(D)
+        return torch.floor(products * scale + 0.5), largest * (1 / 127 / math.sqrt(D))
+
+
+def take_channels(x, channels):
+    """x [B, HKV, any, D], channels [HKV, C] -> [B, HKV, any, C] fp32."""
+    return x.gather(3, channels.long()[:, None].expand(*x.shape[:3], -1)).float()
 
 
 # ---------------------------------------------------------------- label
@@ -258,12 +247,10 @@ def label_ref(k, positions, labels, label_map):
 
     k [B, HKV, T, D] post-RoPE; positions [B, T] integer; labels [B, HKV, W, S] int32.
     """
-    B, HKV, T, D = k.shape
     m = label_map
-    dots = torch.einsum("bhtd,hdc->bhtc", k.float(), m.basis_k)
-    codes = torch.floor((dots - m.lo[:, None]) / m.step[:, None] + 0.5)  # [B, HKV, T, C]
+    codes = torch.floor((take_channels(k, m.channels) - m.lo[:, None]) / m.step[:, None] + 0.5)  # [B, HKV, T, C]
     codes = codes.clamp(min=0).minimum(per_dim(m.widths, lambda bits: 2.0**bits - 1, k.device))
-    rows = torch.arange(B, device=k.device)[:, None]
+    rows = torch.arange(len(k), device=k.device)[:, None]
     labels.permute(0, 3, 1, 2)[rows, positions] = pack(codes, m.widths).transpose(1, 2)  # [B, T, HKV, W]
 
 
@@ -289,7 +276,7 @@ def _narrowest(WIDTHS):
 def _dim_bits(dim, WIDTHS: tl.constexpr):
     """(first bit in the label, largest code) of label dims; those past the last begin past its words."""
     bit = dim * WIDTHS[0][1]
-    top = 2.0 ** WIDTHS[0][1] - 1
+    top = tl.full(dim.shape, 2.0 ** WIDTHS[0][1] - 1, tl.float32)
     for i in tl.static_range(1, len(WIDTHS)):
         nth = dim - _before(WIDTHS, i)[0]
         bit = tl.where(nth >= 0, _before(WIDTHS, i)[1] + nth * WIDTHS[i][1], bit)
@@ -298,61 +285,46 @@ def _dim_bits(dim, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def _dim_at(bit, WIDTHS: tl.constexpr):
-    """(dim, largest code) of the label dim that begins at this bit; dim is C where none does."""
-    dim = bit
-    top = 0.0
-    for i in tl.static_range(len(WIDTHS)):
-        nth = bit - _before(WIDTHS, i)[1]
-        begins = tl.where(nth % WIDTHS[i][1] == 0, _before(WIDTHS, i)[0] + nth // WIDTHS[i][1], _dims(WIDTHS))
-        dim = tl.where(nth >= 0, begins, dim)
-        top = tl.where(nth >= 0, 2.0 ** WIDTHS[i][1] - 1, top)
-    return dim, top
+def _label(keys, mask, channels, lo, step, labels, l_sw, W: tl.constexpr, WIDTHS: tl.constexpr):
+    """Writes labels of one KV head's keys. keys, labels: pointers [T], to first channels and first words."""
+    C: tl.constexpr = _dims(WIDTHS)
+    offs_c = tl.arange(0, triton.next_power_of_2(C))
+    channel = tl.load(channels + offs_c, mask=offs_c < C, other=0)
+    lows = tl.load(lo + offs_c, mask=offs_c < C, other=0.0)
+    steps = tl.load(step + offs_c, mask=offs_c < C, other=1.0)
+    chosen = tl.load(keys[:, None] + channel[None, :], mask=mask[:, None] & (offs_c < C)[None, :], other=0.0)
+    bit, top = _dim_bits(offs_c, WIDTHS)
+    codes = tl.floor(tl.div_rn(chosen.to(tl.float32) - lows[None, :], steps[None, :]) + 0.5)
+    codes = tl.minimum(tl.maximum(codes, 0.0), top[None, :]).to(tl.int32) << (bit % 32)[None, :]
+    for w in tl.static_range(W):
+        word = tl.sum(tl.where((bit // 32 == w)[None, :], codes, 0), 1)
+        tl.store(labels + w * l_sw, word, mask=mask)
 
 
 @triton.jit
-def _label_codes(dots, lo, step, top):
-    return tl.floor(tl.minimum(tl.maximum((dots - lo) / step, 0.0), top) + 0.5).to(tl.int32)
-
-
-@triton.jit
-def _label_kernel(k, positions, labels, basis, lo, step, T, k_sb, k_sh, k_st, p_sb, l_sb, l_sh, l_sw,
-                  HKV: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_T: tl.constexpr):
+def _label_kernel(k, positions, labels, channels, lo, step, T, k_sb, k_sh, k_st, p_sb, l_sb, l_sh, l_sw, W: tl.constexpr,
+                  WIDTHS: tl.constexpr, BLOCK_T: tl.constexpr):
     pid_t, pid_h, pid_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_t, mask_d = offs_t < T, offs_d < D
-    keys = tl.load(k + pid_b * k_sb + pid_h * k_sh + offs_t.to(tl.int64)[:, None] * k_st + offs_d[None, :],
-                   mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
+    mask_t = offs_t < T
     pos = tl.load(positions + pid_b * p_sb + offs_t, mask=mask_t, other=0).to(tl.int64)
     C: tl.constexpr = _dims(WIDTHS)
-    for w in range(W):
-        word = tl.zeros([BLOCK_T], tl.int32)
-        for j in tl.static_range(32 // _narrowest(WIDTHS)):
-            dim, top = _dim_at(w * 32 + j * _narrowest(WIDTHS), WIDTHS)
-            c = tl.minimum(dim, C - 1)
-            column = tl.load(basis + (pid_h * D + offs_d) * C + c, mask=mask_d, other=0.0)
-            c += pid_h * C
-            codes = _label_codes(tl.sum(keys * column[None, :], 1), tl.load(lo + c), tl.load(step + c), top)
-            word |= tl.where(dim < C, codes, 0) << (j * _narrowest(WIDTHS))
-        tl.store(labels + pid_b * l_sb + pid_h * l_sh + w * l_sw + pos, word, mask=mask_t)
+    _label(k + pid_b * k_sb + pid_h * k_sh + offs_t.to(tl.int64) * k_st, mask_t, channels + pid_h * C, lo + pid_h * C,
+           step + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + pos, l_sw, W, WIDTHS)
 
 
 def label(k, positions, labels, label_map):
     """As label_ref, in one launch. The last dims of k, positions and labels must be contiguous."""
-    B, HKV, T, D = k.shape
+    B, HKV, T, _ = k.shape
     W = labels.shape[2]
     m = label_map
     assert W * 32 == sum(dims * bits for dims, bits in m.widths), f"{W} words are not those of {widths_name(m.widths)}"
     assert k.stride(3) == positions.stride(1) == labels.stride(3) == 1
     BLOCK_T = 1 if T == 1 else 64
     _label_kernel[(triton.cdiv(T, BLOCK_T), HKV, B)](
-        k, positions, labels, m.basis_k, m.lo, m.step, T, *k.stride()[:3], positions.stride(0), *labels.stride()[:3],
-        HKV, W, m.widths, D, triton.next_power_of_2(D), BLOCK_T)
+        k, positions, labels, m.channels, m.lo, m.step, T, *k.stride()[:3], positions.stride(0), *labels.stride()[:3], W, m.widths,
+        BLOCK_T)
 
-
-# ---------------------------------------------------------------- mean K and V
 
 # ---------------------------------------------------------------- score
 
@@ -370,18 +342,62 @@ def eligible_tokens(seq_lens, S, window):
     return (position >= start[:, None]) & (position < seq_lens[:, None])
 
 
-def score_ref(q, labels, label_map, seq_lens, window=None, pool="mean"):
+def pool_ref(scores):
+    """Scores of a group's heads [..., G, S], in the units of q . k / sqrt(D), -inf where not eligible -> one per
+    token [..., S]: the largest logarithm of its softmax weights."""
+    return (scores - scores.logsumexp(-1, keepdim=True)).amax(-2)
+
+
+def sample_ref(seq_lens, window=None):
+    """The tokens that bracket the n-th score: positions [B, SAMPLE] int64, and which of them are eligible.
+
+    Aligned runs of RUN tokens, spread over the eligible ones: all, where there are no more than SAMPLE.
+    """
+    start, live = (x[:, None].long() for x in live_range(seq_lens, window))
+    i = torch.arange(SAMPLE, device=seq_lens.device)
+    run, runs, spread = i // RUN, SAMPLE // RUN, live.clamp(min=SAMPLE)
+    position = (start + run * (spread // runs) + run * (spread % runs) // runs) // RUN * RUN + i % RUN
+    return position, (position >= start) & (position < start + live)
+
+
+def log_weight_ref(scores, seq_lens, unit, sink, window=None):
+    """The logarithm of the mean weight exp(unit * score) of the sampled tokens but the newest, in units.
+
+    scores [B, HKV, G, S], integers as fp32; unit [B, HKV]. Returns [B, HKV, G], integers as fp32. The first
+    `sink` tokens stand for themselves alone, other sampled ones for as many as are not sampled, too. Integers,
+    and roundings that the kernel has as well: powers of two and the logarithm are linear between whole ones.
+    """
+    position, counted = sample_ref(seq_lens, window)
+    counted = (counted & (position < seq_lens[:, None] - 1))[:, None, None]
+    index = position.clamp(max=scores.shape[3] - 1)[:, None, None]
+    sampled = scores.gather(3, index.expand(*scores.shape[:3], -1))
+    top = sampled.masked_fill(~counted, -(2.0**30)).amax(-1, keepdim=True)
+    powers = (unit * math.log2(math.e))[..., None, None]
+    lower = ((top - sampled) * powers).masked_fill(~counted, 0.0)
+    live = live_range(seq_lens, window)[1].clamp(min=SAMPLE).float()[:, None]
+    share = 2.0**18 * (torch.full_like(live, SAMPLE) / live)
+    share = torch.where(position < sink, share, 2.0**18)[:, None, None]
+    weight = ((2 - (lower - lower.floor())) * share).long() >> lower.clamp(max=31).long()
+    total, even = ((w * counted).sum(-1).float().view(torch.int32) for w in (weight, (2 * share).long()))
+    inverse = torch.where(unit > 0, torch.full_like(unit, math.log(2)) / unit, 0.0)[..., None]
+    return top[..., 0] + torch.floor((total - even).float() * 2.0**-23 * inverse + 0.5)
+
+
+def score_ref(q, labels, label_map, seq_lens, sink=0, window=None):
     """Label scores of every cached token, in the units of q . k / sqrt(D) up to a constant per row and head.
 
+    In a group each head's scores are less by its log_weight_ref, and the largest counts, as in pool_ref.
     q [B, HQ, D]; labels [B, HKV, W, S] int32; seq_lens [B] int32. Returns [B, HKV, S] fp32, -inf where not eligible.
     """
     S = labels.shape[-1]
     shared = labels[:1] if labels.stride(0) == 0 else labels  # rows of one shared cache: unpack it once
     codes = unpack(shared.transpose(2, 3), label_map.widths).float()  # [B or 1, HKV, S, C]
-    q_codes, bias, unit = label_map.query_codes(q, pool)  # [B, HKV, P, C], [B, HKV, P], [B, HKV]
+    q_codes, unit = label_map.query_codes(q)  # [B, HKV, G, C], [B, HKV]
     operand = codes[0] if len(codes) < len(q) else codes
-    scores = torch.einsum(f"bhpc,{'hsc' if operand.ndim == 3 else 'bhsc'}->bhps", q_codes, operand)
-    scores = (scores + bias[..., None]).amax(2) * unit[..., None]  # [B, HKV, S]
+    scores = torch.einsum(f"bhgc,{'hsc' if operand.ndim == 3 else 'bhsc'}->bhgs", q_codes, operand)
+    if scores.shape[2] > 1:
+        scores -= log_weight_ref(scores, seq_lens, unit, sink, window)[..., None]
+    scores = scores.amax(2) * unit[..., None]  # [B, HKV, S]
     return scores.masked_fill(~eligible_tokens(seq_lens, S, window)[:, None], float("-inf"))
 
 
@@ -480,23 +496,35 @@ def _slice(WIDTHS, w, t):
 
 
 @triton.jit
-def _token_scores(words, query, W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr):
-    """Integer scores of tokens with W label words: max over P of (codes . 8-bit query codes + bias).
+def _head_scores(words, query, W: tl.constexpr, WIDTHS: tl.constexpr, PTX: tl.constexpr):
+    """Integer scores of tokens with W label words to one query head: codes . 8-bit query codes.
 
-    query: one row's [P, W * SLICES + 1] int32 words, SLICES for each label word, then the bias.
+    query: SLICES int32 words for each label word.
     """
     SLICES: tl.constexpr = _slices(WIDTHS)
-    for p in tl.static_range(P):
-        score = tl.zeros_like(words[0]) + tl.load(query + p * (W * SLICES + 1) + W * SLICES)
-        for t in tl.static_range(SLICES):
-            part = tl.zeros_like(score)
-            for w in tl.static_range(W):
-                if _slice(WIDTHS, w, t) != 0:
-                    q = tl.load(query + p * (W * SLICES + 1) + w * SLICES + t) + tl.zeros_like(score)
-                    part = _dot4(words[w] & _slice(WIDTHS, w, t), q, part, PTX)
-            # a slice stays where it is in its bytes, and its sum is shifted instead
-            score += part >> (_narrowest(WIDTHS) * t)
-        best = score if p == 0 else tl.maximum(best, score)
+    score = tl.zeros_like(words[0])
+    for t in tl.static_range(SLICES):
+        part = tl.zeros_like(score)
+        for w in tl.static_range(W):
+            if _slice(WIDTHS, w, t) != 0:
+                q = tl.load(query + w * SLICES + t) + tl.zeros_like(score)
+                part = _dot4(words[w] & _slice(WIDTHS, w, t), q, part, PTX)
+        # a slice stays where it is in its bytes, and its sum is shifted instead
+        score += part >> (_narrowest(WIDTHS) * t)
+    return score
+
+
+@triton.jit
+def _token_scores(words, query, G: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr, PTX: tl.constexpr):
+    """The largest score of each token in a group. query: of each head the words of _head_scores, then what
+    its scores are less by."""
+    WORDS: tl.constexpr = W * _slices(WIDTHS) + 1
+    best = _head_scores(words, query, W, WIDTHS, PTX)
+    if G > 1:
+        best -= tl.load(query + WORDS - 1)
+    for g in tl.static_range(1, G):
+        score = _head_scores(words, query + g * WORDS, W, WIDTHS, PTX)
+        best = tl.maximum(best, score - tl.load(query + (g + 1) * WORDS - 1))
     return best
 
 
@@ -564,27 +592,25 @@ def _search(keys, low, high, wanted, slack):
 
 
 @triton.jit
-def _columns(basis, C, offs_c, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One KV head's basis [D, C] as [BLOCK_D, BLOCK_C]; a warp's lanes take the dims, so that sums over D stay in a thread."""
-    offs_d = tl.arange(0, BLOCK_D)
-    return tl.load(basis + offs_d[:, None] * C + offs_c[None, :], mask=(offs_d < D)[:, None] & (offs_c < C)[None, :], other=0.0)
+def _log_weight(scores, counted, share, unit):
+    """log_weight_ref of one head. scores [M] int32; share [M]: what a token stands for, 2**18 for one."""
+    top = tl.max(tl.where(counted, scores, -FORCED))
+    lower = tl.maximum((top - scores).to(tl.float32) * (unit * 1.4426950408889634), 0.0)
+    whole = tl.floor(lower)
+    weight = ((2 - (lower - whole)) * share).to(tl.int32) >> tl.minimum(whole, 31.0).to(tl.int32)
+    total = tl.sum(tl.where(counted, weight, 0)).to(tl.float32)
+    even = tl.sum(tl.where(counted, (2 * share).to(tl.int32), 0)).to(tl.float32)
+    log2 = total.to(tl.int32, bitcast=True) - even.to(tl.int32, bitcast=True)  # linear between powers of two
+    inverse = tl.where(unit > 0, tl.div_rn(0.6931471805599453, unit), 0.0)
+    return top + tl.floor(log2.to(tl.float32) * (2.0**-23) * inverse + 0.5).to(tl.int32)
 
 
 @triton.jit
-def _query_dots(q, columns, first, q_sh, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The mean of HEADS query heads from `first` on, times each column of the basis [BLOCK_D, BLOCK_C]: [BLOCK_C] fp32."""
-    offs_d = tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for g in tl.static_range(HEADS):
-        total += tl.load(q + (first + g) * q_sh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-    return tl.sum(columns * (total / HEADS)[:, None], 0)
-
-
-@triton.jit
-def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, row_tokens, q_sh, l_sw,
-             G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
-             M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, PTX: tl.constexpr):
-    """Writes the label codes of a row's query, and returns a lower bracket of its n-th best score, from a sample of M tokens."""
+def _bracket(q, channel, steps, offs_c, labels, query, seq_len, start, n, row_tokens, sink, unit, q_sh, l_sw,
+             G: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr,
+             MARGIN: tl.constexpr, PTX: tl.constexpr):
+    """Writes a row's query codes, and from a sample of M tokens what each head's scores are less by; returns a
+    lower bracket of the n-th best score. unit: of the scores, over the largest of the query's products."""
     SLICES: tl.constexpr = _slices(WIDTHS)
     C: tl.constexpr = _dims(WIDTHS)
     live = seq_len - start
@@ -597,32 +623,36 @@ def _bracket(q, columns, steps, lows, offs_c, labels, query, seq_len, start, n, 
     words = _load_words(labels, sampled, sampled < _readable(seq_len, row_tokens), l_sw, W)
     # the query's label codes, laid out as the label words are sliced: byte b of word (w, t) is of the dim that begins there in
     # slice t of label word w; where none does the byte is not written, and meets a zero of the slice
-    largest = 0.0
-    top_bias = float("-inf")
-    for p in tl.static_range(P):
-        dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
-        largest = tl.maximum(largest, tl.max(tl.abs(dots * steps), 0))
-        top_bias = tl.maximum(top_bias, tl.sum(dots * lows))
+    WORDS: tl.constexpr = W * SLICES + 1
+    offs_g = tl.arange(0, triton.next_power_of_2(G))
+    mask = (offs_g < G)[:, None] & (offs_c < C)[None, :]
+    products = tl.load(q + offs_g[:, None] * q_sh + channel[None, :], mask=mask, other=0.0)
+    products = products.to(tl.float32) * steps[None, :]
+    largest = tl.max(tl.abs(products))
     scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
     bit, _ = _dim_bits(offs_c, WIDTHS)
     place = (bit // 32 * SLICES + bit % 8 // _narrowest(WIDTHS)) * 4 + bit // 8 % 4
-    for p in tl.static_range(P):
-        if P > 1:
-            dots = _query_dots(q, columns, p * (G // P), q_sh, G // P, D, BLOCK_D)
-        codes = tl.floor(dots * steps * scale + 0.5).to(tl.int8)  # [BLOCK_C] in [-127, 127]
-        of_head = (query + p * (W * SLICES + 1)).to(tl.pointer_type(tl.int8), bitcast=True) + place
-        tl.store(of_head, codes, mask=offs_c < C)
-        bias = scale * 0.0  # the same for all tokens: it matters only between the heads of a group
-        if P > 1:
-            bias = tl.maximum(tl.floor((tl.sum(dots * lows) - top_bias) * scale + 0.5), -(2.0**30))
-        tl.store(query + p * (W * SLICES + 1) + W * SLICES, bias.to(tl.int32))
+    codes = tl.floor(products * scale + 0.5).to(tl.int8)  # in [-127, 127]
+    of_heads = query.to(tl.pointer_type(tl.int8), bitcast=True) + offs_g[:, None] * (4 * WORDS)
+    tl.store(of_heads + place[None, :], codes, mask=mask)
     tl.debug_barrier()  # the query words are read back in another order
+    if G > 1:
+        counted = inside & (sampled < seq_len - 1)
+        share = tl.where(sampled < sink, 2.0**18 * tl.div_rn(M * 1.0, spread.to(tl.float32)), 2.0**18)
+        best = tl.full([M], DEAD, tl.int32)
+        for g in range(G):  # not unrolled: it would take long to compile
+            score = _head_scores(words, query + g * WORDS, W, WIDTHS, PTX)
+            weight = _log_weight(score, counted, share, largest * unit)
+            tl.store(query + (g + 1) * WORDS - 1, weight)
+            best = tl.maximum(best, score - weight)
+        tl.debug_barrier()
     bracket = DEAD + 1
-    share = M * (n.to(tl.float32) / live)
-    wanted = (share + MARGIN * tl.sqrt(share)).to(tl.int32) + 1
+    portion = M * (n.to(tl.float32) / live)
+    wanted = (portion + MARGIN * tl.sqrt(portion)).to(tl.int32) + 1
     if (wanted < M // 2) & (live >= M):
-        scores = _token_scores(words, query, W, WIDTHS, P, PTX)
-        keys = tl.where(inside, scores, DEAD)
+        if G == 1:
+            best = _head_scores(words, query, W, WIDTHS, PTX)
+        keys = tl.where(inside, best, DEAD)
         low, high = tl.min(tl.where(inside, keys, FORCED)), tl.max(keys)
         bracket = _search(keys, low, high, wanted, wanted // 32)
     return bracket
@@ -714,7 +744,7 @@ def _take_best(entries, total, low, high, n, indices, TILE: tl.constexpr):
 
 @triton.jit
 def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, row_tokens, sink, recent, l_sw,
-          W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr, PTX: tl.constexpr):
+          W: tl.constexpr, WIDTHS: tl.constexpr, G: tl.constexpr, BLOCK_S: tl.constexpr, PTX: tl.constexpr):
     """Scores a row's tokens from begin to end, the first block of which is in `words`, and lists, block by block, the
     candidates: those at or above the bracket."""
     readable = _readable(end, row_tokens)
@@ -722,7 +752,7 @@ def _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, 
     group = tl.arange(0, BLOCK_S // 4)
     for s in range(begin, end, BLOCK_S):
         following = _load_words(labels, s + BLOCK_S + offs_s, s + BLOCK_S + offs_s < readable, l_sw, W)
-        scores = _token_scores(words, query, W, WIDTHS, P, PTX)
+        scores = _token_scores(words, query, G, W, WIDTHS, PTX)
         block = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
         # a thread holds four tokens in a row: count them, place the groups, list their tokens one by one
         even, odd = tl.split(tl.reshape(block, [BLOCK_S // 4, 2, 2]))
@@ -780,18 +810,6 @@ def _exchange(board, part, turn, values, PLACERS: tl.constexpr, LANES: tl.conste
 
 
 @triton.jit
-def _add_two(a, b, x, y):
-    """Combines two pairs of sums."""
-    return a + x, b + y
-
-
-@triton.jit
-def _add_three(a, b, c, x, y, z):
-    """Combines two triples of sums."""
-    return a + x, b + y, c + z
-
-
-@triton.jit
 def _cut_shared(key, board, part, low, n, LOG_STEP: tl.constexpr, PLACERS: tl.constexpr, LANES: tl.constexpr):
     """The n-th best of the candidates of all of a row's programs, each of which has a part of them in `key`; all reach low.
 
@@ -811,10 +829,10 @@ def _cut_shared(key, board, part, low, n, LOG_STEP: tl.constexpr, PLACERS: tl.co
         bin = tl.where(key > high, SHARED_BINS - 1, tl.where(key < low, SHARED_BINS, (key - low) >> log_step))
         bin = tl.ravel(tl.trans(bin))  # as they lie in the threads
         of_parts = _exchange(board, part, turn, tl.histogram(bin, SHARED_BINS, mask=bin < SHARED_BINS), PLACERS, LANES)
-        count, earlier = tl.reduce((of_parts, tl.where(before, of_parts, 0)), 0, _add_two)
+        count, earlier = tl.sum(of_parts, 0), tl.sum(tl.where(before, of_parts, 0), 0)
         best = tl.sum((tl.cumsum(count, 0, reverse=True) >= n).to(tl.int32)) - 1
-        better, above, ties = tl.reduce((tl.where(bins > best, count, 0), tl.where(bins > best, earlier, 0),
-                                         tl.where(bins == best, earlier, 0)), 0, _add_three)
+        better, above = tl.sum(tl.where(bins > best, count, 0)), tl.sum(tl.where(bins > best, earlier, 0))
+        ties = tl.sum(tl.where(bins == best, earlier, 0))
         room = n - better
         beyond = best == SHARED_BINS - 1
         more = beyond | (log_step > 0)
@@ -839,7 +857,7 @@ def _take_shared(entries, board, counts, before, groups, n, bracket, indices, pa
 
 @triton.jit
 def _choose(labels, query, entries, board, counts, before, long_entries, indices, row, S, longest, max_tokens, seq_len, start, n,
-            bracket, sink, recent, l_sw, part, W: tl.constexpr, WIDTHS: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr,
+            bracket, sink, recent, l_sw, part, W: tl.constexpr, WIDTHS: tl.constexpr, G: tl.constexpr, BLOCK_S: tl.constexpr,
             LOG_BLOCKS: tl.constexpr, PLACERS: tl.constexpr, SHARE: tl.constexpr, LOG_STEP: tl.constexpr, TILE: tl.constexpr,
             TIERS: tl.constexpr, TILE_LONG: tl.constexpr, PTX: tl.constexpr):
     """Exactly n of a row's candidates, ascending. Lists of up to TILE * 2**(TIERS - 1) are searched in registers, by the first
@@ -888,7 +906,7 @@ def _choose(labels, query, entries, board, counts, before, long_entries, indices
             for s in range(first, seq_len, BLOCK_S):
                 offs_s = s + tl.arange(0, BLOCK_S)
                 words = _load_words(labels, offs_s, offs_s < seq_len, l_sw, W)
-                scores = _token_scores(words, query, W, WIDTHS, P, PTX)
+                scores = _token_scores(words, query, G, W, WIDTHS, PTX)
                 key = _token_keys(scores, s, seq_len, start, n, sink, recent, BLOCK_S)
                 tl.store(entries + offs_s, _entry(key, offs_s), mask=offs_s < seq_len)
                 high = tl.maximum(high, tl.max(tl.where(key < FORCED, key, DEAD)))
@@ -897,14 +915,13 @@ def _choose(labels, query, entries, board, counts, before, long_entries, indices
 
 
 @triton.jit
-def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lower, entries, board, counts, before, long_entries,
-                   indices, chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens, window, n_fixed, min_tokens,
-                   share_num, share_den, sink, recent, HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-                   BLOCK_D: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr,
-                   MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr, BRACKET: tl.constexpr, EMIT: tl.constexpr,
-                   SEGMENTS: tl.constexpr, CHOOSE: tl.constexpr, PLACERS: tl.constexpr, SHARE: tl.constexpr, LOG_STEP: tl.constexpr,
-                   TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
-                   ANNOUNCE: tl.constexpr):
+def _select_kernel(q, channels, step, labels, seq_lens, n_tokens, query, lower, entries, board, counts, before, long_entries, indices,
+                   chosen, q_sb, q_sh, l_sb, l_sh, l_sw, S, row_tokens, longest, max_tokens, window, n_fixed, min_tokens, share_num,
+                   share_den, sink, recent, unit, HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WIDTHS: tl.constexpr,
+                   M: tl.constexpr, RUN: tl.constexpr, MARGIN: tl.constexpr, BLOCK_S: tl.constexpr, LOG_BLOCKS: tl.constexpr,
+                   BRACKET: tl.constexpr, EMIT: tl.constexpr, SEGMENTS: tl.constexpr, CHOOSE: tl.constexpr, PLACERS: tl.constexpr,
+                   SHARE: tl.constexpr, LOG_STEP: tl.constexpr, TILE: tl.constexpr, TIERS: tl.constexpr, TILE_LONG: tl.constexpr,
+                   PTX: tl.constexpr, PDL: tl.constexpr, ANNOUNCE: tl.constexpr):
     """One, or all, of the three stages of a selection; SEGMENTS programs share a row and KV head: its tokens in EMIT, in CHOOSE
     its list."""
     row, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
@@ -915,13 +932,12 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         C: tl.constexpr = _dims(WIDTHS)
         offs_c = tl.arange(0, triton.next_power_of_2(C))
         steps = tl.load(step + pid_h * C + offs_c, mask=offs_c < C, other=1.0)
-        lows = tl.load(lo + pid_h * C + offs_c, mask=offs_c < C, other=0.0)
-        columns = _columns(basis_q + pid_h * D * C, C, offs_c, D, BLOCK_D)
+        channel = tl.load(channels + pid_h * C + offs_c, mask=offs_c < C, other=0)
         if PDL:  # all before this is constant; all after it may have been written by the kernel before
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
     labels += pid_b * l_sb + pid_h * l_sh
-    query += row.to(tl.int64) * P * (W * SLICES + 1)
+    query += row.to(tl.int64) * G * (W * SLICES + 1)
     entries += row.to(tl.int64) * tl.cdiv(S, BLOCK_S) * BLOCK_S
     counts += row.to(tl.int64) * BLOCKS
     board += row * 2 * PLACERS * SHARED_BINS
@@ -930,8 +946,8 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
     first = start // BLOCK_S * BLOCK_S
     n = _budget(seq_len, window, n_fixed, min_tokens, share_num, share_den)
     if BRACKET:
-        bracket = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, columns, steps, lows, offs_c, labels, query, seq_len, start, n,
-                           row_tokens, q_sh, l_sw, G, P, D, BLOCK_D, W, WIDTHS, M, RUN, MARGIN, PTX)
+        bracket = _bracket(q + pid_b * q_sb + pid_h * G * q_sh, channel, steps, offs_c, labels, query, seq_len, start, n, row_tokens,
+                           sink, unit, q_sh, l_sw, G, W, WIDTHS, M, RUN, MARGIN, PTX)
         tl.store(n_tokens + row, n)
         tl.store(lower + row, bracket)
         if SHARE:
@@ -949,12 +965,12 @@ def _select_kernel(q, basis_q, step, lo, labels, seq_lens, n_tokens, query, lowe
         bracket = tl.load(lower + row)
     if EMIT:
         _emit(words, labels, query, entries, counts, begin, end, seq_len, start, n, bracket, row_tokens, sink, recent, l_sw, W,
-              WIDTHS, P, BLOCK_S, PTX)
+              WIDTHS, G, BLOCK_S, PTX)
     if CHOOSE:
         if EMIT:
             tl.debug_barrier()
         _choose(labels, query, entries, board, counts, before, long_entries, indices, row, S, longest, max_tokens, seq_len, start,
-                n, bracket, sink, recent, l_sw, segment, W, WIDTHS, P, BLOCK_S, LOG_BLOCKS, PLACERS, SHARE, LOG_STEP, TILE, TIERS,
+                n, bracket, sink, recent, l_sw, segment, W, WIDTHS, G, BLOCK_S, LOG_BLOCKS, PLACERS, SHARE, LOG_STEP, TILE, TIERS,
                 TILE_LONG, PTX)
         if ANNOUNCE:
             tl.debug_barrier()  # after all that the program wrote
@@ -974,11 +990,6 @@ SHARING = 256  # programs of choose, where several share a list, of TILE / 2 to 
 MAX_PLACERS = 32  # of these to a row
 PROGRAMS = 1024  # that fill the GPU: fewer rows are shared by so many
 FUSED_ROWS = 512  # from here on one program a row fills the GPU: one launch selects
-
-
-def score_range(widths):
-    """What the integer scores of labels of these widths differ by, at most."""
-    return sum(dims * (2**bits - 1) for dims, bits in widths) * 127
 
 
 def nvidia(tensor):
@@ -1021,7 +1032,8 @@ class Workspace:
             max_tokens = config.budget(S if window is None else min(S, window))
             self.plan_choose(R, triton.next_power_of_2(max_tokens * 7 // 4))
             # 31 steps of 2**log_step from the bracket up reach the n-th score, of random and of real rows (notes-attention.md)
-            self.log_step = max(0, score_range(self.widths).bit_length() - 12)
+            largest = sum(127 * dims * (2**bits - 1) for dims, bits in self.widths)
+            self.log_step = max(0, largest.bit_length() - 12)
             self.board = scratch(R, 2, self.placers, SHARED_BINS.value, dtype=torch.int64)
             # whether attend may begin with a row while others are still being chosen, as the one program that chooses it says: with
             # few rows, or not many and long lists, it gave nothing
@@ -1081,9 +1093,8 @@ class Selection:
         # so many registers that a multiprocessor holds four rows
         self.launch(bracket=True, emit=True, choose=True, num_warps=num_warps, registers=512 // num_warps)
 
-    def bracket(self, num_warps=None):
+    def bracket(self, num_warps=8):
         """The query's codes, the budget, and a lower bracket of the n-th score from SAMPLE tokens."""
-        num_warps = num_warps or (4 if self.label_map.basis_q.shape[2] <= 32 else 8)  # more would not fit 4 warps' registers
         self.launch(bracket=True, num_warps=num_warps, registers=128)
 
     def emit(self, num_warps=8):
@@ -1109,11 +1120,11 @@ class Selection:
         G, (share_num, share_den) = self.q.shape[1] // HKV, c.share()
         limits = dict(maxnreg=registers) if registers and self.nvidia else {}
         _select_kernel[(self.rows * segments,)](
-            self.q, m.basis_q, m.step, m.lo, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, ws.entries, ws.board,
+            self.q, m.channels, m.step, self.labels, self.seq_lens, ws.n_tokens, ws.query, ws.lower, ws.entries, ws.board,
             ws.counts, ws.before, ws.long_entries, ws.indices, ws.chosen, *self.q.stride()[:2], *self.labels.stride()[:3], S,
             self.readable_tokens(), ws.longest, ws.indices.shape[2], NO_WINDOW if self.window is None else self.window,
-            c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink, c.recent, HKV, G, 1 if c.pool == "mean" else G, D,
-            triton.next_power_of_2(D), W, m.widths, SAMPLE, RUN, MARGIN, ws.block, ws.blocks.bit_length() - 1, BRACKET=bracket,
+            c.n_tokens or 0, c.min_tokens, share_num, share_den, c.sink, c.recent, 1 / 127 / math.sqrt(D), HKV, G,
+            W, m.widths, SAMPLE, RUN, MARGIN, ws.block, ws.blocks.bit_length() - 1, BRACKET=bracket,
             EMIT=emit, SEGMENTS=segments, CHOOSE=choose, PLACERS=ws.placers, SHARE=ws.share, LOG_STEP=ws.log_step, TILE=TILE,
             TIERS=max(1, (ws.tile // TILE).bit_length()), TILE_LONG=256 * num_warps, PTX=self.nvidia,
             PDL=self.overlapped, ANNOUNCE=choose and self.announced, num_warps=num_warps,
@@ -1140,7 +1151,7 @@ def select_tokens(q, labels, label_map, seq_lens, config, window=None, workspace
     if config.use_triton(q):
         return select(q, labels, label_map, seq_lens, config, window, workspace)
     n_tokens = config.budget(live_range(seq_lens, window)[1])
-    scores = score_ref(q, labels, label_map, seq_lens, window, config.pool)
+    scores = score_ref(q, labels, label_map, seq_lens, config.sink, window)
     n_tokens = per_head(n_tokens, labels.shape[1])
     return select_ref(scores, seq_lens, n_tokens, int(n_tokens.max()), config.sink, config.recent, window), n_tokens
 
@@ -1173,26 +1184,11 @@ def attend_ref(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
 
 
 @triton.jit
-def _label_newest(key, basis, step, lo, labels, l_sw, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr,
-                  BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr):
-    """Writes the label of one key [D]: W words, l_sw apart."""
-    C: tl.constexpr = _dims(WIDTHS)
-    offs_d, offs_c, offs_w = tl.arange(0, BLOCK_D), tl.arange(0, triton.next_power_of_2(C)), tl.arange(0, BLOCK_W)
-    newest = tl.load(key + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-    dots = tl.sum(_columns(basis, C, offs_c, D, BLOCK_D) * newest[:, None], 0)
-    lows = tl.load(lo + offs_c, mask=offs_c < C, other=0.0)
-    bit, top = _dim_bits(offs_c, WIDTHS)
-    codes = _label_codes(dots, lows, tl.load(step + offs_c, mask=offs_c < C, other=1.0), top) << (bit % 32)
-    words = tl.sum(tl.where((bit // 32)[None, :] == offs_w[:, None], codes[None, :], 0), 1)
-    tl.store(labels + offs_w * l_sw, words, mask=offs_w < W)
-
-
-@triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, chosen, out, basis_k, step, lo, labels,
-                   newest, max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw, n_sb,
+def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, arrived, chosen, out, channels, lo, step, labels, newest,
+                   max_tokens, window, scale_log2, q_sb, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, l_sb, l_sh, l_sw, n_sb,
                    n_sh, n_ss, SPARSE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr,
-                   BLOCK_W: tl.constexpr, WIDTHS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr,
+                   WIDTHS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, OVERLAP: tl.constexpr,
                    ANNOUNCED: tl.constexpr):
     if PDL and not OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -1204,9 +1200,9 @@ def _attend_kernel(q, k, v, seq_lens, indices, n_tokens, partial, partial_lse, a
         if pid_split == SPLITS:
             C: tl.constexpr = _dims(WIDTHS)
             last = tl.load(seq_lens + pid_b) - 1  # whoever reads this label in this step overrides its key with FORCED
-            _label_newest(newest + pid_b * n_sb + pid_h * n_sh + last.to(tl.int64) * n_ss, basis_k + pid_h * D * C,
-                          step + pid_h * C, lo + pid_h * C, labels + pid_b * l_sb + pid_h * l_sh + last, l_sw, D, BLOCK_D,
-                          W, BLOCK_W, WIDTHS)
+            key = newest + pid_b * n_sb + pid_h * n_sh + last.to(tl.int64) * n_ss + tl.arange(0, 1)
+            _label(key, tl.arange(0, 1) == 0, channels + pid_h * C, lo + pid_h * C, step + pid_h * C,
+                   labels + pid_b * l_sb + pid_h * l_sh + last + tl.arange(0, 1), l_sw, W, WIDTHS)
             return
     query = tl.load(q + pid_b * q_sb + (pid_h * G + offs_g[:, None]) * q_sh + offs_d[None, :],
                     mask=mask_g[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_G, BLOCK_D]
@@ -1305,11 +1301,11 @@ def attend(q, k, v, seq_lens, indices=None, n_tokens=None, window=None, workspac
     num_warps = num_warps or ((2 if wide else 1) if q.element_size() == 2 else 4)
     _attend_kernel[(B * HKV, splits + (W > 0))](
         q, k, v, seq_lens, indices, n_tokens, ws.partial, ws.partial_lse, ws.arrived, ws.chosen, out,
-        *((m.basis_k, m.step, m.lo, labels, newest) if W else (None,) * 5), S if indices is None else indices.shape[-1],
+        *((m.channels, m.lo, m.step, labels, newest) if W else (None,) * 5), S if indices is None else indices.shape[-1],
         NO_WINDOW if window is None else window, math.log2(math.e) / math.sqrt(D), *q.stride()[:2], *k.stride()[:3],
         *v.stride()[:3], *(labels.stride()[:3] if W else (0, 0, 0)), *newest.stride()[:3], indices is not None, HKV, G,
         max(16, triton.next_power_of_2(G)), D, triton.next_power_of_2(D), splits, block_n or (64 if wide else 32), stages, W,
-        triton.next_power_of_2(W), m.widths if W else (),
+        m.widths if W else (),
         UPCAST=not q.is_cuda,  # the interpreter's dot takes bfloat16 for integers
         PDL=overlapped, OVERLAP=overlap, ANNOUNCED=announced, num_warps=num_warps,
         # as many as fit: left alone, the compiler takes 168 with some labels, and has fewer loads on the way

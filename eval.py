@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 import calibrate
 from ds_attention import (
-    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, live_range, select_ref,
-    select_tokens, widths_name
+    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, live_range, pool_ref,
+    select_ref, select_tokens, widths_name
 )
 from generate import HERE, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
 from items import BUILTIN, LENGTHS, METRICS, TASKS, WIKITEXT2, size
@@ -179,16 +179,8 @@ class Paper(DoubleSparsity):
         return super().choose(self.grouped(q).mean(2), seq_lens)
 
 
-def pool_ref(scores):
-    """Scores of a group's query heads [..., G, S], -inf where a row may not look -> one per token.
-
-    The largest logarithm of its softmax weights: large scores give a head no more of a say.
-    """
-    return (scores - scores.logsumexp(-1, keepdim=True)).amax(-2)
-
-
 class ExactTopK(Sparse):
-    """The best tokens by q . k / sqrt(D) itself: the ceiling of token sparsity."""
+    """The best tokens by q . k / sqrt(D) itself, pooled as label scores are: what labels can reach."""
 
     def choose(self, q, seq_lens):
         return self.best(pool_ref(self.logits(q, seq_lens)), seq_lens)

@@ -944,8 +944,8 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     meta = partial(torch.empty, device="meta")
     maps = None
     if ds is not None:
-        basis, range_ = meta(HKV, D, ds.channels(D)), meta(HKV, ds.channels(D))
-        maps = [LabelMap.from_statistics(basis, basis, range_, range_, ds.widths(D))] * config.n_layers
+        of_channels = meta(HKV, ds.channels(D))
+        maps = [LabelMap.from_statistics(*(of_channels,) * 3, ds.widths(D))] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K
@@ -1045,7 +1045,7 @@ def load_model(checkpoint, device, dtype):
 def load_label_maps(checkpoint, config, ds, path=None):
     """channels.safetensors of a checkpoint directory, or the file `path` -> one LabelMap per layer, as wide as `ds` wants.
 
-    Raises ValueError when the file is absent, belongs to another model, or holds fewer dims than wanted.
+    Raises ValueError when the file is absent, of an older form, or belongs to another model.
     """
     path = Path(path or Path(checkpoint) / "channels.safetensors")
     with open_tensors(path) as file:
@@ -1054,17 +1054,16 @@ def load_label_maps(checkpoint, config, ds, path=None):
         if provenance.get("checkpoint") != model_hash:
             raise ValueError(f"{path}: calibrated for checkpoint {provenance.get('checkpoint')}, this one is {model_hash}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        L, HKV, D, available = file.get_slice("basis_k").get_shape()
+        if "channels" not in file.keys():
+            raise ValueError(f"{path}: holds label maps of an older form; "
+                             f"run calibrate.py --checkpoint {checkpoint}")
+        L, HKV, D = file.get_slice("channels").get_shape()
         if (L, HKV, D) != (config.n_layers, config.n_kv_heads, config.head_dim):
-            raise ValueError(f"{path}: made for {L} layers, {HKV} KV heads, head_dim {D}; the model has {config.n_layers}, "
-                             f"{config.n_kv_heads}, {config.head_dim}; run calibrate.py --checkpoint {checkpoint}")
-        C = ds.channels(D)
-        if C > available:
-            raise ValueError(f"{path}: holds {available} label dims, {C} wanted; take fewer (--label_bits 32x4, say) or run "
-                             f"calibrate.py --checkpoint {checkpoint} --dims {C}")
-        basis_k, basis_q = (file.get_tensor(name)[..., :C] for name in ("basis_k", "basis_q"))
-        mean, std = (file.get_tensor(name)[..., :C] for name in ("mean", "std"))
-    return [LabelMap.from_statistics(*tensors, ds.widths(D)) for tensors in zip(basis_k, basis_q, mean, std)]
+            raise ValueError(f"{path}: made for {L} layers, {HKV} KV heads, head_dim {D}; the model "
+                             f"has {config.n_layers}, {config.n_kv_heads}, {config.head_dim}; "
+                             f"run calibrate.py --checkpoint {checkpoint}")
+        tensors = [file.get_tensor(name)[..., : ds.channels(D)] for name in ("channels", "mean", "std")]
+    return [LabelMap.from_statistics(*of_layer, ds.widths(D)) for of_layer in zip(*tensors)]
 
 
 # ---------------------------------------------------------------- command lines

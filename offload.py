@@ -580,14 +580,9 @@ MIN_AGREEMENT = 0.7  # of tiny's layers all reach it (0.77 to 0.84) but the one 
 
 
 def predictable_layers(channels, min_agreement, mode):
-    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its file. If that does not
-    say: None, or for the mode "predicted" ValueError."""
+    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its
+    file. Raises ValueError for the mode "predicted" if there are none."""
     with open_tensors(channels) as file:
-        if "agreement" not in file.keys():
-            if mode == "exact":
-                return None
-            raise ValueError(f"{channels}: does not say how well each layer is predicted, as --offload_mode predicted needs; "
-                             "run calibrate.py again, or take --offload_mode exact")
         found = [i for i, share in enumerate(file.get_tensor("agreement").tolist()) if i and share >= min_agreement]
     if mode == "predicted" and not found:
         raise ValueError(f"min_agreement={min_agreement:g}: no layer is predicted so well by {channels}; lower it, or take "

@@ -57,8 +57,8 @@ import items as asked
 import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
-    PRESETS, Attention, KVCache, LayerCache, ModelConfig, MoEFeedForward, Residual, Transformer, check_memory, load_label_maps,
-    load_model, memory_need, parameter_shapes
+    PRESETS, Attention, KVCache, LayerCache, ModelConfig, MoEFeedForward, Residual, Transformer, apply_rope, check_memory,
+    load_label_maps, load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
 from tiny import tasks
@@ -75,7 +75,7 @@ SHARED = ROOT.parent / "shared" / "data"  # the project's test data, absent in a
 # ---------------------------------------------------------------- ds_attention: stages
 
 
-def shapes(B=2, HQ=4, HKV=2, D=64, S=200, bits=4, window=None, pool="mean", C=32, dtype=torch.float32):
+def shapes(B=2, HQ=4, HKV=2, D=64, S=200, bits=4, window=None, C=32, dtype=torch.float32):
     return dict(locals())
 
 
@@ -85,9 +85,9 @@ CASES = {
     "mha-1000": shapes(HQ=2, S=1000),
     "gqa8-4097-mixed": shapes(B=1, HQ=8, HKV=1, S=4097, bits="8x4,48x2"),
     "gqa4-window": shapes(HQ=8, S=333, window=100),
-    "2bit-max": shapes(bits=2, pool="max"),
+    "2bit-gqa3": shapes(HQ=6, bits=2, S=2500),
     "8bit-3words": shapes(bits=8, C=12),
-    "four-widths-window": shapes(HQ=8, S=333, window=100, pool="max", bits="4x8,6x4,12x2,16x1"),
+    "gqa7-four-widths-window": shapes(B=1, HQ=7, HKV=1, S=3333, window=2200, bits="4x8,6x4,12x2,16x1"),
     "bf16": shapes(HQ=8, HKV=2, D=128, dtype=torch.bfloat16),
     "fp16-mha": shapes(HQ=2, D=128, dtype=torch.float16),
 }
@@ -105,16 +105,14 @@ class Problem:
             return torch.randn(*shape, generator=generator).to(DEVICE)
 
         self.config = DSConfig(sparsity=8, min_tokens=4, sink=2, recent=4, label_bits=self.bits,
-                               label_channels=None if isinstance(self.bits, str) else self.C, pool=self.pool)
+                               label_channels=None if isinstance(self.bits, str) else self.C)
         self.widths, self.C = self.config.widths(self.D), self.config.channels(self.D)
         self.q = normal(self.B, self.HQ, self.D).to(self.dtype)
         self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
         self.k, self.v = self.kv.unbind(3)
-        self.basis = normal(self.HKV, self.D, self.C) / self.D**0.5
-        # the query's basis resembles the key's, so that label scores say something about q . k
-        self.map = LabelMap.from_statistics(self.basis, self.basis + 0.1 * normal(self.HKV, self.D, self.C),
-                                            torch.zeros(self.HKV, self.C, device=DEVICE),
-                                            torch.ones(self.HKV, self.C, device=DEVICE), self.widths)
+        channels = torch.stack([torch.randperm(self.D, generator=generator)[: self.C] for _ in range(self.HKV)])
+        mean, std = 0.1 * torch.ones(2, self.HKV, self.C) * torch.tensor([1, 9])[:, None, None]
+        self.map = LabelMap.from_statistics(channels, mean, std, self.widths).to(DEVICE)
         self.labels = torch.full((self.B, self.HKV, self.config.words(self.D), self.S), -1, dtype=torch.int32, device=DEVICE)
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).expand(self.B, -1).contiguous()
         ds.label_ref(self.k, self.positions, self.labels, self.map)
@@ -129,7 +127,13 @@ class Problem:
         return self.seq_lens, self.n_tokens, self.max_tokens, self.config.sink, self.config.recent, self.window
 
     def scores(self):
-        return ds.score_ref(self.q, self.labels, self.map, self.seq_lens, self.window, self.pool)
+        return ds.score_ref(self.q, self.labels, self.map, self.seq_lens, self.config.sink, self.window)
+
+
+def first_channels(HKV, C, widths):
+    """A LabelMap of the first C channels, for keys of unit variance."""
+    zeros = torch.zeros(HKV, C)
+    return LabelMap.from_statistics(torch.arange(C).expand(HKV, -1), zeros, zeros + 1, widths).to(DEVICE)
 
 
 def relative_error(a, b):
@@ -160,17 +164,13 @@ def test_label_kernel_equals_reference(case):
     labels = torch.full_like(p.labels, -1)
     ds.label(p.k[:, :, p.S - T :], p.positions[:, p.S - T :], labels, p.map)
     assert (labels[..., : p.S - T] == -1).all(), "wrote outside of the given positions"
-    got, want = (ds.unpack(x[..., p.S - T :].transpose(2, 3), p.widths) for x in (labels, p.labels))
-    off = (got - want).abs()  # sums in another order: a value at the edge between two codes may fall on either side
-    assert off.max() <= 1
-    assert (off > 0).float().mean() < 0.01
+    assert torch.equal(labels[..., p.S - T :], p.labels[..., p.S - T :])
 
 
 def test_labels_really_have_their_bits():
     """The cache of 32 dims x 4 bits holds 16 bytes per token and KV head: 1/16 of a bf16 K of 128 channels."""
     config = ModelConfig(64, 3, 4, 2, 128, 64, 50, 64)
-    maps = [LabelMap.from_statistics(torch.zeros(2, 128, 32), torch.zeros(2, 128, 32), torch.zeros(2, 32), torch.ones(2, 32),
-                                     ((32, 4),))] * 3
+    maps = [first_channels(2, 32, ((32, 4),))] * 3
     cache = KVCache(config, 1, 40, "cpu", torch.bfloat16, DSConfig(dense_layers=1), maps)
     assert cache.label_bytes() == 2 * (40 * 2 * 16)  # two sparse layers
     assert cache.label_bytes() * 16 == sum(layer.kv[..., 0, :].numel() * 2 for layer in cache.layers[1:])
@@ -178,30 +178,44 @@ def test_labels_really_have_their_bits():
 
 def test_label_scores_approximate_q_dot_k():
     """With all channels at 8 bits the label score is q . k / sqrt(D) itself, but for a constant and the query's 8 bits."""
-    p = Problem(shapes(HQ=4, bits=8, C=64))  # pooled: the mean of a group's queries
-    eye = torch.eye(64, device=DEVICE).expand(2, -1, -1)
-    p.map = LabelMap.from_statistics(eye, eye, p.map.lo * 0, torch.ones_like(p.map.lo), ((64, 8),))
-    ds.label_ref(p.k, p.positions, p.labels, p.map)
-    exact = (torch.einsum("bhd,bhsd->bhs", p.q[:, ::2], p.k) + torch.einsum("bhd,bhsd->bhs", p.q[:, 1::2], p.k)) / 16
+    p = Problem(shapes(HQ=2, bits=8, C=64))
+    exact = torch.einsum("bhd,bhsd->bhs", p.q, p.k) / 8
     for b, length in enumerate(p.seq_lens.tolist()):
         scores, want = p.scores()[b, :, :length], exact[b, :, :length]
         error = (scores - scores.mean(-1, keepdim=True)) - (want - want.mean(-1, keepdim=True))
         assert error.std() < 0.02 * want.std()
 
 
+@pytest.mark.parametrize("S, window", [(900, None), (900, 500), (6000, None)], ids=["whole", "window", "sampled"])
+def test_a_group_is_pooled_by_softmax_weight(S, window):
+    """With labels that tell nearly all of q . k, scores are those of pool_ref; a head of large logits does not choose for others."""
+    p = Problem(shapes(B=1, HQ=6, HKV=2, S=S, bits=8, C=64, window=window))
+    p.q[:, ::3] *= 4
+    p.k[:, :, 1] = 20 * p.q[:, ::3] / p.q[:, ::3].norm(dim=-1, keepdim=True)  # a sink, which stands for no other token
+    p.map.step *= 3  # so that it fits the range
+    ds.label_ref(p.k, p.positions, p.labels, p.map)
+    exact = (torch.einsum("bhgd,bhsd->bhgs", p.q.unflatten(1, (2, 3)), p.k) / 8)
+    exact = exact.masked_fill(~ds.eligible_tokens(p.seq_lens, S, window)[:, None, None], float("-inf"))
+    scores, want = p.scores(), ds.pool_ref(exact)
+    live = scores.isfinite()
+    error = (scores - want)[live].unflatten(0, (2, -1))
+    error -= error.mean(1, keepdim=True)  # the logarithm of a mean, and of a sum
+    assert error.abs().mean() < (0.4 if S > ds.SAMPLE else 0.2)
+    assert (exact.amax(2) - want)[live].std() > 1, "the case pools alike by raw scores"
+
+
 @pytest.mark.parametrize("bits", [4, "8x4,48x2"])
 def test_query_codes_round_as_the_reference_s(bits):
-    """bf16 queries and one-hot labels put many codes on the edge between two: kernel and reference must fall on the same side."""
-    p = Problem(shapes(B=60, HQ=2, S=1, bits=bits, dtype=torch.bfloat16))
-    one_hot = torch.eye(64, device=DEVICE)[:, : p.C].expand(2, -1, -1)
-    p.map = LabelMap.from_statistics(one_hot, one_hot, p.map.lo * 0, torch.ones_like(p.map.lo), p.widths)
-    workspace = ds.Workspace(60, 2, 2, 64, 1, torch.device(DEVICE), p.config)
+    """bf16 queries put many codes on the edge between two: kernel and reference must fall on the same side."""
+    p = Problem(shapes(B=60, HQ=6, S=1, bits=bits, dtype=torch.bfloat16))
+    workspace = ds.Workspace(60, 6, 2, 64, 1, torch.device(DEVICE), p.config)
     ds.Selection(p.q, p.labels, p.map, p.seq_lens, p.config, workspace).bracket()
     W, T = p.config.words(64), 2 if bits == 4 else 4  # byte-wise slices of a label word
-    sliced = workspace.query.view(60, 2, W * T + 1)[..., :-1].contiguous().view(torch.int8).view(60, 2, W, T, 4)
+    sliced = workspace.query.view(60, 2, 3, W * T + 1)[..., :-1].contiguous()
+    sliced = sliced.view(torch.int8).view(60, 2, 3, W, T, 4)
     word, shift = ds.places(p.widths, DEVICE)
-    want, _, _ = p.map.query_codes(p.q, "mean")
-    assert torch.equal(sliced[:, :, word, shift % 8 // (8 // T), shift // 8].int(), want[:, :, 0].int())
+    want, _ = p.map.query_codes(p.q)
+    assert torch.equal(sliced[..., word, shift % 8 // (8 // T), shift // 8].int(), want.int())
 
 
 ADVERSARIAL = {
@@ -242,27 +256,10 @@ def test_reference_selection_is_exact(shape, window):
 
 
 def check_selection(p):
-    """Kernel selection of a problem: exactly n, ascending, the forced ones among them, the mass of an exact top-n of the scores.
-
-    Returns the share of the reference's positions that it has: all, but for codes that fp32 sums round apart.
-    """
-    scores = p.scores()
-    want = ds.select_ref(scores, *p.selection)
+    """That the kernels select what the reference does, token for token, of scratch that holds nothing."""
     got, n_got = poisoned(lambda: ds.select(p.q, p.labels, p.map, p.seq_lens, p.config, p.window))
     assert torch.equal(n_got, p.n_tokens.to(n_got.dtype))
-    start, _ = ds.live_range(p.seq_lens, p.window)
-    same = []
-    for b in range(p.B):
-        for h in range(p.HKV):
-            n = p.n_tokens[b, h].item()
-            chosen, best = got[b, h, :n].long(), want[b, h, :n].long()
-            assert (chosen.diff() > 0).all() and chosen[0] >= start[b] and chosen[-1] == p.seq_lens[b] - 1
-            forced = best[(best < p.config.sink) | (best >= p.seq_lens[b] - min(n, p.config.recent))]
-            assert torch.isin(forced, chosen).all()
-            mass = scores[b, h].softmax(-1)
-            assert mass[chosen].sum() >= 0.999 * mass[best].sum()
-            same.append(torch.isin(best, chosen).float().mean().item())
-    return sum(same) / len(same)
+    check_exact(p, got)
 
 
 def launched(how, monkeypatch):
@@ -280,10 +277,10 @@ def launched(how, monkeypatch):
 
 @pytest.mark.parametrize("how, case", [
     pytest.param(how, CASES[case], id=f"{how}-{case}") for how in ("staged", "shared", "fused") for case in CASES
-    if GPU or how == "fused" or case in ("gqa8-4097-mixed", "gqa4-window", "2bit-max", "four-widths-window")])
+    if GPU or how == "fused" or case in ("gqa8-4097-mixed", "gqa4-window", "2bit-gqa3", "gqa7-four-widths-window")])
 def test_kernel_selection_equals_reference(how, case, monkeypatch):
     launched(how, monkeypatch)
-    assert check_selection(Problem(case)) > 0.99
+    check_selection(Problem(case))
 
 
 CROWDS = {  # codes of the first of the dims, of which the query looks at the first two: 127 and 8 to 1
@@ -310,11 +307,9 @@ def adversarial(crowd, **more):
     codes = torch.zeros(6000, 8)
     codes[:, 0], codes[:, 1] = crowd(torch.arange(6000))
     p.labels[:] = ds.pack(codes, p.widths).T.to(DEVICE)
-    looks = torch.zeros(64, 8, device=DEVICE)
-    looks[0, 0], looks[1, 1] = 127.0, 8.0
-    p.map.basis_q, p.map.step = looks[None], torch.ones_like(p.map.step)
+    p.map.step = torch.ones_like(p.map.step)
     p.q = torch.zeros_like(p.q)
-    p.q[..., :2] = 1.0
+    p.q[..., p.map.channels[0, 0]], p.q[..., p.map.channels[0, 1]] = 127.0, 8.0
     return p
 
 
@@ -328,7 +323,7 @@ def test_kernel_selection_of_adversarial_scores(crowd, window, portable, how, mo
     launched(how, monkeypatch)
     select = ds.select
     monkeypatch.setattr(ds, "select", lambda *a: select(*a, portable=portable))
-    assert check_selection(adversarial(CROWDS[crowd], window=window)) == 1.0
+    check_selection(adversarial(CROWDS[crowd], window=window))
 
 
 def test_a_bracket_that_missed_is_mended(monkeypatch):
@@ -346,15 +341,6 @@ def test_a_bracket_that_missed_is_mended(monkeypatch):
         assert found < p.n_tokens[0, 0] if few else found > workspace.tile, "the case did not go wrong"
         selection.choose()
         check_exact(p, workspace.indices)
-
-
-def test_pooling_by_the_maximum_bears_labels_far_from_zero():
-    """A group's biases may differ by more than the scores have room for."""
-    p = Problem(shapes(HQ=4, bits=8, C=8, pool="max"))
-    p.map.lo += 200 * p.map.step * 2**23  # as if the keys' labels were that far from zero
-    toward = p.basis.sum(-1)[:, None] + 0.1 * torch.randn(2, 2, 64, device=DEVICE)  # [HKV, G, D]: all products of one sign
-    p.q = toward.view(1, 4, 64).expand(2, -1, -1).contiguous()
-    assert check_selection(p) > 0.99
 
 
 def test_labels_are_not_read_past_their_memory():
@@ -511,17 +497,14 @@ def test_decode_step_by_kernels_equals_reference(case):
         config = DSConfig(**{**vars(p.config), "impl": impl})
         labels = p.labels.scatter(3, newest, 0)
         outs.append(poisoned(lambda: ds.ds_decode(p.q, p.k, p.v, labels, p.map, p.seq_lens, config, p.window)))
-        assert torch.equal(labels.scatter(3, newest, 0), p.labels.scatter(3, newest, 0))
-        got, want = (ds.unpack(x.gather(3, newest).transpose(2, 3), p.widths) for x in (labels, p.labels))
-        assert (got - want).abs().max() <= 1  # sums in another order
-        assert (got != want).float().mean() < 0.02
+        assert torch.equal(labels, p.labels)
     assert relative_error(outs[1], outs[0]) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[p.dtype]
     assert torch.equal(outs[1], outs[-1]), "the same inputs gave other bits"
 
 
 @pytest.mark.parametrize("how, case", [
     *(pytest.param(how, CASES[case], id=f"{how}-{case}") for how, case in (
-        ("staged", "bf16"), ("staged", "gqa4-window"), ("fused", "bf16"), ("fused", "2bit-max"))),
+        ("staged", "bf16"), ("staged", "gqa4-window"), ("fused", "bf16"), ("fused", "2bit-gqa3"))),
     pytest.param("in-memory", shapes(B=3, HQ=2, HKV=1, S=6000), id="in-memory-6000")])
 def test_rows_attended_to_while_others_are_chosen(how, case, monkeypatch):
     """The same bits as when attend waits for all rows, step after step: what announces a row is taken back."""
@@ -1113,8 +1096,8 @@ def random_model(seed=0, **more):
         if parameter.ndim > 1:
             parameter.normal_(0, 0.3)
     config = DSConfig(sparsity=4, min_tokens=4, label_channels=8, dense_layers=1, dense_below=0, sink=1, recent=2)
-    basis = torch.eye(16)[:, torch.randperm(16)[:8]].expand(2, -1, -1)
-    label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 8), torch.ones(2, 8), ((8, 4),))
+    channels = torch.randperm(16)[:8].expand(2, -1)
+    label_map = LabelMap.from_statistics(channels, torch.zeros(2, 8), torch.ones(2, 8), ((8, 4),))
     return model, [label_map] * 3, config
 
 
@@ -1233,8 +1216,7 @@ def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
 def test_decode_steps_of_a_cuda_graph_equal_those_launched_alone():
     """Kernels that overlap, in one graph over all layers, sparse and dense, while lengths grow."""
     model, maps, config = random_model(dim=512, head_dim=64, ffn_dim=1024)
-    basis = torch.eye(64)[:, :8].expand(2, -1, -1)
-    maps = [LabelMap.from_statistics(basis, basis, torch.zeros(2, 8), torch.ones(2, 8), ((8, 4),))] * 3
+    maps = [first_channels(2, 8, ((8, 4),))] * 3
     model = model.to(DEVICE, torch.bfloat16)
     for parameter in model.parameters():
         parameter.mul_(0.2) if parameter.ndim > 1 else None
@@ -1616,8 +1598,7 @@ def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", se
     """A DecodeStep of random_model with this type of cache, whose texts do not end."""
     model, maps, config = random_model(seed, **(dict(eos_ids=(), n_kv_heads=2, max_positions=4096) | more))
     HKV = model.config.n_kv_heads
-    maps = [LabelMap(*(t[:1].repeat(HKV, *[1] * (t.ndim - 1)) for t in (m.basis_k, m.basis_q, m.lo, m.step)), m.widths)
-            for m in maps]
+    maps = [LabelMap(*(t[:1].repeat(HKV, 1) for t in (m.channels, m.lo, m.step)), m.widths) for m in maps]
     config = replace(config, dense_below=below, impl=impl)
     cache = cache_type(model.config, batch, size, DEVICE, dtype, config, maps)
     return generate.DecodeStep(model.to(DEVICE, dtype), cache)
@@ -1966,15 +1947,11 @@ def test_streaming_equals_dense_decoding():
     assert cache.statistics()["pcie_bytes_per_step"] == cache.statistics()["host_bytes"] == 3 * 3 * 2 * 90 * 2 * 16 * 4
 
 
-def test_layers_are_predicted_where_calibration_says_so(tmp_path):
+def test_layers_are_predicted_where_calibration_says_so():
     """The embedded model's are: all but the first ones, of which one has no layer before it, and the other a mere embedding."""
     for mode in offload.MODES:
         assert offload.predictable_layers(TINY / "channels.safetensors", offload.MIN_AGREEMENT, mode) == [2, 3, 4, 5, 6]
         assert offload.predictable_layers(TINY / "channels.safetensors", 0, mode) == [1, 2, 3, 4, 5, 6]
-    save_file({"basis_k": torch.zeros(1)}, tmp_path / "older.safetensors")
-    assert offload.predictable_layers(tmp_path / "older.safetensors", 0.5, "exact") is None
-    with pytest.raises(ValueError, match="older.safetensors: does not say how well each layer is predicted"):
-        offload.predictable_layers(tmp_path / "older.safetensors", 0.5, "predicted")
 
 
 def test_offload_holds_a_sixteenth_on_the_gpu():
@@ -2026,20 +2003,19 @@ def moments(seed, tokens=300, into=None):
     scale = torch.rand(1, 4, 1, 16, generator=generator) * 3
     m = into or calibrate.Moments()
     m.add(scale * torch.randn(1, 4, tokens, 16, generator=generator),
-          torch.randn(1, 2, tokens, 16, generator=generator) * scale[:, ::2] + 1)
+          torch.randn(1, 2, tokens, 16, generator=generator) * scale[:, ::2] + 1,
+          *(torch.full((1, 1, tokens, 8), value) for value in (1.0, 0.0)))  # at position 0
     return m
 
 
 def test_every_calibration_sample_counts():
     """The paper's release overwrote its sums, so that only the last block of text counted."""
-    first, last = moments(0), moments(1)
-    one_by_one = moments(1, into=moments(0))
-    for both in (first + last, one_by_one):
-        assert both.tokens == 600
-        for name in ("qq", "kk", "k", "abs_q", "abs_k", "abs_qk"):
-            torch.testing.assert_close(getattr(both, name), getattr(first, name) + getattr(last, name))
-        ranked = [calibrate.rank_channels(m, "qk", None) for m in (first, last, both)]
-        assert not torch.equal(ranked[2], ranked[1]) and not torch.equal(ranked[2], ranked[0])
+    first, last, both = moments(0), moments(1), moments(1, into=moments(0))
+    assert both.tokens == 600
+    for name in ("abs_qk", "abs_q", "abs_k", "kk", "unturned"):
+        torch.testing.assert_close(getattr(both, name), getattr(first, name) + getattr(last, name))
+    ranked = [calibrate.rank_channels(m, "qk", None) for m in (first, last, both)]
+    assert not torch.equal(ranked[2], ranked[1]) and not torch.equal(ranked[2], ranked[0])
 
 
 def test_calibration_sees_all_of_its_text(tiny_copy):
@@ -2048,36 +2024,48 @@ def test_calibration_sees_all_of_its_text(tiny_copy):
     texts = [tasks.random_text(words, 3000), calibrate.builtin_text()[:9000]]
     stds = []
     for text in ("".join(texts), texts[1], texts[0]):
-        calibrate.calibrate(tiny_copy, text, "qk", samples=4, context=256, dims=8)
+        calibrate.calibrate(tiny_copy, text, "qk", samples=4, context=256)
         stds.append(load_file(tiny_copy / "channels.safetensors")["std"])
     assert not torch.allclose(stds[0], stds[1], rtol=0.02) and not torch.allclose(stds[0], stds[2], rtol=0.02)
 
 
-def test_joint_bases_are_the_best_low_rank_map():
-    """Full rank reproduces q . k up to a constant per query; at low rank no choice of channels does better."""
-    m = moments(3)
-    basis_k, basis_q = calibrate.joint_bases(m, 16)
-    torch.testing.assert_close(basis_q @ basis_k.transpose(1, 2), torch.eye(16).double().expand(2, -1, -1), atol=1e-6, rtol=0)
-    error = {}
-    for method in ("joint", "variance", "qk", "random"):
-        k, q, mean, std, _ = calibrate.label_bases(m, method, 4, torch.Generator().manual_seed(0))
-        residual = torch.eye(16).double() - q @ k.transpose(1, 2)  # what the product misses
-        missed = residual @ m.key_covariance() @ residual.transpose(1, 2) @ (m.qq / m.tokens)
-        error[method] = missed.diagonal(dim1=1, dim2=2).sum().item()
-        labels_std = (k.transpose(1, 2) @ m.key_covariance() @ k).diagonal(dim1=1, dim2=2).sqrt()
-        torch.testing.assert_close(std, labels_std)
-    assert error["joint"] <= error["variance"] <= error["random"] and error["joint"] < error["qk"]
-
-
 def test_rankings_follow_their_statistics():
     m = moments(4)
-    variance = m.kk / m.tokens - (m.k / m.tokens)[:, :, None] * (m.k / m.tokens)[:, None]
-    size = {"q": m.abs_q, "k": m.abs_k, "qk": m.abs_qk, "variance": (m.qq * variance).diagonal(dim1=1, dim2=2)}
-    for method, values in size.items():
+    for method, values in {"q": m.abs_q, "k": m.abs_k, "qk": m.abs_qk}.items():
         ranked = values.gather(1, calibrate.rank_channels(m, method, None))
         assert (ranked.diff() <= 0).all()
     draws = [calibrate.rank_channels(m, "random", torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_planes_are_pairs_that_rope_turns_together():
+    """Pairs c, c + D / 2 side by side, by what both add to q . k; the constant part of a key counts."""
+    m = moments(5)
+    channels = calibrate.rank_channels(m, "planes", None)
+    pairs = channels.unflatten(1, (-1, 2))
+    assert torch.equal(pairs[..., 1], pairs[..., 0] + 8) and (channels.sort().values == torch.arange(16)).all()
+    assert (m.abs_qk.gather(1, channels).unflatten(1, (-1, 2)).sum(2).diff() <= 0).all()
+    q, k = torch.ones(1, 4, 50, 16), torch.randn(1, 2, 50, 16)
+    k[..., 3] = 100.0
+    constant = calibrate.Moments()
+    constant.add(q, k, *(torch.full((1, 1, 50, 8), value) for value in (1.0, 0.0)))
+    assert (calibrate.rank_channels(constant, "planes", None)[:, :2] == torch.tensor([3, 11])).all()
+
+
+def test_ranges_hold_at_all_positions():
+    """From keys at the first 512 positions: mean and spread of both channels of each plane over 8192, whose constant parts
+    turn. (Of the first 512 alone they are others.)"""
+    model = random_model(max_positions=8192)[0]
+    keys = torch.randn(1, 2, 8192, 16, generator=torch.Generator().manual_seed(0)) + 3 * torch.randn(1, 2, 1, 16)
+    rope = model.rope(torch.arange(8192)[None])
+    turned = apply_rope(keys, *rope)
+    m = calibrate.Moments()
+    m.add(turned[:, :, :512].repeat(1, 2, 1, 1), turned[:, :, :512], *(x[:, :, :512] for x in rope))
+    mean, std = calibrate.key_ranges(m, *rope)
+    spread = turned[0].var(1).unflatten(1, (2, -1)).mean(1).sqrt().repeat(1, 2)
+    torch.testing.assert_close(mean.float(), turned[0].mean(1), atol=0.2, rtol=0)
+    torch.testing.assert_close(std.float(), spread, atol=0.2, rtol=0.05)
+    assert (turned[0, :, :512].mean(1) - turned[0].mean(1)).abs().max() > 1
 
 
 def test_calibration_of_the_tiny_model(tiny_copy):
@@ -2086,17 +2074,17 @@ def test_calibration_of_the_tiny_model(tiny_copy):
     text = calibrate.builtin_text()
     tokens = torch.tensor(asked.text_windows(Tokenizer(TINY), [text], 1024, 1))
     kept = {}
-    for method in ("joint", "qk", "random"):
+    for method in ("planes", "qk", "random"):
         out = tiny_copy / "channels.safetensors"
-        calibrate.calibrate(tiny_copy, method=method, samples=4, context=1024, out=out)
+        calibrate.calibrate(tiny_copy, method=method, samples=3, context=1024, out=out)
         maps = load_label_maps(tiny_copy, model.config, DSConfig())
         x = model.embed(tokens)
         rope = model.rope(torch.arange(tokens.shape[1])[None])
         for layer in model.layers[:4]:
             q, k, _ = layer.attn.project(layer.attn_norm(x), *rope)
             x = layer(x, *rope)
-        kept[method], exact = calibrate.kept_mass(q, k, maps[3], DSConfig())
-    assert exact >= kept["joint"] > 0.95 * exact and kept["joint"] > kept["qk"] > kept["random"]
+        kept[method], exact = calibrate.kept_mass(q, k, maps[3], DSConfig(), calibrate.spread_queries(512, 1024, 4, "cpu"))
+    assert exact >= kept["planes"] > 0.93 * exact and kept["planes"] > kept["random"] < kept["qk"] < exact
     with safe_open(out, "pt") as file:
         provenance = file.metadata()
         assert file.get_tensor("agreement")[0] == 0 and (file.get_tensor("agreement")[1:] > 0.05).all()
@@ -2104,27 +2092,51 @@ def test_calibration_of_the_tiny_model(tiny_copy):
 
 
 @pytest.mark.parametrize("prefix", [[1], []], ids=["bos", "no-bos"])
-def test_windows_are_full_and_apart(prefix):
+@pytest.mark.parametrize("samples, longest", [(5, 100), (4, 180), (100, 200)])
+def test_windows_are_full_and_apart(prefix, samples, longest):
     """Of calibration and of perplexity. The latter were refused to models without a BOS."""
     tokenizer = SimpleNamespace(prefix=prefix, encode=lambda text, special: list(range(2, 1000)))
-    windows = sum(calibrate.calibration_windows(tokenizer, "", 5, 100), [])
-    assert len(windows) == 6 and all(window.shape == (1, 100) for window in windows)
-    tokens = torch.cat(windows, 1)
-    assert len(tokens[tokens > 1].unique()) == (tokens > 1).sum() == 600 - 6 * len(prefix)
+    windows, held_out = calibrate.calibration_windows(tokenizer, "", samples, 100, longest)
+    assert len(windows) == min(samples, 8 if prefix else 7) and held_out.shape == (1, longest)
+    assert all(window.shape == (1, 100) for window in windows)
+    tokens = torch.cat([*windows, held_out], 1)
+    assert len(tokens[tokens > 1].unique()) == (tokens > 1).sum() == tokens.numel() - (len(windows) + 1) * len(prefix)
+    with pytest.raises(ValueError, match="the text has 998 tokens: at least 1200 are needed"):
+        calibrate.calibration_windows(tokenizer, "", 4, 400, 400)
     windows = asked.text_windows(tokenizer, ["", ""], 100)
     assert len(windows) == 18 and windows[1] == prefix + list(range(102, 202))
     assert windows[9] == windows[0] == prefix + list(range(2, 102))
 
 
+def test_label_maps_that_do_not_belong_are_refused(tiny_copy):
+    """Of an older form (before labels were choices of channels), and of other weights."""
+    path, config = tiny_copy / "channels.safetensors", ModelConfig.from_file(TINY / "config.json")
+    ours = evaluation.fingerprint(TINY / "model.safetensors")
+    for tensors, weights, match in (({"basis_k": torch.zeros(1)}, ours, "older form; run calibrate.py"),
+                                    (load_file(TINY / "channels.safetensors"), "0" * 16, "calibrated for checkpoint 0")):
+        save_file(tensors, path, {"checkpoint": weights})
+        with pytest.raises(ValueError, match=match):
+            load_label_maps(tiny_copy, config, DSConfig())
+
+
+def test_calibration_looks_past_its_context(tiny_copy, capsys):
+    """Where the model has more positions: a window of twice as many tokens."""
+    calibrate.calibrate(tiny_copy, samples=2, context=300)
+    lines = capsys.readouterr().out.splitlines()
+    assert "past 300" in lines[1] and "held out" in lines[-1] and "600 tokens" in lines[-1]
+    mean = [float(value) for value in lines[-1].split()[1:6]]
+    assert all(0.2 < value < 1 for value in mean) and mean[0] <= mean[1] and mean[2] <= mean[3]
+
+
 def test_agreement_of_a_prediction():
     generator = torch.Generator().manual_seed(0)
     q, k, other = (torch.randn(1, heads, 200, 16, generator=generator) for heads in (4, 2, 4))
-    basis = torch.eye(16).expand(2, -1, -1)
-    label_map = LabelMap.from_statistics(basis, basis, torch.zeros(2, 16), torch.ones(2, 16), ((16, 4),))
+    label_map = first_channels(2, 16, ((16, 4),)).to("cpu")
     config = DSConfig(n_tokens=40, sink=2, recent=5, label_channels=16)
-    shares = [calibrate.prediction_agreement(q, p, k, label_map, config) for p in (q, q + other, other, -q)]
+    rows = calibrate.spread_queries(100, 200, 4, "cpu")
+    shares = [calibrate.prediction_agreement(q, p, k, label_map, config, rows) for p in (q, q + other, other, -q)]
     for window, least in ((200, 1), (50, 0)):  # all past, or so much of it that the mass of the rest is not to be kept
-        (labels, exact), (within, _) = (calibrate.kept_mass(q, k, label_map, config, w) for w in (None, window))
+        (labels, exact), (within, _) = (calibrate.kept_mass(q, k, label_map, config, rows, w) for w in (None, window))
         assert (within == labels) if least else within > exact
     assert shares[0] == 1 > shares[1] > shares[2] > shares[3] and shares[1] > 0.4
     assert shares[2] == pytest.approx(33 / 150, abs=0.05)  # of chance: as many of the tokens that are not attended anyway
@@ -2166,11 +2178,6 @@ def test_the_authors_rankings_load(name, preset):
     lists = json.loads(lzma.open(path, "rt").read())["model.layers.3.self_attn.qk_proj"]
     if config.n_heads == config.n_kv_heads:
         assert rankings[3].tolist() == lists
-    m = calibrate.Moments()
-    m.add(torch.randn(1, config.n_heads, 50, 128), torch.randn(1, config.n_kv_heads, 50, 128))
-    basis_k, *_ = calibrate.label_bases(m, "qk", 32, None, rankings[3])
-    assert torch.equal(basis_k.argmax(1), rankings[3][:, :32]), "the labels are the channels that the file names"
-
 
 # ---------------------------------------------------------------- the embedded checkpoint
 
@@ -2701,7 +2708,7 @@ def test_labels_of_other_calibrations_are_made_once(evaluate, tmp_path, monkeypa
     assert [row.get("labels") for row in rows] == [None, "8 x 4, 48 x 2 bit", "64 x 2 bit"], "as many bytes"
     assert [row["calibration"]["method"] for row in rows[1:]] == ["qk", "random"]
     assert all(row["calibration"]["text"] == row["data"] == asked.BUILTIN for row in rows[1:])
-    assert rows[0]["score"] < rows[1]["score"] < rows[2]["score"], "random dims lose most"
+    assert max(row["score"] for row in rows[:2]) < rows[2]["score"], "random dims lose most"
     evaluate(*common, "--force")
     assert len(calls) == 2
     rows, _, _ = evaluate(*common, "--calibration_data", tmp_path / "text.txt")
