@@ -1,4 +1,5 @@
-"""Converts a checkpoint (Llama, Mistral, Mixtral, Qwen2, Qwen3) to ours: one model.safetensors with fused tensors.
+"""Converts a checkpoint (Llama, Mistral, Mixtral, Qwen2, Qwen3) to ours: a model.safetensors with
+fused tensors.
 
 Usage:
     python convert_hf.py /models/Llama-2-7b-hf checkpoints/llama-2-7b
@@ -7,36 +8,33 @@ Usage:
 
 q, k, v (and gate, up) become consecutive row ranges of one tensor, so nothing is concatenated: the output's header is
 written first, then each source tensor goes to its own place in the file. Host memory stays near one source shard.
-RoPE stays in Hugging Face's half-split order: weights are copied, never permuted. A GGUF file is first written as the
-small files of a Hugging Face directory; its tensors are dequantised a few rows at a time, as they are written.
+RoPE stays in Hugging Face's half-split order: weights are copied, never permuted. A GGUF file is
+taken as what Hugging Face would have for it, and dequantised some rows at a time.
 """
 
 import errno
 import json
 import math
 import pickle
-import re
 import shutil
 import struct
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
 import torch
 from huggingface_hub import snapshot_download
 # HTTPError is the base of whichever HTTP client this version of huggingface_hub uses: a download that broke off.
 from huggingface_hub.errors import (
     GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 )
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
+from convert_gguf import GGUFTensor, unpack_gguf
 from model import (
     ArgumentParser, ModelConfig, ignored_keys, open_tensors, parameter_shapes, read_json, run_command
 )
@@ -47,24 +45,6 @@ COPIED_FILES = ["config.json", "generation_config.json", "tokenizer.model", "tok
                 "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 2**20  # elements cast and written at a time
-
-GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-GGUF_NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
-GGUF_LAYER_NAMES = {  # blk.N. and these: model.layers.N. and those; {} is the expert
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1", "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-    "ffn_up_exps": "block_sparse_moe.experts.{}.w3"}
-# How text is cut before byte pairs are merged, by tokenizer.ggml.pre. GPT-2's own rule is ByteLevel's.
-_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-           r"|\s+(?!\S)|\s+")
-GGUF_SPLITS = {
-    "gpt-2": None, "smollm": pre_tokenizers.Digits(individual_digits=True),
-    **{name: pre_tokenizers.Split(Regex(_LLAMA3), "isolated") for name in ("llama-bpe", "llama3", "llama-v3")},
-    "qwen2": pre_tokenizers.Split(Regex(_LLAMA3.replace("{1,3}", "")), "isolated")}
-
 
 def hf_dir_of(source: str | Path, patterns: list[str]) -> Path:
     """The directory that `source` names, or the hub's snapshot of it with the files that match `patterns`."""
@@ -118,212 +98,6 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(shard, dict) or not all(isinstance(value, torch.Tensor) for value in shard.values()):
         raise ValueError(f"{path}: not a dict of tensors")
     return shard
-
-
-@dataclass
-class GGUFTensor:
-    """A tensor of a GGUF file, memory-mapped, in place of a torch.Tensor: `chunks` dequantises a few rows at a time."""
-
-    data: np.ndarray  # [rows, what a row takes]
-    dequantize: Callable
-    shape: tuple[int, ...]
-    order: np.ndarray  # its rows in the order that they have in Hugging Face's tensor
-    dtype = torch.float32
-
-    def chunks(self) -> Iterable[torch.Tensor]:
-        n_rows = max(1, CHUNK // self.shape[-1])
-        for start in range(0, len(self.order), n_rows):
-            rows = self.data[self.order[start : start + n_rows]]
-            yield torch.from_numpy(np.array(self.dequantize(rows))).reshape(-1)
-
-
-class _Metadata(dict):
-    def __missing__(self, key):
-        raise ValueError(f"{key} is missing from its metadata")
-
-
-def open_gguf(path: Path) -> tuple[dict, list]:
-    """A GGUF file's metadata by key, and its tensors as the package gguf has them."""
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError(f"{path}: GGUF files need one more package: pip install gguf") from None
-
-    class Reader(gguf.GGUFReader):
-        def _build_tensors(self, start_offs, fields):
-            for field in fields:  # GGUFReader's own message does not say which
-                if field.parts[4][0] not in list(gguf.GGMLQuantizationType):
-                    raise ValueError(f"{field.name} has quantisation {field.parts[4][0]}, unknown to this gguf")
-            super()._build_tensors(start_offs, fields)
-
-    if not path.is_file():
-        raise ValueError("no such file")
-    try:
-        reader = Reader(path)
-        metadata = _Metadata((name, field.contents()) for name, field in reader.fields.items())
-    except (ValueError, LookupError) as error:
-        raise ValueError(f"cannot be read: truncated, or not a GGUF file? ({error})") from None
-    if reader.byte_order != "I":
-        raise ValueError("written for machines of another byte order")
-    return metadata, reader.tensors
-
-
-def unpack_gguf(path: Path, made: Path) -> dict[str, GGUFTensor]:
-    """Writes the small files of a Hugging Face directory to `made`; returns the tensors by Hugging Face's names."""
-    metadata, tensors = open_gguf(path)
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"part {metadata['split.no'] + 1} of {metadata['split.count']}: join them first, with"
-                         " llama.cpp's llama-gguf-split --merge FIRST_PART OUT.gguf")
-    architecture = metadata["general.architecture"]
-    if architecture not in GGUF_ARCHITECTURES:
-        raise ValueError(f"architecture {architecture}: must be one of {', '.join(GGUF_ARCHITECTURES)}")
-    by_name = {tensor.name: tensor for tensor in tensors}
-    config = gguf_config(architecture, metadata, by_name)
-    ModelConfig.from_dict(config)
-    by_name.pop("rope_freqs.weight", None)  # which config has
-    found = {}
-    for tensor in by_name.values():
-        found |= _gguf_tensors(tensor, architecture, config)
-    (made / "config.json").write_text(json.dumps(config))
-    write_gguf_tokenizer(metadata, made)
-    return found
-
-
-def gguf_config(architecture: str, metadata: dict, tensors: dict) -> dict:
-    """A GGUF file's config.json as Hugging Face would have it."""
-    def key(name):
-        return f"{architecture}.{name}"
-
-    experts = metadata.get(key("expert_count"), 0)
-    class_name = "MixtralForCausalLM" if experts else GGUF_ARCHITECTURES[architecture]
-    heads = metadata[key("attention.head_count")]
-    head_dim = metadata.get(key("attention.key_length"))
-    rotary = metadata.get(key("rope.dimension_count"), head_dim)
-    if head_dim not in (None, rotary):
-        raise ValueError(f"RoPE over {rotary} of {head_dim} channels: only over all of them is implemented")
-    kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
-    config = {
-        "architectures": [class_name], "model_type": class_name.removesuffix("ForCausalLM").lower(),
-        "hidden_size": metadata[key("embedding_length")], "intermediate_size": metadata[key("feed_forward_length")],
-        "num_hidden_layers": metadata[key("block_count")], "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get(key("attention.head_count_kv"), heads), "head_dim": rotary,
-        "max_position_embeddings": metadata[key("context_length")], "hidden_act": "silu",
-        "rms_norm_eps": metadata[key("attention.layer_norm_rms_epsilon")],
-        "rope_theta": metadata.get(key("rope.freq_base"), 10000.0), "tie_word_embeddings": "output.weight" not in tensors,
-        "vocab_size": metadata.get(key("vocab_size"), len(metadata["tokenizer.ggml.tokens"])),
-        "bos_token_id": _token_id(metadata, "bos"),
-        "eos_token_id": [i for name in ("eos", "eot", "eom") if (i := _token_id(metadata, name)) is not None],
-        "dtype": {("F16",): "float16", ("BF16",): "bfloat16"}.get(tuple(kinds), "float32")}
-    if experts:
-        config |= {"num_local_experts": experts, "num_experts_per_tok": metadata[key("expert_used_count")]}
-    kind = metadata.get(key("rope.scaling.type"), "linear")
-    factor = metadata.get(key("rope.scaling.factor")) or metadata.get(key("rope.scale_linear")) or 1.0
-    if kind not in ("none", "linear"):
-        raise ValueError(f"rope scaling {kind}: only linear, and rope_freqs, are implemented")
-    if "rope_freqs.weight" in tensors:
-        config["rope_scaling"] = {"rope_type": "factors", "factors": tensors["rope_freqs.weight"].data.tolist()}
-    elif kind == "linear" and factor != 1:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    return config
-
-
-def _gguf_tensors(tensor, architecture: str, config: dict) -> dict[str, GGUFTensor]:
-    """What Hugging Face has for a GGUF tensor: itself, or one for each of its experts."""
-    from gguf import dequantize
-
-    try:
-        dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
-    except NotImplementedError:
-        raise ValueError(f"{tensor.name}: quantisation {tensor.tensor_type.name} is not known to this gguf") from None
-    name, shape = GGUF_NAMES.get(tensor.name, tensor.name), tuple(reversed(tensor.shape.tolist()))
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)", tensor.name):
-        layer, part, expert, kind = match.groups()
-        part = part if expert is None else f"{part}_exps"
-        if part in GGUF_LAYER_NAMES:
-            name = f"model.layers.{layer}.{GGUF_LAYER_NAMES[part]}.{kind}".replace("{}", expert or "{}")
-
-    def rows(data, shape):
-        order = np.arange(math.prod(shape[:-1]))
-        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # a head's pairs lie together
-            dim = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
-            order = order.reshape(-1, dim // 2, 2).swapaxes(1, 2).reshape(-1)
-        return GGUFTensor(data.reshape(len(order), -1), partial(dequantize, qtype=tensor.tensor_type), shape, order)
-
-    if "{}" not in name:
-        return {name: rows(tensor.data, shape)}
-    return {name.replace("{}", str(e)): rows(data, shape[1:]) for e, data in enumerate(tensor.data)}
-
-
-def _token_id(metadata: dict, name: str) -> int | None:
-    """The id of a special token, or None; SentencePiece files leave out the usual ones."""
-    usual = {"unknown": 0, "bos": 1, "eos": 2} if metadata["tokenizer.ggml.model"] == "llama" else {}
-    found = metadata.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
-    return found if found is not None and found < len(metadata["tokenizer.ggml.tokens"]) else None
-
-
-def write_gguf_tokenizer(metadata: dict, made: Path) -> None:
-    """Writes a GGUF file's tokenizer: tokenizer.json, or tokenizer.model of the SentencePiece kind, and what goes with it."""
-    kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    ids = {f"{ours}_token": _token_id(metadata, name)
-           for ours, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
-    special = {name: tokens[i] for name, i in ids.items() if i is not None}
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama-bpe", "llama3", "llama-v3"))
-    add_bos = bool(add_bos and "bos_token" in special)
-    if kind == "llama":
-        model = _sentencepiece_model(tokens, metadata["tokenizer.ggml.scores"], types,
-                                     metadata.get("tokenizer.ggml.add_space_prefix", True))
-        (made / "tokenizer.model").write_bytes(model)
-    elif kind == "gpt2":
-        if pre not in GGUF_SPLITS:
-            raise ValueError(f"tokenizer.ggml.pre {pre}: must be one of {', '.join(GGUF_SPLITS)}")
-        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-        try:
-            tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges,
-                                             ignore_merges=pre.startswith("llama")))
-        except Exception as error:  # of no narrower class
-            raise ValueError(f"its tokens and merges are not a tokenizer's ({error})") from None
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
-        split = GGUF_SPLITS[pre]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level]) if split else byte_level
-        tokenizer.decoder = decoders.ByteLevel()
-        if pre == "qwen2":
-            tokenizer.normalizer = normalizers.NFC()
-        tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == 3)
-                              for token, kind in zip(tokens, types) if kind in (3, 4)])  # control, user-defined
-        if add_bos:
-            bos = special["bos_token"]
-            tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, ids["bos_token"])])
-        tokenizer.save(str(made / "tokenizer.json"))
-    else:
-        raise ValueError(f"tokenizer.ggml.model {kind}: must be gpt2 (byte-level BPE) or llama (SentencePiece)")
-    (made / "tokenizer_config.json").write_text(json.dumps(special | {"add_bos_token": add_bos}))
-    if "tokenizer.chat_template" in metadata:
-        (made / "chat_template.jinja").write_text(metadata["tokenizer.chat_template"], encoding="utf-8")
-
-
-def _sentencepiece_model(tokens: list[str], scores: list[float], types: list[int], space_prefix: bool) -> bytes:
-    """A SentencePiece ModelProto of BPE, in protobuf's wire format; token types are numbered as SentencePiece does."""
-    def number(n, value):
-        return varint(n << 3) + varint(value)
-
-    def text(n, value):
-        return varint(n << 3 | 2) + varint(len(value)) + value
-
-    def varint(value):
-        return (bytes([value & 127 | 128]) + varint(value >> 7)) if value > 127 else bytes([value])
-
-    pieces = [text(1, text(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + number(3, kind))
-              for token, score, kind in zip(tokens, scores, types)]
-    trainer = number(3, 2) + number(4, len(tokens)) + number(35, 6 in types)  # model_type BPE, vocab_size, byte_fallback
-    # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-    normalizer = text(1, b"identity") + number(3, space_prefix) + number(4, False) + number(5, True)
-    model = b"".join(pieces) + text(2, trainer) + text(3, normalizer)
-    try:
-        sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise ValueError(f"its tokens are not a SentencePiece tokenizer's ({error})") from None
-    return model
 
 
 def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -419,7 +193,7 @@ def file_layout(shapes: dict, pieces: dict, dtype: torch.dtype, source: str) -> 
 
 def _chunks(tensor: torch.Tensor | GGUFTensor) -> Iterable[torch.Tensor]:
     """A tensor's elements in order, some CHUNK at a time."""
-    return tensor.chunks() if isinstance(tensor, GGUFTensor) else tensor.reshape(-1).split(CHUNK)
+    return tensor.chunks(CHUNK) if isinstance(tensor, GGUFTensor) else tensor.reshape(-1).split(CHUNK)
 
 
 def write_weights(path: Path, layout: tuple, shards: list[Callable], dtype: torch.dtype) -> None:
@@ -442,23 +216,26 @@ def _write_shard(file, offsets: dict[str, int], shard: dict, dtype: torch.dtype,
 
 
 def refuse_adapter(source: str | Path, hf_dir: Path) -> None:
-    """Raises ValueError for a directory with an adapter (LoRA and its like), which would be left out without a word."""
+    """Raises ValueError for a directory with an adapter (LoRA): it would be left out silently."""
     path = hf_dir / "adapter_config.json"
-    if path.is_file():
-        content = read_json(path)
-        what = f"{content.get('peft_type', 'an')} adapter of {content.get('base_model_name_or_path')}"
-        merge = "merge it into that model with peft's merge_and_unload, and convert what that saves"
-        if (hf_dir / "config.json").is_file():
-            raise ValueError(f"{path}: beside the model lies a {what}: {merge}; to go without, move this file away")
-        raise ValueError(f"{source}: not a model, but a {what}: {merge}")
+    if not path.is_file():
+        return
+    content = read_json(path)
+    base = content.get("base_model_name_or_path")
+    what = f"an adapter ({content.get('peft_type')}) of {base}"
+    merge = "merge it with peft's merge_and_unload and convert what that saves"
+    if (hf_dir / "config.json").is_file():
+        raise ValueError(f"{path}: {what} lies beside the model: {merge}, or move it away")
+    raise ValueError(f"{source}: {what}, not a model: {merge}")
 
 
 def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Path:
-    """Converts a Hugging Face directory, a hub id or a GGUF file to our checkpoint directory, and returns that directory.
+    """Converts a Hugging Face directory, a hub id or a GGUF file to our checkpoint directory.
 
-    dtype: "auto" (the source's; of a GGUF file with quantised tensors float32), "float32", "bfloat16" or "float16".
-    Everything is checked before a byte is written; the output appears whole or not at all. Raises ValueError for a source
-    that is not what its config says and for an `out_dir` in use, OSError for a full disk.
+    dtype: "auto" (the source's; float32 for a GGUF file with quantised tensors), "float32",
+    "bfloat16" or "float16". Everything is checked before a byte is written; the output appears
+    whole or not at all. Returns the directory. Raises ValueError for a source that is not what its
+    config says and for an `out_dir` in use, OSError for a full disk.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: must be auto, {', '.join(DTYPES)}")
@@ -484,11 +261,14 @@ def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Pat
     hf_dir = hf_dir_of(source, COPIED_FILES + ["model*.safetensors", "model.safetensors.index.json"])
     if not any(hf_dir.glob("model*.safetensors")):
         hf_dir = hf_dir_of(source, COPIED_FILES + ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
-    return _convert(source, hf_dir, [partial(open_shard, path) for path in weight_files(hf_dir)], out_dir, dtype)
+    shards = [partial(open_shard, path) for path in weight_files(hf_dir)]
+    return _convert(source, hf_dir, shards, out_dir, dtype)
 
 
-def _convert(source: str | Path, hf_dir: Path, shards: list[Callable], out_dir: Path, dtype: str) -> Path:
-    """hf_dir: with all but the weights, which calling each of `shards` gives, {Hugging Face name: tensor}."""
+def _convert(
+    source: str | Path, hf_dir: Path, shards: list[Callable], out_dir: Path, dtype: str
+) -> Path:
+    """hf_dir: all but the weights; shards: calling each gives {Hugging Face name: tensor}."""
     content = read_json(hf_dir / "config.json")
     config = ModelConfig.from_file(hf_dir / "config.json")
     found, tied = {}, {}
@@ -497,12 +277,12 @@ def _convert(source: str | Path, hf_dir: Path, shards: list[Callable], out_dir: 
             found[name] = (tuple(tensor.shape), tensor.dtype)
             if config.tie_embeddings and name in (EMBEDDING, HEAD):
                 tied[name] = tensor
-    if len(tied) == 2 and not _equal(*tied.values()):  # as in transformers 5, the head in the file counts
+    if len(tied) == 2 and not _equal(*tied.values()):  # then the head counts, as in transformers 5
         content["tie_word_embeddings"] = False
         config = replace(config, tie_embeddings=False)
     fused_experts = any(name.endswith("mlp.experts.gate_up_proj") for name in found)
     pieces = hf_pieces(config, fused_experts)
-    if list(tied) == [HEAD]:
+    if list(tied) == [HEAD]:  # one of the two is enough
         pieces["embed.weight"] = {HEAD: pieces["embed.weight"][EMBEDDING]}
     wanted = {hf_name: shape for parts in pieces.values() for hf_name, shape in parts.items()}
     check_tensors(found, wanted, config, source)
@@ -530,17 +310,20 @@ def _convert(source: str | Path, hf_dir: Path, shards: list[Callable], out_dir: 
 
 
 def _equal(a: torch.Tensor | GGUFTensor, b: torch.Tensor | GGUFTensor) -> bool:
-    return a.shape == b.shape and all(torch.equal(x, y.to(x.dtype)) for x, y in zip(_chunks(a), _chunks(b)))
+    pairs = zip(_chunks(a), _chunks(b))
+    return a.shape == b.shape and all(torch.equal(x, y.to(x.dtype)) for x, y in pairs)
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Converts a Hugging Face checkpoint or a GGUF file to ours.")
+    parser = ArgumentParser(
+        description="Converts a Hugging Face checkpoint or a GGUF file to ours.")
     parser.add_argument("source", metavar="HF_DIR_OR_HUB_ID_OR_GGUF",
                         help="a local directory, a hub id such as owner/name, or a .gguf file")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the directory to make; must be absent or empty")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                        help="of the output; auto: as the source's config says; for a GGUF file with quantised tensors"
-                        " float32, which alone holds their values: bfloat16 takes half (default: %(default)s)")
+                        help="of the output; auto: as the source's config says, or float32 for a"
+                        " GGUF file with quantised tensors, since it alone holds their values:"
+                        " bfloat16 takes half (default: %(default)s)")
     args = parser.parse_args()
     print(f"wrote {convert(args.source, args.out_dir, args.dtype)}")
 

@@ -713,7 +713,7 @@ def main():
     add = parser.add_argument
     add("tasks", nargs="*", help=f"{', '.join(TASKS)} (default: perplexity kv_retrieval); or table")
     add("--checkpoint", default=str(HERE / "tiny"),
-        help="directory or hub id (default: the tiny model)")
+        help="directory, GGUF file or hub id (default: the tiny model)")
     add("--data",
         help="perplexity, passkey, ruler: UTF-8 text, .jsonl[.xz] with a \"text\" per line, or "
              f"{WIKITEXT2}, from the hub (default: the {BUILTIN}); kv_retrieval: items in the "

@@ -1,7 +1,7 @@
 """Text generation with Double Sparsity: load a checkpoint, prefill the prompts, decode, stream.
 
 Usage: python generate.py --sparsity 16                                the built-in demonstration on tiny/
-       python generate.py --checkpoint DIR_OR_HUB_ID --prompt "Once upon a time" --max_new_tokens 100
+       python generate.py --checkpoint DIR_HUB_ID_OR_GGUF --prompt "Once upon a time" --max_new_tokens 100
        python generate.py --compare --prompt_file FILE                 dense and sparse side by side
        python generate.py --offload --prompt_file FILE                 K and V in host memory
 """
@@ -52,11 +52,13 @@ def is_converted(directory):
 
 
 def resolve_checkpoint(name):
-    """A checkpoint directory of ours for a path or hub id; a Hugging Face one, or a GGUF file, is converted to checkpoints/
-    first."""
+    """A checkpoint directory of ours for a path or hub id.
+
+    A Hugging Face checkpoint or a GGUF file is converted to checkpoints/ first.
+    """
     source = Path(name)
     if not name:
-        raise ValueError("the checkpoint's name is empty: give a directory or a hub id")
+        raise ValueError("the checkpoint's name is empty: give a directory, GGUF file or a hub id")
     if source.is_dir() and is_converted(source):
         return source
     if source.exists():
@@ -468,7 +470,8 @@ def parse_arguments():
     """The options of the command line; ValueError, in one line, for values that cannot be."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(HERE / "tiny"),
-                        help="converted directory, Hugging Face directory or hub id (default: the embedded tiny model)")
+                        help="converted directory, Hugging Face directory, hub id or GGUF file"
+                        " (default: the embedded tiny model)")
     parser.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch (default: a demonstration)")
     parser.add_argument("--prompt_file", help="UTF-8 file with the text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=200,

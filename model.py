@@ -35,15 +35,14 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "
 # and so do we: a sliding_window under llama, for one, changes nothing.
 _SHARED_DEFAULTS = dict(
     hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, head_dim=None, hidden_act="silu",
-    rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, bos_token_id=1,
+    rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
     eos_token_id=None)  # where config.json names none, transformers' generation has none
 _MISTRAL_DEFAULTS = _SHARED_DEFAULTS | dict(
     vocab_size=32000, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072,
     sliding_window=4096)
 _QWEN_DEFAULTS = _SHARED_DEFAULTS | dict(
     vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
-    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None,
-    bos_token_id=None)
+    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
 DEFAULTS = {
     "llama": _SHARED_DEFAULTS | dict(
         vocab_size=32000, intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048,
@@ -58,7 +57,7 @@ DEFAULTS = {
 REQUIRED_VALUES = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None), "mlp_bias": (False, None)}
 # Keys that are read elsewhere, or have no effect on inference: not worth a word.
 SILENT_KEYS = set(
-    "architectures model_type rope_scaling rope_parameters quantization_config auto_map _name_or_path torch_dtype dtype "
+    "architectures model_type bos_token_id rope_scaling rope_parameters quantization_config auto_map _name_or_path torch_dtype dtype "
     "transformers_version use_cache initializer_range pretraining_tp attention_dropout output_router_logits pad_token_id "
     "router_aux_loss_coef router_jitter_noise unk_token_id max_sequence_length torchscript".split())
 
@@ -85,7 +84,6 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm over each head's q and k, before RoPE
     n_experts: int = 0  # 0: a dense feed-forward
     experts_per_token: int = 0
-    bos_id: int | None = 1
     eos_ids: tuple[int, ...] = (2,)
 
     def window(self, layer):
@@ -136,7 +134,7 @@ class ModelConfig:
                 norm_eps=c["rms_norm_eps"], rope_theta=theta, rope_scaling=scaling, sliding_window=window,
                 full_layers=full_layers, tie_embeddings=bool(c["tie_word_embeddings"]), qkv_bias=model_type == "qwen2",
                 qk_norm=model_type == "qwen3", n_experts=c.get("num_local_experts", 0),
-                experts_per_token=c.get("num_experts_per_tok", 0), bos_id=c["bos_token_id"],
+                experts_per_token=c.get("num_experts_per_tok", 0),
                 eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
             rope_frequencies(config)
         except KeyError as error:
@@ -234,7 +232,7 @@ PRESETS = {
     "Vicuna-7B-v1.5-16K": _llama(4096, 11008, 32, 32, 32, 16384, rope_scaling={"rope_type": "linear", "factor": 4.0}),
     "Mistral-7B-v0.1": _llama(4096, 14336, 32, 32, 8, 32768, sliding_window=4096),
     "Mixtral-8x7B-v0.1": _llama(4096, 14336, 32, 32, 8, 32768, rope_theta=1e6, n_experts=8, experts_per_token=2),
-    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 131072, 128256, rope_theta=500000.0, bos_id=128000, eos_ids=(128001,),
+    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 131072, 128256, rope_theta=500000.0, eos_ids=(128001,),
                            rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
     "Qwen2.5-7B": _llama(3584, 18944, 28, 28, 4, 131072, 152064, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),

@@ -5,6 +5,7 @@ tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_templ
 """
 import datetime
 import json
+import json
 from pathlib import Path
 
 import sentencepiece
@@ -13,6 +14,8 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from model import read_json
 
 # ---------------------------------------------------------------- files
 
@@ -25,15 +28,9 @@ def read_text(path):
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
-def read_json(path):
-    """The object in a JSON file; {} where there is no file."""
-    try:
-        found = json.loads(read_text(path)) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return found
+def read_json_if_any(path):
+    """As read_json; {} where there is no file."""
+    return read_json(path) if path.exists() else {}
 
 
 def from_json(path):
@@ -48,8 +45,28 @@ def from_json(path):
 
 
 SPACE = "\u2581"  # as SentencePiece writes it
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of its pieces
 # of this, SentencePiece models of another kind than Llama's make other tokens than we would
 PROBE = " Two  spaces,\ttab\n\nlines , \ufb01ne caf\u00e9 \u2460 \u65e5\u672c\u3000\U0001f642 1234 "
+
+
+def sentencepiece_bpe(pieces, prefix=True):
+    """A tokenizers.Tokenizer that encodes as SentencePiece does with these pieces, (text, score, type)
+    each: it merges the pair whose piece has the best score. prefix: a space goes in front of a text."""
+    pieces = list(pieces)
+    ranks = {piece: (-score, i) for i, (piece, score, kind) in enumerate(pieces)
+             if kind in (NORMAL, USER_DEFINED)}
+    merges = sorted((*rank, piece[:cut], piece[cut:]) for piece, rank in ranks.items()
+                    for cut in range(1, len(piece))
+                    if piece[:cut] in ranks and piece[cut:] in ranks)
+    backend = tokenizers.Tokenizer(models.BPE(
+        {piece: i for i, (piece, *_) in enumerate(pieces)}, [merge[2:] for merge in merges],
+        unk_token=next((piece for piece, _, kind in pieces if kind == UNKNOWN), None),
+        fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE)] * prefix + [normalizers.Replace(" ", SPACE)])
+    backend.decoder = space_decoder(prefix)
+    return backend
 
 
 def from_sentencepiece(path):
@@ -60,24 +77,19 @@ def from_sentencepiece(path):
     except (RuntimeError, OSError):
         raise ValueError(f"{path}: not a SentencePiece model; if it is tiktoken's, a "
                          "tokenizer.json is needed beside it") from None
-    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-    ranks = {piece: (-sp.get_score(i), i) for i, piece in enumerate(pieces)
-             if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))}
-    merges = sorted((*rank, piece[:cut], piece[cut:]) for piece, rank in ranks.items()
-                    for cut in range(1, len(piece))
-                    if piece[:cut] in ranks and piece[cut:] in ranks)
-    backend = tokenizers.Tokenizer(models.BPE(
-        {piece: i for i, piece in enumerate(pieces)}, [merge[2:] for merge in merges],
-        unk_token=pieces[sp.unk_id()], fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    backend.decoder = space_decoder()
+
+    def kind(i):
+        return (CONTROL if sp.is_control(i) else UNKNOWN if sp.is_unknown(i)
+                else None if sp.is_byte(i) or sp.is_unused(i) else NORMAL)
+
+    pieces = [(sp.id_to_piece(i), sp.get_score(i), kind(i)) for i in range(sp.get_piece_size())]
+    backend = sentencepiece_bpe(pieces)
     if backend.encode(PROBE).ids != sp.encode(PROBE):
         raise ValueError(f"{path}: of SentencePiece models only Llama's kind is implemented (BPE, "
                          "bytes for unknown characters, no normalisation)")
-    backend.add_special_tokens([piece for i, piece in enumerate(pieces) if sp.is_control(i)])
+    backend.add_special_tokens([piece for piece, _, kind in pieces if kind == CONTROL])
     ids = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
-    return backend, {name: pieces[i] for name, i in ids.items() if i >= 0}
+    return backend, {name: pieces[i][0] for name, i in ids.items() if i >= 0}
 
 
 def space_decoder(prefix=True):
@@ -111,7 +123,7 @@ def added_token(token, **more):
 
 def load_tokenizer(checkpoint, config):
     """config: of tokenizer_config.json -> (tokenizers.Tokenizer, special tokens by name)."""
-    llama = (read_json(checkpoint / "config.json").get("model_type") == "llama"
+    llama = (read_json_if_any(checkpoint / "config.json").get("model_type") == "llama"
              and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"))
     own = {}  # special tokens of a tokenizer.model
     if (checkpoint / "tokenizer.json").exists():
@@ -124,16 +136,18 @@ def load_tokenizer(checkpoint, config):
     if llama or own and not config.get("legacy", True):
         set_spaces(backend, config)
 
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(more, dict):  # by name, as the others
+        config, more = config | more, []
     named = own | {name: token for name, token in config.items() if name.endswith("_token")
                    and isinstance(token, (str, dict)) and text_of(token)}
-    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     special = [*named.values(), *more]
     if "added_tokens_decoder" in config:
         by_id = {int(i): token for i, token in config["added_tokens_decoder"].items()}
     else:
         texts = [text_of(token) for token in special]
         by_id = {i: {"content": text, "special": text in texts}
-                 for text, i in read_json(checkpoint / "added_tokens.json").items()}
+                 for text, i in read_json_if_any(checkpoint / "added_tokens.json").items()}
     # beside a tokenizer.model they are looked for in the text as it is, with its spaces
     raw = {"normalized": False} if own else {}
     backend.add_tokens([added_token(by_id[i], **raw) for i in sorted(by_id)])
@@ -203,9 +217,9 @@ class Tokenizer:
         Raises ValueError for files that are missing or damaged.
         """
         self.checkpoint, self.vocab_size = Path(checkpoint), vocab_size
-        config = read_json(self.checkpoint / "tokenizer_config.json")
+        config = read_json_if_any(self.checkpoint / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # older checkpoints have other files for such
-            config |= read_json(self.checkpoint / "special_tokens_map.json")
+            config |= read_json_if_any(self.checkpoint / "special_tokens_map.json")
         template, file = config.get("chat_template"), self.checkpoint / "chat_template.jinja"
         try:
             self.backend, self.named = load_tokenizer(self.checkpoint, config)
