@@ -599,7 +599,8 @@ class Evaluation:
         data, items = TASKS[task](self.tokenizer, args)
         if not items:
             raise ValueError(f"{args.data or data}: no items in it")
-        longest, most = max(map(size, items)), self.model.config.max_positions
+        longest = max(map(size, items)) - 1  # the last token is not decoded
+        most = self.model.config.max_positions
         if longest > most:
             raise ValueError(f"{longest} tokens are more than the model's {most} positions: take a "
                              "smaller --context or --lengths, or --data with shorter items")

@@ -154,7 +154,7 @@ def question_item(tokenizer, context, question, answer, **more):
 
 
 def size(item):
-    """Tokens of cache that an item needs."""
+    """Tokens of an item, its answer included."""
     return len(item["prompt"]) + len(item.get("answer", ())) + item.get("max_new_tokens", 0)
 
 
