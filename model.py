@@ -577,8 +577,8 @@ class Residual:
         if attn.q_norm is not None:
             BLOCK_N = max(16, D // 2)
             assert BLOCK_N % (D // 2) == 0 and BLOCK_N & (BLOCK_N - 1) == 0, f"head_dim={D}: a program has whole heads"
-            rope |= dict(NORM_PAIRS=D // 2, q_gain=attn.q_norm.weight, k_gain=attn.k_norm.weight, BLOCK_N=BLOCK_N, BLOCK_K=64)
-        return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out, **rope, **tiles)
+            rope |= dict(NORM_PAIRS=D // 2, q_gain=attn.q_norm.weight, k_gain=attn.k_norm.weight, BLOCK_N=BLOCK_N)
+        return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out, **rope | tiles)
 
     def add(self, inputs, weight, gain, **tiles):
         """x += inputs [B, K] times weight [dim, K]; gain [dim]: the weight of the norm that comes next."""

@@ -1441,7 +1441,8 @@ def make_published(path, config):
     text = json.dumps(sizes | config)
     (path / "config.json").write_text(text)
     torch.manual_seed(0)
-    hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    shape = AutoConfig.from_pretrained(path, pad_token_id=None)  # -1, as some have it, can't be saved again
+    hf = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     for parameter in randomize(hf).parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.3)
