@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
 
@@ -31,10 +32,9 @@ from tqdm import tqdm
 
 import ds_attention as ds
 from ds_attention import DSConfig, LabelMap, Selection, Workspace, bits_of, parse_widths, write_labels
-from eval import generated_items, kv_document, need_matplotlib, provenance, text_windows, texts_of
-from generate import (
-    HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
-)
+from eval import provenance
+from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
+from items import generated_items, kv_document, text_windows, texts_of
 from model import (
     PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, default_dtype,
     parameter_shapes, pick_device, run_command
@@ -647,7 +647,7 @@ class Prompts(RandomText):
             prompts = text_windows(tokenizer, texts, S - len(tokenizer.prefix), B)
         else:
             data, items = "key-value retrieval", generated_items(tokenizer, kv_document, [S], B)
-            prompts = [item["context"] + item["question"] for item in items]
+            prompts = [item["prompt"] for item in items]
         predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT, "predicted")
         return Prompts(name=checkpoint.name, model=model, B=len(prompts), S=S, device=device, weights="trained", data=data,
                        predictable=predictable, checkpoint=checkpoint, prompts=prompts)
@@ -873,8 +873,8 @@ def main():
     steps.add_argument("--compile", action="store_true", help="blocks go through torch.compile, which prefill shows")
     steps.add_argument("--no_compile", dest="compile", action="store_false", help="the default")
     args = parser.parse_args()
-    if args.plot:
-        need_matplotlib()
+    if args.plot and not find_spec("matplotlib"):  # before anything is measured for it
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
     if args.what == "table":
         if args.of is None:
             raise ValueError(f"table of what: must be one of {', '.join(BENCHES)}")
