@@ -2158,7 +2158,7 @@ def test_each_step_equals_that_of_the_gpu_s_cache(ahead, useless, monkeypatch):
     assert 0 < told["hit_rate"] < 0.95
     assert (told["prefetched_bytes_per_step"] > 0) == (ahead > 0)
     if ahead:
-        assert told["agreement"] < 0.2 if useless else told["agreement"] > 0.35
+        assert told["agreement"] < 0.25 if useless else told["agreement"] > 0.35  # of chance: 0.25
 
 
 def test_predicted_layers_attend_to_what_is_predicted(monkeypatch):
