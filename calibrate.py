@@ -201,12 +201,12 @@ def calibration_windows(tokenizer, text, samples, context, longest):
 
 @torch.inference_mode()
 def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, seed=0, ranking=None, device="cpu",
-              dtype=torch.float32, out=None, ds=DSConfig(), method_name=None):
+              dtype=torch.float32, out=None, ds=DSConfig()):
     """Writes channels.safetensors for a checkpoint directory and prints each layer's figures. Returns its path.
 
     text: None for the built-in one. samples: windows to calibrate on, at most. context: tokens of each, None for the model's
     length up to CONTEXT; the figures are of a window held out, of twice as many if the model has them. ranking: [L, HKV, D]
-    channels given instead of the method's, then method_name says whose. ds: the configuration that the figures, printed and
+    channels given instead of the method's, then `method` only says whose. ds: the configuration that the figures, printed and
     stored, are for.
     """
     checkpoint = Path(checkpoint)
@@ -253,7 +253,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
             tensors[name].append(tensor.cpu())
     mean = torch.tensor(figures).mean(0).tolist()
     print(" mean" + "".join(f"{value:20.3f}" for value in mean) + f"   (a window of {longest} tokens, held out)")
-    provenance = {"checkpoint": fingerprint(checkpoint / "model.safetensors"), "method": method_name or method,
+    provenance = {"checkpoint": fingerprint(checkpoint / "model.safetensors"), "method": method,
                   "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "samples": str(len(windows)),
                   "tokens": str(len(windows) * context), "context": str(context), "seed": str(seed),
                   "date": datetime.date.today().isoformat()}
@@ -298,14 +298,15 @@ def main():
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"{args.out}: no such directory to write to")
     device = pick_device(args.device)
-    ranking = None
+    ranking, method = None, args.method
     if args.from_json:
-        ranking = load_rankings(args.from_json, ModelConfig.from_file(Path(args.checkpoint) / "config.json"),
-                                args.json_projection or "qk")
-    out = calibrate(args.checkpoint, read_text(args.data) if args.data else None,
-                    "qk" if args.from_json else args.method, args.samples, args.context, args.seed, ranking,
-                    device, default_dtype(device), args.out,
-                    method_name=f"json:{Path(args.from_json).name}" if args.from_json else None)
+        projection = args.json_projection or "qk"
+        config = ModelConfig.from_file(Path(args.checkpoint) / "config.json")
+        ranking = load_rankings(args.from_json, config, projection)
+        method = f"json:{Path(args.from_json).name}:{projection}"
+    text = read_text(args.data) if args.data else None
+    out = calibrate(args.checkpoint, text, method, args.samples, args.context, args.seed, ranking,
+                    device, default_dtype(device), args.out)
     print(f"wrote {out}")
 
 

@@ -343,15 +343,17 @@ def eligible_tokens(seq_lens, S, window):
 
 
 def pool_ref(scores):
-    """Scores of a group's heads [..., G, S], in the units of q . k / sqrt(D), -inf where not eligible -> one per
-    token [..., S]: the largest logarithm of its softmax weights."""
+    """Scores of a group's heads [..., G, S], in the units of q . k / sqrt(D), -inf where not eligible
+    -> one per token [..., S]: the largest logarithm of its softmax weights. Label scores are pooled
+    alike, but by weights among sampled tokens, without the newest (see log_weight_ref)."""
     return (scores - scores.logsumexp(-1, keepdim=True)).amax(-2)
 
 
 def sample_ref(seq_lens, window=None):
     """The tokens that bracket the n-th score: positions [B, SAMPLE] int64, and which of them are eligible.
 
-    Aligned runs of RUN tokens, spread over the eligible ones: all, where there are no more than SAMPLE.
+    Aligned runs of RUN tokens, spread over the eligible ones: all, where there are no more than SAMPLE
+    (but up to RUN - 1 of the newest, where a window begins inside a run).
     """
     start, live = (x[:, None].long() for x in live_range(seq_lens, window))
     i = torch.arange(SAMPLE, device=seq_lens.device)

@@ -272,7 +272,7 @@ def parse_method(text):
     """
     name, _, calibration = text.partition("/")[0].partition(":")
     bits = text.partition("/")[2]
-    if name not in METHODS or (name != "ds" and name != text):
+    if name not in METHODS or (name != "ds" and name != text) or text[-1] in ":/":
         raise ValueError(f"methods={text}: must be one of {', '.join(METHODS)}; "
                          "ds:CALIBRATION/BITS is ds with other labels")
     if calibration and calibration not in calibrate.METHODS:
@@ -511,7 +511,11 @@ def key_of(row, names):
 def read_rows(path, names):
     """{key: row} of a file of rows: the newest of each, in the order in which they first came."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {key_of(row, names): row for row in map(json.loads, lines)}
+    try:
+        rows = [json.loads(line) for line in lines]
+        return {key_of(row, names): row for row in rows if row["task"] and row["checkpoint"]}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: has lines that are not rows of eval.py ({error!r})") from None
 
 
 def append_json(path, value):
@@ -552,6 +556,7 @@ def calibration_of(path):
         found = file.metadata() or {}
     fields = ("method", "text_sha256", "tokens", "context", "seed")
     found = {name: found.get(name) for name in fields}
+    found["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     builtin = hashlib.sha256(calibrate.builtin_text().encode()).hexdigest()
     return found | ({"text": BUILTIN} if found.get("text_sha256") == builtin else {})
 
@@ -665,7 +670,7 @@ TEXT = {"text": "{data}", "context": "{context}", "last": "{last}"} | SETTINGS |
     "over dense": lambda row: f"{row['score'] / row['dense_score']:.4f}",
     "KL": "{kl:.4f}", "same likeliest": "{top1:.1f}%", "attention kept": "{mass:.1%}",
     "windows": "{n_items}"} | LABELS
-ANSWERS = {"task": "{task}", "items": "{data}", "tokens of prompt": "{context}"} | SETTINGS | {
+ANSWERS = {"task": "{task}", "items": "{data}", "tokens of items": "{context}"} | SETTINGS | {
     "right": "{score:.1f}%", "dense": "{dense_score:.1f}%", "number": "{n_items}",
     "% by length": by("length"), "% by task": by("task"), "% by depth": by("depth")} | LABELS
 
