@@ -871,7 +871,6 @@ def main():
     steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
     steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
     steps.add_argument("--compile", action="store_true", help="blocks go through torch.compile, which prefill shows")
-    steps.add_argument("--no_compile", dest="compile", action="store_false", help="the default")
     args = parser.parse_args()
     if args.plot and not find_spec("matplotlib"):  # before anything is measured for it
         raise ValueError("--plot needs matplotlib: pip install matplotlib")

@@ -1,8 +1,8 @@
-"""GGUF files, ggml's format, as convert_hf.py takes them: what Hugging Face would have in their place.
+"""GGUF files, ggml's format, as convert_hf.py takes them: what Hugging Face would have instead.
 
-unpack_gguf writes the small files of a Hugging Face directory (config, tokenizer, chat template) and
-returns the tensors by Hugging Face's names; they stay in the file and are dequantised some rows at a
-time, as they are written. Parsing and dequantising are the package gguf's.
+unpack_gguf writes the small files of a Hugging Face directory (config, tokenizer, chat template)
+and returns the tensors by Hugging Face's names; they stay in the file and are dequantised some rows
+at a time, as they are written. Parsing and dequantising are the package gguf's.
 """
 
 import json
@@ -68,13 +68,13 @@ class _Metadata(dict):
     """A GGUF file's metadata, without the prefixes ARCHITECTURE, tokenizer.ggml and tokenizer."""
 
     def __missing__(self, key):
-        raise ValueError(f"{key} is missing from its metadata")
+        raise ValueError(f"*.{key} is missing from its metadata")
 
     def token_id(self, name: str) -> int | None:
         """Of a special token; files of the SentencePiece kind may leave out the usual ones."""
         usual = {"unknown": 0, "bos": 1, "eos": 2} if self["model"] == "llama" else {}
         found = self.get(f"{name}_token_id", usual.get(name))
-        return found if found is not None and found < len(self["tokens"]) else None
+        return found if found is not None and 0 <= found < len(self["tokens"]) else None
 
 
 def open_gguf(path: Path) -> tuple[_Metadata, dict]:
@@ -203,8 +203,8 @@ def write_gguf_tokenizer(metadata: _Metadata, made: Path) -> None:
     model, tokens, types = metadata["model"], metadata["tokens"], metadata["token_type"]
     split = GGUF_SPLITS.get(metadata["pre"]) if model == "gpt2" else None
     if model == "llama":
-        tokenizer = sentencepiece_bpe(
-            zip(tokens, metadata["scores"], types, strict=True), metadata.get("add_space_prefix", True))
+        pieces = zip(tokens, metadata["scores"], types, strict=True)
+        tokenizer = sentencepiece_bpe(pieces, metadata.get("add_space_prefix", True))
     elif model != "gpt2":
         raise ValueError(f"tokenizer.ggml.model={model}: must be gpt2 (byte-level BPE) or llama "
                          "(SentencePiece)")

@@ -243,12 +243,14 @@ def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Pat
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise ValueError(f"{out_dir}: exists and is not an empty directory: remove it, or choose another")
 
-    if Path(source).suffix == ".gguf" or Path(source).is_file():
+    if not Path(source).is_dir() and (Path(source).suffix == ".gguf" or Path(source).is_file()):
         with tempfile.TemporaryDirectory() as made:
             try:
                 tensors = unpack_gguf(Path(source), Path(made))
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
+            except (TypeError, AttributeError, KeyError) as error:
+                raise ValueError(f"{source}: metadata of the wrong kind ({error!r})") from None
             return _convert(source, Path(made), [lambda: tensors], out_dir, dtype)
 
     hf_dir = hf_dir_of(source, [*COPIED_FILES, "adapter_config.json"])
@@ -280,6 +282,9 @@ def _convert(
     if len(tied) == 2 and not _equal(*tied.values()):  # then the head counts, as in transformers 5
         content["tie_word_embeddings"] = False
         config = replace(config, tie_embeddings=False)
+    if config.n_layers > len(found):  # said before layers without end are listed
+        raise ValueError(f"{source}: the weights are not what config.json says: {len(found)} tensors "
+                         f"for {config.n_layers} layers")
     fused_experts = any(name.endswith("mlp.experts.gate_up_proj") for name in found)
     pieces = hf_pieces(config, fused_experts)
     if list(tied) == [HEAD]:  # one of the two is enough

@@ -508,7 +508,6 @@ def parse_arguments():
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--compile", action="store_true",
                         help="on a GPU, prefill through torch.compile: a tenth faster, but it starts some 15 s later")
-    parser.add_argument("--no_compile", dest="compile", action="store_false", help="the default: without torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="of weights and cache (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--interactive", action="store_true",

@@ -97,9 +97,8 @@ class ModelConfig:
 
     @staticmethod
     def from_file(path):
-        """Reads config.json, and the end tokens of a generation_config.json beside it, which come first, as in transformers.
-
-        Raises ValueError, naming the file, for what from_dict refuses.
+        """Reads config.json, and the end tokens of a generation_config.json beside it, which come
+        first, as in transformers. Raises ValueError, naming the file, for what from_dict refuses.
         """
         path = Path(path)
         content = read_json(path)
@@ -145,6 +144,12 @@ class ModelConfig:
             value = getattr(config, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be a positive integer")
+        if not all(type(i) is int and i >= 0 for i in config.eos_ids):
+            raise ValueError(f"eos_token_id={eos!r}: must be a token id, or a list of them")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(config, name)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name}={value!r}: must be a positive number")
         if config.n_heads % config.n_kv_heads:
             raise ValueError(f"n_heads={config.n_heads}: must be a multiple of n_kv_heads={config.n_kv_heads}")
         if config.head_dim % 2:
@@ -174,9 +179,10 @@ def ignored_keys(content):
 
 def _model_type(content):
     """A key of DEFAULTS. Raises ValueError for what is not implemented as a whole."""
-    names = content.get("architectures") or ["none"]
-    model_type = content.get("model_type") or ARCHITECTURES.get(names[0])
-    if model_type not in DEFAULTS:
+    names = content.get("architectures")
+    names = names if isinstance(names, list) and names else [names]
+    model_type = content.get("model_type") or ARCHITECTURES.get(str(names[0]))
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
         raise ValueError(f"architecture {names[0]} (model_type {content.get('model_type')}): must be one of "
                          f"{', '.join(ARCHITECTURES)}")
     quantization = content.get("quantization_config")

@@ -1221,6 +1221,8 @@ def test_gguf_byte_level_tokenizer(pre, add_bos, tmp_path, out):
     ({"keys": {"tokenizer.ggml.merges": ["a q"]}}, "its tokens and merges are not a tokenizer's"),
     ({"keys": {"tokenizer.ggml.pre": "deepseek-llm"}}, "tokenizer.ggml.pre=deepseek-llm: must be"),
     ({"keys": {"tokenizer.ggml.model": "bert"}}, "tokenizer.ggml.model=bert: must be gpt2"),
+    ({"keys": {"split.count": 2}}, "metadata of the wrong kind"),
+    ({"keys": {"tokenizer.ggml.bos_token_id": "x"}}, "metadata of the wrong kind"),
     ({"keys": {"llama.rope.scaling.type": "yarn"}}, "rope scaling yarn: must be linear"),
     ({"keys": {"llama.rope.dimension_count": 4}}, "RoPE over 4 of 8 channels"),
     ({"keys": {"llama.attention.head_count": [4, 4]}}, "must be"),
@@ -1499,6 +1501,9 @@ def test_end_tokens_are_those_of_generation_config(text, eos_ids, tmp_path):
     (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor"),
     (dict(rope_scaling=dict(type="linear")), "missing key 'factor'"),
     (dict(hidden_size="64"), "wrong type"), (dict(num_hidden_layers=0), "n_layers=0"),
+    (dict(eos_token_id="x"), "eos_token_id='x'"), (dict(eos_token_id=[2, None]), "eos_token_id="),
+    (dict(rms_norm_eps="x"), "norm_eps='x'"), (dict(rope_theta=-1.0), "rope_theta=-1.0"),
+    (dict(model_type=["a"]), "must be one of"), (dict(model_type=None, architectures=5), "architecture 5"),
 ])
 def test_configs_that_would_change_the_result_are_refused(change, match):
     with pytest.raises(ValueError, match=match):

@@ -5,7 +5,6 @@ tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_templ
 """
 import datetime
 import json
-import json
 from pathlib import Path
 
 import sentencepiece
@@ -51,8 +50,8 @@ PROBE = " Two  spaces,\ttab\n\nlines , \ufb01ne caf\u00e9 \u2460 \u65e5\u672c\u3
 
 
 def sentencepiece_bpe(pieces, prefix=True):
-    """A tokenizers.Tokenizer that encodes as SentencePiece does with these pieces, (text, score, type)
-    each: it merges the pair whose piece has the best score. prefix: a space goes in front of a text."""
+    """A tokenizers.Tokenizer that encodes as SentencePiece does with these pieces, (text, score,
+    type) each: it merges the pair whose piece has the best score. prefix: a space goes in front."""
     pieces = list(pieces)
     ranks = {piece: (-score, i) for i, (piece, score, kind) in enumerate(pieces)
              if kind in (NORMAL, USER_DEFINED)}
@@ -143,6 +142,8 @@ def load_tokenizer(checkpoint, config):
                    and isinstance(token, (str, dict)) and text_of(token)}
     special = [*named.values(), *more]
     if "added_tokens_decoder" in config:
+        if not all(i.isdigit() for i in config["added_tokens_decoder"]):
+            raise TypeError("added_tokens_decoder: must be by token id")
         by_id = {int(i): token for i, token in config["added_tokens_decoder"].items()}
     else:
         texts = [text_of(token) for token in special]
@@ -224,14 +225,16 @@ class Tokenizer:
         try:
             self.backend, self.named = load_tokenizer(self.checkpoint, config)
             if isinstance(template, list):
-                template = {each["name"]: each["template"] for each in template}.get("default")
+                template = {each["name"]: each["template"] for each in template}
+            if isinstance(template, dict):  # several, by name
+                template = template["default"]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{checkpoint}: a token or a template of tokenizer_config.json or a "
                              f"file beside it is malformed ({error!r})") from None
         self.chat_template = read_text(file) if file.exists() else template
         found = self.backend.encode("a")
         # the token ids that every text begins with: [], or [BOS]
-        self.prefix = found.ids[: found.special_tokens_mask.index(0)]
+        self.prefix = found.ids[: (found.special_tokens_mask + [0]).index(0)]
 
     def encode(self, text, special=True):
         """text -> token ids. special=False: without what the tokenizer puts around it, as BOS.
