@@ -1383,7 +1383,8 @@ VARIANTS = {
 @pytest.mark.parametrize("kind, more", VARIANTS.values(), ids=VARIANTS)
 @torch.inference_mode()
 def test_logits_and_greedy_decoding_equal_hf(kind, more, tmp_path):
-    """Converted by our converter: logits of a forward, of chunked prefill + decode, and 32 greedy tokens."""
+    """Converted by our converter: logits of a forward, of chunked prefill + decode, dense and with a
+    budget of all tokens, and 32 greedy tokens."""
     hf = make_hf(tmp_path / "hf", kind, config=more)
     model = load_model(convert_hf.convert(tmp_path / "hf", tmp_path / "out"), "cpu", torch.float32)
     prompt = torch.randint(3, SHAPE["vocab_size"], (1, 41), generator=torch.Generator().manual_seed(1))
@@ -1394,6 +1395,12 @@ def test_logits_and_greedy_decoding_equal_hf(kind, more, tmp_path):
     one = model.decode(prompt[0, 20:21], cache)
     rest = model.decode_rows(prompt[0, 21:], cache)
     torch.testing.assert_close(torch.cat([one, rest]), want[0, 20:], atol=1e-4, rtol=0)
+    full = DSConfig(n_tokens=100, label_channels=8, dense_layers=0, impl="torch")
+    zeros = torch.zeros(model.config.n_kv_heads, 8)
+    label_map = LabelMap.from_statistics(torch.arange(8).expand_as(zeros), zeros, zeros + 1, ((8, 4),))
+    cache = KVCache(model.config, 1, 41, "cpu", torch.float32, full, [label_map] * model.config.n_layers)
+    model.prefill([prompt[0, :20].tolist()], cache)
+    torch.testing.assert_close(model.decode_rows(prompt[0, 20:], cache), want[0, 20:], atol=1e-4, rtol=0)
     theirs = hf.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 41:].tolist()
     object.__setattr__(model.config, "eos_ids", ())
     cache = KVCache(model.config, 1, 41 + 32, "cpu", torch.float32)
