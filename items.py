@@ -351,6 +351,7 @@ def hidden(rng, sentences, haystack):
 
 
 def needles_task(kind, rng, n, text):
+    """RULER's niah tasks: the numbers or UUIDs that a text has for some names. kind: of NEEDLES."""
     haystack, keys, asked, values, what = NEEDLES[kind]
     facts = {}
     while len(facts) < keys + n * (haystack == "needles"):

@@ -1,7 +1,7 @@
 """The transformer of the Llama family, with a static cache that a decode step reads dense or sparse.
 
-Llama 1/2/3, SmolLM, Vicuna, Mistral, Mixtral, Qwen2/2.5 and Qwen3. Shapes follow the key at the top of ds_attention.py; `dim` is the model's
-width. Three ways through the same blocks:
+Llama 1/2/3, SmolLM, Vicuna, Mistral, Mixtral, Qwen2/2.5 and Qwen3. Shapes follow the key at the top
+of ds_attention.py; `dim` is the model's width. Three ways through the same blocks:
   forward        whole sequences without a cache: training
   prefill        a prompt into the cache, layer by layer and in chunks, dense causal attention
   decode         one new token per sequence (`decode`), or the next tokens of one sequence as if each were decoded in
@@ -29,37 +29,42 @@ from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode,
 
 # ---------------------------------------------------------------- configuration
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral",
-                 "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral",
+    "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 # What transformers takes where a config.json lacks a key, by model_type. It reads these keys alone,
 # and so do we: a sliding_window under llama, for one, changes nothing.
 _SHARED_DEFAULTS = dict(
-    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, head_dim=None, hidden_act="silu",
-    rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, head_dim=None,
+    hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
     eos_token_id=None)  # where config.json names none, transformers' generation has none
 _MISTRAL_DEFAULTS = _SHARED_DEFAULTS | dict(
-    vocab_size=32000, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072,
-    sliding_window=4096)
+    vocab_size=32000, intermediate_size=14336, num_key_value_heads=8,
+    max_position_embeddings=131072, sliding_window=4096)
 _QWEN_DEFAULTS = _SHARED_DEFAULTS | dict(
-    vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
-    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
+    vocab_size=151936, intermediate_size=22016, num_key_value_heads=32,
+    max_position_embeddings=32768, use_sliding_window=False, sliding_window=4096,
+    max_window_layers=28, layer_types=None)
 DEFAULTS = {
     "llama": _SHARED_DEFAULTS | dict(
-        vocab_size=32000, intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048,
-        attention_bias=False, mlp_bias=False),
+        vocab_size=32000, intermediate_size=11008, num_key_value_heads=None,
+        max_position_embeddings=2048, attention_bias=False, mlp_bias=False),
     "mistral": _MISTRAL_DEFAULTS,
     "mixtral": _MISTRAL_DEFAULTS | dict(
-        sliding_window=None, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
+        sliding_window=None, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8,
+        num_experts_per_tok=2),
     "qwen2": _QWEN_DEFAULTS,
     "qwen3": _QWEN_DEFAULTS | dict(head_dim=128, attention_bias=False),
 }
 # Of keys that are read, those that must have a value that is implemented.
-REQUIRED_VALUES = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None), "mlp_bias": (False, None)}
+REQUIRED_VALUES = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None),
+                   "mlp_bias": (False, None)}
 # Keys that are read elsewhere, or have no effect on inference: not worth a word.
 SILENT_KEYS = set(
-    "architectures model_type bos_token_id rope_scaling rope_parameters quantization_config auto_map _name_or_path torch_dtype dtype "
-    "transformers_version use_cache initializer_range pretraining_tp attention_dropout output_router_logits pad_token_id "
-    "router_aux_loss_coef router_jitter_noise unk_token_id max_sequence_length torchscript".split())
+    "architectures model_type rope_scaling rope_parameters quantization_config auto_map bos_token_id "
+    "pad_token_id unk_token_id max_sequence_length _name_or_path torch_dtype dtype "
+    "transformers_version use_cache initializer_range pretraining_tp attention_dropout torchscript "
+    "output_router_logits router_aux_loss_coef router_jitter_noise".split())
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,13 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(content):
-        """content: a Hugging Face config, in the hub's older form or in that of transformers 5 (rope_parameters).
-
-        Raises ValueError for another architecture, and for what would change the result and is not implemented.
+        """content: a Hugging Face config, in the hub's older form or in that of transformers 5
+        (rope_parameters). Raises ValueError for another architecture, and for what would change
+        the result and is not implemented.
         """
         model_type = _model_type(content)
-        c = DEFAULTS[model_type] | {key: content[key] for key in content if key in DEFAULTS[model_type]}
+        defaults = DEFAULTS[model_type]
+        c = defaults | {key: content[key] for key in content if key in defaults}
         for key, values in REQUIRED_VALUES.items():
             if c.get(key, values[0]) not in values:
                 raise ValueError(f"{key}={c[key]}: only {values[0]} is implemented")
@@ -128,11 +134,13 @@ class ModelConfig:
             eos = c["eos_token_id"]
             config = ModelConfig(
                 dim=dim, n_layers=c["num_hidden_layers"], n_heads=heads,
-                n_kv_heads=c["num_key_value_heads"] or heads, head_dim=c["head_dim"] or dim // heads,
-                ffn_dim=c["intermediate_size"], vocab_size=c["vocab_size"], max_positions=positions,
-                norm_eps=c["rms_norm_eps"], rope_theta=theta, rope_scaling=scaling, sliding_window=window,
-                full_layers=full_layers, tie_embeddings=bool(c["tie_word_embeddings"]), qkv_bias=model_type == "qwen2",
-                qk_norm=model_type == "qwen3", n_experts=c.get("num_local_experts", 0),
+                n_kv_heads=c["num_key_value_heads"] or heads,
+                head_dim=c["head_dim"] or dim // heads, ffn_dim=c["intermediate_size"],
+                vocab_size=c["vocab_size"], max_positions=positions, norm_eps=c["rms_norm_eps"],
+                rope_theta=theta, rope_scaling=scaling, sliding_window=window,
+                full_layers=full_layers, tie_embeddings=bool(c["tie_word_embeddings"]),
+                qkv_bias=model_type == "qwen2", qk_norm=model_type == "qwen3",
+                n_experts=c.get("num_local_experts", 0),
                 experts_per_token=c.get("num_experts_per_tok", 0),
                 eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
             rope_frequencies(config)
@@ -183,26 +191,30 @@ def _model_type(content):
     names = names if isinstance(names, list) and names else [names]
     model_type = content.get("model_type") or ARCHITECTURES.get(str(names[0]))
     if not isinstance(model_type, str) or model_type not in DEFAULTS:
-        raise ValueError(f"architecture {names[0]} (model_type {content.get('model_type')}): must be one of "
-                         f"{', '.join(ARCHITECTURES)}")
+        raise ValueError(f"architecture {names[0]} (model_type {content.get('model_type')}): must be "
+                         f"one of {', '.join(ARCHITECTURES)}")
     quantization = content.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"quantization_config: weights quantised by {method} are not implemented; take the model's 16-bit "
-                         "weights, or a GGUF file")
+        if isinstance(quantization, dict):
+            quantization = quantization.get("quant_method")
+        raise ValueError(f"quantization_config: weights quantised by {quantization} are not "
+                         "implemented; take the model's 16-bit weights, or a GGUF file")
     if content.get("auto_map"):
         raise ValueError("auto_map: the model brings code of its own, which is never run")
     return model_type
 
 
 def _read_rope(c, content):
-    """(theta, scaling or None, trained positions) of a config; c: with the defaults, content: as it is written."""
+    """(theta, scaling or None, trained positions). c: a config with its defaults; content: as it is
+    written."""
     rope = dict(content.get("rope_scaling") or content.get("rope_parameters") or {})
     theta = float(rope.pop("rope_theta", None) or c["rope_theta"])
     kind = rope.pop("type", "default")
     rope.setdefault("rope_type", kind)
-    if rope["rope_type"] not in ROPE_SCALINGS or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"rope_type={rope['rope_type']}: must be one of {', '.join(ROPE_SCALINGS)}, for all layers")
+    by_layer = any(isinstance(value, dict) for value in rope.values())
+    if rope["rope_type"] not in ROPE_SCALINGS or by_layer:
+        raise ValueError(f"rope_type={rope['rope_type']}: must be one of "
+                         f"{', '.join(ROPE_SCALINGS)}, for all layers")
     if rope.pop("partial_rotary_factor", 1) != 1:
         raise ValueError("partial_rotary_factor: only 1 is implemented")
     positions = c["max_position_embeddings"]
@@ -219,10 +231,11 @@ def _read_windows(c):
     if not c["use_sliding_window"] or c["sliding_window"] is None:
         return None, ()
     L, first = c["num_hidden_layers"], c["max_window_layers"]
-    types = c["layer_types"] or ["sliding_attention" if i >= first else "full_attention" for i in range(L)]
-    if len(types) != L or not {"sliding_attention", "full_attention"}.issuperset(types):
-        raise ValueError(f"layer_types={types}: must name sliding_attention or full_attention for each of {L} layers")
-    full_layers = tuple(i for i, name in enumerate(types) if name == "full_attention")
+    full, sliding = "full_attention", "sliding_attention"
+    types = c["layer_types"] or [sliding if i >= first else full for i in range(L)]
+    if len(types) != L or not {full, sliding}.issuperset(types):
+        raise ValueError(f"layer_types={types}: must name {sliding} or {full} for each of {L} layers")
+    full_layers = tuple(i for i, name in enumerate(types) if name == full)
     return (None, ()) if len(full_layers) == L else (c["sliding_window"], full_layers)
 
 
@@ -258,9 +271,10 @@ def _llama3_frequencies(frequencies, scaling):
 
 ROPE_SCALINGS = {
     "default": lambda frequencies, scaling: frequencies,
-    "dynamic": lambda frequencies, scaling: frequencies,  # they change past the trained length alone, where we do not go
+    "dynamic": lambda frequencies, scaling: frequencies,  # others past the trained length: not allowed
     "linear": lambda frequencies, scaling: frequencies / scaling["factor"],
-    "factors": lambda frequencies, scaling: frequencies / torch.tensor(scaling["factors"], device="cpu"),  # GGUF's rope_freqs
+    "factors": lambda frequencies, scaling:  # a GGUF file's rope_freqs
+        frequencies / torch.tensor(scaling["factors"], device="cpu"),
     "llama3": _llama3_frequencies,
 }
 
