@@ -224,7 +224,9 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
     everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])
     tensors = {"channels": [], "mean": [], "std": [], "agreement": []}
-    columns = "labels keep", "exact scores", f"past {context}: labels", "exact scores", "agreement"
+    columns = ["labels keep", "exact scores", f"past {context}: labels", "exact scores", "agreement"]
+    if past is None:  # the model ends there
+        del columns[2:4]
     print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)} bit\nlayer"
           + "".join(f"{column:>20}" for column in columns))
     figures = []
@@ -240,14 +242,14 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
         channels = rank_channels(moments, method, generator) if ranking is None else ranking[i].to(device)
         of_file = [channels, *(x.gather(1, channels).float() for x in key_ranges(moments, *everywhere))]
         label_map = LabelMap.from_statistics(*(x[:, :C] for x in of_file), widths)
-        kept = [kept_mass(q, k, label_map, ds, rows, layer.attn.window) if rows is not None else 2 * [float("nan")]
-                for rows in (within, past)]
+        kept = [share for rows in (within, past) if rows is not None
+                for share in kept_mass(q, k, label_map, ds, rows, layer.attn.window)]
         agreement = 0.0  # the first layer's is not foreseen
         if foreseen is not None:
             predicted = layer.attn.queries(layer.attn_norm(foreseen), *ropes[-1])
             parts = (x[:, :, :context] for x in (q, predicted, k))
             agreement = prediction_agreement(*parts, label_map, ds, within, layer.attn.window)
-        figures.append([*kept[0], *kept[1], agreement])
+        figures.append([*kept, agreement])
         tqdm.write(f"{i:5d}" + "".join(f"{value:20.3f}" for value in figures[-1]))
         for name, tensor in zip(tensors, (channels.int(), *of_file[1:], torch.tensor(agreement))):
             tensors[name].append(tensor.cpu())
