@@ -73,7 +73,7 @@ from tiny import tasks
 from tokenizer import Tokenizer, from_sentencepiece, read_text
 
 if not GPU:
-    ds.PROGRAMS = 16  # the interpreter runs them one after the other
+    ds.PROGRAMS, ds.BLOCK_S = 4, 1024  # the interpreter's time goes by operations, not their size
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -84,374 +84,81 @@ needs_gguf = pytest.mark.skipif(gguf is None, reason="needs the package gguf")
 # ---------------------------------------------------------------- ds_attention: stages
 
 
-def shapes(B=2, HQ=4, HKV=2, D=64, S=200, bits=4, window=None, C=32, dtype=torch.float32):
+def shapes(B=2, HQ=4, HKV=2, D=64, S=200, bits=4, window=None, C=32, dtype=torch.float32, pad=16):
     return dict(locals())
 
 
 CASES = {
-    "one-token": shapes(S=1),
-    "odd-63-1bit": shapes(S=63, D=128, bits=1),
-    "mha-1000": shapes(HQ=2, S=1000),
-    "gqa8-4097-mixed": shapes(B=1, HQ=8, HKV=1, S=4097, bits="8x4,48x2"),
-    "gqa4-window": shapes(HQ=8, S=333, window=100),
-    "2bit-gqa3": shapes(HQ=6, bits=2, S=2500),
-    "8bit-3words": shapes(bits=8, C=12),
-    "gqa7-four-widths-window": shapes(B=1, HQ=7, HKV=1, S=3333, window=2200, bits="4x8,6x4,12x2,16x1"),
-    "bf16": shapes(HQ=8, HKV=2, D=128, dtype=torch.bfloat16),
-    "fp16-mha": shapes(HQ=2, D=128, dtype=torch.float16),
+    "one-token": shapes(S=1, C=8),
+    "odd-63-1bit": shapes(HQ=3, HKV=1, D=128, S=63, bits=1, pad=1),
+    "mha-1000": shapes(HQ=2, S=1000, C=8),
+    "gqa8-4097-mixed": shapes(B=1, HQ=8, HKV=1, S=4097, bits="4x4,8x2", pad=1),
+    "gqa4-window": shapes(HQ=8, S=333, window=100, C=8),
+    "2bit-gqa3": shapes(HQ=3, HKV=1, S=2500, bits=2, C=16),
+    "8bit-3words": shapes(HQ=2, bits=8, C=12),
+    "gqa7-four-widths-window": shapes(1, 7, 1, S=3333, window=2200, bits="2x8,4x4,8x2,16x1"),
+    "bf16": shapes(D=128, dtype=torch.bfloat16, C=8),
+    "fp16-mha": shapes(HQ=2, D=128, dtype=torch.float16, pad=1),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 class Problem:
-    """Random inputs of one decode call; K and V are interleaved and over-allocated, as in the cache."""
+    """Random inputs of one decode call, as the cache has them: K and V are interleaved, all is
+    allocated for more tokens than rows have, and a row of label words to a multiple of `pad`."""
 
-    def __init__(self, case, seed=0, seq_lens=None):
+    def __init__(self, case, seed=0, seq_lens=None, **config):
         vars(self).update(case)
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
             return torch.randn(*shape, generator=generator).to(DEVICE)
 
-        self.config = DSConfig(sparsity=8, min_tokens=4, sink=2, recent=4, label_bits=self.bits,
+        config = dict(sparsity=8, min_tokens=8, sink=2, recent=4, dense_below=0) | config
+        self.config = DSConfig(**config, label_bits=self.bits,
                                label_channels=None if isinstance(self.bits, str) else self.C)
         self.widths, self.C = self.config.widths(self.D), self.config.channels(self.D)
         self.q = normal(self.B, self.HQ, self.D).to(self.dtype)
         self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
         self.k, self.v = self.kv.unbind(3)
-        channels = torch.stack([torch.randperm(self.D, generator=generator)[: self.C] for _ in range(self.HKV)])
+        channels = torch.stack([torch.randperm(self.D, generator=generator)[: self.C]
+                                for _ in range(self.HKV)])
         mean, std = 0.1 * torch.ones(2, self.HKV, self.C) * torch.tensor([1, 9])[:, None, None]
         self.map = LabelMap.from_statistics(channels, mean, std, self.widths).to(DEVICE)
-        self.labels = torch.full((self.B, self.HKV, self.config.words(self.D), self.S), -1, dtype=torch.int32, device=DEVICE)
-        self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).expand(self.B, -1).contiguous()
+        allocated = self.B, self.HKV, self.config.words(self.D), -(-self.S // self.pad) * self.pad
+        self.labels = torch.full(allocated, -1, dtype=torch.int32, device=DEVICE)[..., : self.S]
+        self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).repeat(self.B, 1)
         ds.label_ref(self.k, self.positions, self.labels, self.map)
         lens = seq_lens or [max(1, self.S - 37 * b) for b in range(self.B)]
         self.seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-        self.live = ds.live_range(self.seq_lens, self.window)[1]
-        self.n_tokens = ds.per_head(self.config.budget(self.live), self.HKV)
-        self.max_tokens = self.config.budget(self.S if self.window is None else min(self.S, self.window))
 
-    @property
-    def selection(self):
-        return self.seq_lens, self.n_tokens, self.max_tokens, self.config.sink, self.config.recent, self.window
+    def workspace(self, splits=None):
+        shape = self.B, self.HQ, self.HKV, self.D, self.S
+        return ds.Workspace(*shape, self.q.device, self.config, splits)
 
     def scores(self):
-        return ds.score_ref(self.q, self.labels, self.map, self.seq_lens, self.config.sink, self.window)
+        return ds.score_ref(self.q, self.labels, self.map, self.seq_lens, self.config, self.window)
+
+    def chosen(self):
+        return ds.select_ref(self.scores(), self.seq_lens, self.config, self.window)
+
+    def select(self, impl="triton", newest=None, **more):
+        return ds.select_tokens(self.q, newest, self.labels, self.map, self.seq_lens,
+                                replace(self.config, impl=impl), self.window, **more)
+
+    def decode(self, impl="triton", **more):
+        return ds.ds_decode(self.q, self.k, self.v, self.labels, self.map, self.seq_lens,
+                            replace(self.config, impl=impl), self.window, **more)
 
 
 def first_channels(HKV, C, widths):
     """A LabelMap of the first C channels, for keys of unit variance."""
-    zeros = torch.zeros(HKV, C)
-    return LabelMap.from_statistics(torch.arange(C).expand(HKV, -1), zeros, zeros + 1, widths).to(DEVICE)
+    channels, zeros = torch.arange(C).expand(HKV, -1), torch.zeros(HKV, C)
+    return LabelMap.from_statistics(channels, zeros, zeros + 1, widths).to(DEVICE)
 
 
 def relative_error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-@pytest.mark.parametrize("widths", [((64, 1),), ((48, 2),), ((8, 8),), ((2, 8), (4, 4), (8, 2), (16, 1))], ids=str)
-def test_pack_and_unpack_are_inverse(widths):
-    largest = ds.per_dim(widths, lambda bits: 2**bits - 1, "cpu")
-    codes = (torch.rand(3, 5, len(largest)) * (largest + 1)).long()
-    words = ds.pack(codes, widths)
-    assert words.dtype == torch.int32 and words.shape[:2] == (3, 5)
-    assert words.shape[2] * 32 == sum(dims * bits for dims, bits in widths)
-    assert torch.equal(ds.unpack(words, widths), codes.int())
-
-
-def test_label_words_by_hand():
-    """Dims one behind the other, lowest bits first: 8 + 4 + 4, then 2 bits eight times."""
-    codes = torch.tensor([0x12, 0x3, 0x4, 1, 2, 3, 0, 0, 0, 0, 3])
-    words = ds.pack(codes, ((1, 8), (2, 4), (8, 2)))
-    assert words.tolist() == [0x12 + 0x300 + 0x4000 + ((1 + 2 * 4 + 3 * 16) << 16) + (3 << 30) - 2**32]
-
-
-@cases
-def test_label_kernel_equals_reference(case):
-    p = Problem(case)
-    T = min(p.S, 70)
-    labels = torch.full_like(p.labels, -1)
-    ds.label(p.k[:, :, p.S - T :], p.positions[:, p.S - T :], labels, p.map)
-    assert (labels[..., : p.S - T] == -1).all(), "wrote outside of the given positions"
-    assert torch.equal(labels[..., p.S - T :], p.labels[..., p.S - T :])
-
-
-def test_labels_really_have_their_bits():
-    """The cache of 32 dims x 4 bits holds 16 bytes per token and KV head: 1/16 of a bf16 K of 128 channels."""
-    config = ModelConfig(64, 3, 4, 2, 128, 64, 50, 64)
-    maps = [first_channels(2, 32, ((32, 4),))] * 3
-    cache = KVCache(config, 1, 40, "cpu", torch.bfloat16, DSConfig(dense_layers=1), maps)
-    assert cache.label_bytes() == 2 * (40 * 2 * 16)  # two sparse layers
-    assert cache.label_bytes() * 16 == sum(layer.kv[..., 0, :].numel() * 2 for layer in cache.layers[1:])
-
-
-def test_label_scores_approximate_q_dot_k():
-    """With all channels at 8 bits the label score is q . k / sqrt(D) itself, but for a constant and the query's 8 bits."""
-    p = Problem(shapes(HQ=2, bits=8, C=64))
-    exact = torch.einsum("bhd,bhsd->bhs", p.q, p.k) / 8
-    for b, length in enumerate(p.seq_lens.tolist()):
-        scores, want = p.scores()[b, :, :length], exact[b, :, :length]
-        error = (scores - scores.mean(-1, keepdim=True)) - (want - want.mean(-1, keepdim=True))
-        assert error.std() < 0.02 * want.std()
-
-
-@pytest.mark.parametrize("S, window", [(900, None), (900, 500), (6000, None)], ids=["whole", "window", "sampled"])
-def test_a_group_is_pooled_by_softmax_weight(S, window):
-    """With labels that tell nearly all of q . k, scores are those of pool_ref; a head of large logits does not choose for others."""
-    p = Problem(shapes(B=1, HQ=6, HKV=2, S=S, bits=8, C=64, window=window))
-    p.q[:, ::3] *= 4
-    p.k[:, :, 1] = 20 * p.q[:, ::3] / p.q[:, ::3].norm(dim=-1, keepdim=True)  # a sink, which stands for no other token
-    p.map.step *= 3  # so that it fits the range
-    ds.label_ref(p.k, p.positions, p.labels, p.map)
-    exact = (torch.einsum("bhgd,bhsd->bhgs", p.q.unflatten(1, (2, 3)), p.k) / 8)
-    exact = exact.masked_fill(~ds.eligible_tokens(p.seq_lens, S, window)[:, None, None], float("-inf"))
-    scores, want = p.scores(), ds.pool_ref(exact)
-    live = scores.isfinite()
-    error = (scores - want)[live].unflatten(0, (2, -1))
-    error -= error.mean(1, keepdim=True)  # the logarithm of a mean, and of a sum
-    assert error.abs().mean() < (0.4 if S > ds.SAMPLE else 0.2)
-    assert (exact.amax(2) - want)[live].std() > 1, "the case pools alike by raw scores"
-
-
-@pytest.mark.parametrize("bits", [4, "8x4,48x2"])
-def test_query_codes_round_as_the_reference_s(bits):
-    """bf16 queries put many codes on the edge between two: kernel and reference must fall on the same side."""
-    p = Problem(shapes(B=60, HQ=6, S=1, bits=bits, dtype=torch.bfloat16))
-    workspace = ds.Workspace(60, 6, 2, 64, 1, torch.device(DEVICE), p.config)
-    ds.Selection(p.q, p.labels, p.map, p.seq_lens, p.config, workspace).bracket()
-    W, T = p.config.words(64), 2 if bits == 4 else 4  # byte-wise slices of a label word
-    sliced = workspace.query.view(60, 2, 3, W * T + 1)[..., :-1].contiguous()
-    sliced = sliced.view(torch.int8).view(60, 2, 3, W, T, 4)
-    word, shift = ds.places(p.widths, DEVICE)
-    want, _ = p.map.query_codes(p.q)
-    assert torch.equal(sliced[..., word, shift % 8 // (8 // T), shift // 8].int(), want.int())
-
-
-ADVERSARIAL = {
-    "random": lambda s: s,
-    "all-equal": lambda s: s * 0 + 1,
-    "one-spike": lambda s: (s * 0).index_fill(-1, torch.tensor([5], device=s.device), 9.0),
-    "ascending": lambda s: torch.arange(s.shape[-1], device=s.device).float().expand_as(s).clone(),
-    "descending": lambda s: -torch.arange(s.shape[-1], device=s.device).float().expand_as(s).clone(),
-    "two-valued": lambda s: (s > 0.5).float(),
-    "heavy-ties": lambda s: (s * 2).round(),
-    "both-zeros": lambda s: torch.where(s > 0, 0.0, -0.0),
-    "huge-range": lambda s: s * 1e30,
-}
-
-
-@pytest.mark.parametrize("shape", ADVERSARIAL.values(), ids=ADVERSARIAL)
-@pytest.mark.parametrize("window", [None, 150], ids=["full", "window"])
-def test_reference_selection_is_exact(shape, window):
-    p = Problem(shapes(B=3, S=700, window=window), seq_lens=[700, 129, 1])
-    scores = shape(torch.randn(3, 2, 700, device=DEVICE))
-    first, _ = ds.live_range(p.seq_lens, window)
-    dead = (p.positions < first[:, None]) | (p.positions >= p.seq_lens[:, None])
-    scores = scores.masked_fill(dead[:, None], float("-inf"))
-    want = ds.select_ref(scores, *p.selection)
-    for b, length in enumerate(p.seq_lens.tolist()):
-        start = first[b].item()
-        for h in range(2):
-            n = p.n_tokens[b, h].item()
-            chosen = want[b, h, :n].tolist()
-            assert chosen == sorted(set(chosen)) and start <= chosen[0] and chosen[-1] == length - 1
-            assert (want[b, h, n:] == -1).all()
-            assert set(range(max(0, length - min(4, n)), length)) <= set(chosen), "the newest tokens are always attended"
-            if start == 0 and n >= 6:
-                assert {0, 1} <= set(chosen), "the first tokens are always attended"
-            free = [i for i in chosen if 2 <= i < length - 4]
-            rest = [i for i in range(max(2, start), length - 4) if i not in free]
-            assert not free or not rest or min(scores[b, h, free]) >= max(scores[b, h, rest])
-
-
-def check_selection(p):
-    """That the kernels select what the reference does, token for token, of scratch that holds nothing."""
-    got, n_got = poisoned(lambda: ds.select(p.q, p.labels, p.map, p.seq_lens, p.config, p.window))
-    assert torch.equal(n_got, p.n_tokens.to(n_got.dtype))
-    check_exact(p, got)
-
-
-def launched(how, monkeypatch):
-    """The ways to launch a selection: three stages; lists of more than 64 shared by four programs a row, of which the interpreter
-    can run but one ("shared"); all in one program ("fused"); lists of more than 512 searched in memory."""
-    if how == "fused":
-        monkeypatch.setattr(ds, "Workspace", partial(ds.Workspace, segments=1))
-    if how in ("shared", "in-memory"):
-        placers = 4 if GPU else 1
-        tile, plan = {"shared": (64, dict(tile=64, placers=placers, share=2048 // placers)),
-                      "in-memory": (256, dict(tile=512, placers=1, share=0))}[how]
-        monkeypatch.setattr(ds, "TILE", tile)
-        monkeypatch.setattr(ds.Workspace, "plan_choose", lambda workspace, *_: vars(workspace).update(plan))
-
-
-@pytest.mark.parametrize("how, case", [
-    pytest.param(how, CASES[case], id=f"{how}-{case}") for how in ("staged", "shared", "fused") for case in CASES
-    if GPU or how == "fused" or case in ("gqa8-4097-mixed", "gqa4-window", "2bit-gqa3", "gqa7-four-widths-window")])
-def test_kernel_selection_equals_reference(how, case, monkeypatch):
-    launched(how, monkeypatch)
-    check_selection(Problem(case))
-
-
-CROWDS = {  # codes of the first of the dims, of which the query looks at the first two: 127 and 8 to 1
-    "all-equal": lambda i: (i * 0, i * 0),
-    "one-spike": lambda i: (15 * (i == 5), i * 0),
-    "ascending": lambda i: (i * 15 // 6000, i * 240 // 6000 % 16),
-    "descending": lambda i: (15 - i * 15 // 6000, i * 0),
-    "two-valued": lambda i: (i % 7 == 0, i * 0),
-    "many-ties": lambda i: (i * 7919 % 5, i * 104729 % 3),
-    "best-in-one-place": lambda i: (15 * ((i > 3000) & (i < 3700)), i * 31 % 16),
-    "sample-sees-the-best": lambda i: (15 * (torch.isin(i, sampled(6000)) & (i % 4 == 0)), i % 16),  # and brackets too high
-}
-
-
-def sampled(live):
-    """The positions from which the kernel brackets the n-th score of a row."""
-    runs = torch.arange(ds.SAMPLE // ds.RUN) * live // (ds.SAMPLE // ds.RUN) // ds.RUN * ds.RUN
-    return runs[:, None] + torch.arange(ds.RUN)
-
-
-def adversarial(crowd, **more):
-    """A problem of two long rows whose label scores are those of the crowd."""
-    p = Problem(shapes(B=2, HQ=1, HKV=1, S=6000, C=8, **more), seq_lens=[6000, 4801])
-    codes = torch.zeros(6000, 8)
-    codes[:, 0], codes[:, 1] = crowd(torch.arange(6000))
-    p.labels[:] = ds.pack(codes, p.widths).T.to(DEVICE)
-    p.map.step = torch.ones_like(p.map.step)
-    p.q = torch.zeros_like(p.q)
-    p.q[..., p.map.channels[0, 0]], p.q[..., p.map.channels[0, 1]] = 127.0, 8.0
-    return p
-
-
-@pytest.mark.parametrize("crowd, window, portable, how", [
-    *((crowd, window, True, "staged") for crowd, window in zip(CROWDS, 4 * [None, 4500])),
-    *((crowd, None, False, "staged") for crowd in CROWDS if GPU),  # the interpreter takes the portable branch anyway
-    *((crowd, None, True, how) for how in ("shared", "fused", "in-memory")
-      for crowd in ("many-ties", "descending", "sample-sees-the-best"))])
-def test_kernel_selection_of_adversarial_scores(crowd, window, portable, how, monkeypatch):
-    """Rows long enough for the sampled bracket: exactly n tokens, and the same as the reference's, ties included."""
-    launched(how, monkeypatch)
-    select = ds.select
-    monkeypatch.setattr(ds, "select", lambda *a: select(*a, portable=portable))
-    check_selection(adversarial(CROWDS[crowd], window=window))
-
-
-def test_a_bracket_that_missed_is_mended(monkeypatch):
-    """Too few candidates, or too many to list: all keys anew. The sample is deceived to get the first."""
-    for crowd, few in (("sample-sees-the-best", True), ("many-ties", False)):
-        p = adversarial(CROWDS[crowd])
-        workspace = ds.Workspace(2, 1, 1, 64, 6000, torch.device(DEVICE), p.config)
-        if not few:
-            monkeypatch.setattr(ds, "TILE", 256)
-            workspace.tile, workspace.longest = 256, 0
-        selection = ds.Selection(p.q, p.labels, p.map, p.seq_lens, p.config, workspace)
-        selection.bracket()
-        selection.emit()
-        found = workspace.counts[0, : -(-6000 // ds.BLOCK)].sum()  # the candidates of row 0
-        assert found < p.n_tokens[0, 0] if few else found > workspace.tile, "the case did not go wrong"
-        selection.choose()
-        check_exact(p, workspace.indices)
-
-
-def test_labels_are_not_read_past_their_memory():
-    """Rows are read up to a multiple of 16 tokens, as far as there is memory: padded as in the cache, or not."""
-    p = Problem(shapes(S=203))
-    padded = torch.full((2, 2, 4, 208), -1, dtype=torch.int32, device=DEVICE)[..., :203]
-    padded.copy_(p.labels)
-    found = []
-    for labels, row_tokens in ((p.labels, 203), (padded, 208)):
-        workspace = ds.Workspace(2, 4, 2, 64, 203, torch.device(DEVICE), p.config)
-        assert ds.Selection(p.q, labels, p.map, p.seq_lens, p.config, workspace).readable_tokens() == row_tokens
-        indices, n = ds.select(p.q, labels, p.map, p.seq_lens, p.config, workspace=workspace)
-        found.append([indices[b, h, : n[b, h]].tolist() for b in range(2) for h in range(2)])
-    assert found[0] == found[1]
-
-
-def test_a_workspace_of_another_shape_is_refused():
-    p = Problem(shapes(S=300))
-    config = DSConfig(**{**vars(p.config), "impl": "triton"})
-    for workspace in (ds.Workspace(2, 4, 2, 64, 200, DEVICE, config), ds.Workspace(2, 4, 2, 64, 300, DEVICE, config, window=50)):
-        with pytest.raises(AssertionError, match="a workspace"):
-            ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, workspace=workspace)
-
-
-@pytest.mark.parametrize("tile", [256, 2048], ids=["in-memory", "in-registers"])
-def test_lists_of_all_lengths_are_searched(tile, monkeypatch):
-    """Longer than fits registers, or in the smallest tile that holds them."""
-    monkeypatch.setattr(ds, "TILE", 256)
-    p = Problem(shapes(B=3, HQ=2, S=6000), seq_lens=[6000, 3000, 200])
-    workspace = ds.Workspace(3, 2, 2, 64, 6000, torch.device(DEVICE), p.config)
-    workspace.tile, workspace.placers, workspace.share = tile, 1, 0
-    check_exact(p, ds.select(p.q, p.labels, p.map, p.seq_lens, p.config, workspace=workspace)[0])
-
-
-@pytest.mark.skipif(not GPU, reason="programs that wait for each other need a GPU")
-@pytest.mark.parametrize("B, HKV, S, placers, bits",
-                         [(1, 3, 140_000, 32, 4), (2, 16, 70_000, 8, "8x4,48x2"), (2, 2, 70_000, 16, 8)])
-def test_long_lists_are_shared_by_programs(B, HKV, S, placers, bits):
-    """As many as the shape asks for, steps of all lengths back to back in one graph."""
-    p = Problem(shapes(B=B, HQ=HKV, HKV=HKV, S=S, bits=bits, dtype=torch.bfloat16))
-    workspace = ds.Workspace(B, HKV, HKV, 64, S, torch.device(DEVICE), p.config)
-    assert workspace.placers == placers
-    lengths = [torch.tensor([n] * B, dtype=torch.int32, device=DEVICE) - torch.arange(B, device=DEVICE, dtype=torch.int32) * 999
-               for n in (S, S - 1, 3000, S // 2, 20_000, S)]
-
-    def run():
-        found = []
-        for lens in lengths:
-            workspace.indices.fill_(-7)
-            found.append([x.clone() for x in ds.select(p.q, p.labels, p.map, lens, p.config, workspace=workspace)])
-        return found
-
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
-    for _ in range(20):
-        graph.replay()
-        for lens, (indices, n_tokens) in zip(lengths, found):
-            p.seq_lens, p.n_tokens = lens, ds.per_head(p.config.budget(lens), HKV)
-            assert torch.equal(n_tokens, p.n_tokens)
-            check_exact(p, indices)
-
-
-def test_programs_that_choose_are_planned(monkeypatch):
-    """They have room for the list, run at a time, and announce nothing; where one program does all it does not wait for others."""
-    for name in ("nvidia", "pdl"):
-        monkeypatch.setattr(ds, name, lambda tensor: True)
-    monkeypatch.setattr(ds, "PROGRAMS", 1024)
-    shared = set()
-    for multiprocessors in (132, 20):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=multiprocessors))
-        for rows, S, segments in itertools.product((1, 32, 60, 128, 300), (1000, 16_384, 131_072, 2**20), (None, 1)):
-            plan = ds.Workspace(1, rows, rows, 64, S, torch.device("meta"), DSConfig(), segments=segments)
-            if plan.share:
-                assert plan.segments > 1 and 1 < plan.placers <= multiprocessors and not plan.announced
-                assert plan.tile == ds.TILE and S / 16 * 1.75 <= plan.placers * plan.share and plan.share <= ds.MAX_TILE
-                assert plan.placers & (plan.placers - 1) == plan.share & (plan.share - 1) == 0, "no powers of two"
-                shared.add((rows, S))
-            else:
-                assert plan.placers == 1 and (plan.segments == 1 or S / 16 * 1.75 <= plan.tile)
-    assert shared == {(rows, S) for rows in (1, 32, 60, 128, 300) for S in (131_072, 2**20)} - {(128, 131_072)}
-
-
-def check_exact(p, indices):
-    want = ds.select_ref(p.scores(), *p.selection)
-    for b in range(p.B):
-        for h in range(p.HKV):
-            assert torch.equal(indices[b, h, : p.n_tokens[b, h]], want[b, h, : p.n_tokens[b, h]])
-
-
-def test_a_workspace_serves_any_sequence_of_lengths():
-    """State that survived a call would show: long, short, long again, another window of the same scratch memory."""
-    p = Problem(shapes(B=1, HQ=2, HKV=1, S=5000))
-    workspace = ds.Workspace(1, 2, 1, 64, 5000, torch.device(DEVICE), p.config)
-    config = DSConfig(**{**vars(p.config), "impl": "triton"})
-    for length in (5000, 3, 4700, 1, 2100, 5000):
-        lens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
-        got = ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, lens, config, workspace=workspace)
-        torch.testing.assert_close(got, ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, lens, config), atol=0, rtol=0)
-        want = ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, lens, DSConfig(**{**vars(p.config), "impl": "torch"}))
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
 def poisoned(run):
@@ -462,167 +169,438 @@ def poisoned(run):
         t = empty(*args, **more)
         return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-(2**30))
 
-    torch.empty, torch.empty_like = nan_empty, lambda t, **more: nan_empty(t.shape, dtype=t.dtype, device=t.device)
+    torch.empty = nan_empty
+    torch.empty_like = lambda t, **more: nan_empty(t.shape, dtype=t.dtype, device=t.device)
     try:
         return run()
     finally:
         torch.empty, torch.empty_like = empty, empty_like
 
 
-def naive_attention(q, k, v, seq_lens, indices=None, n_tokens=None, window=None):
-    """attend_ref's result with every step in the inputs' dtype: what its rounding costs is the kernel's allowance."""
-    out = torch.empty_like(q)
-    G = q.shape[1] // k.shape[1]
-    for b in range(len(q)):
-        for h in range(q.shape[1]):
-            start = 0 if window is None else max(0, int(seq_lens[b]) - window)
-            rows = slice(start, int(seq_lens[b])) if indices is None else indices[b, h // G, : n_tokens[b, h // G]].long()
-            weights = (k[b, h // G, rows] @ q[b, h] / q.shape[2] ** 0.5).softmax(0)
-            out[b, h] = weights @ v[b, h // G, rows]
-    return out
+def mask_of(indices, n_tokens, S):
+    """select_tokens' lists as select_ref's mask."""
+    listed = torch.arange(indices.shape[2], device=DEVICE) < n_tokens[..., None]
+    times = torch.zeros(*n_tokens.shape, S, dtype=torch.int32, device=DEVICE)
+    times.scatter_add_(2, indices.masked_fill(~listed, 0).long(), listed.int())
+    assert times.max() == 1, "a token is listed twice"
+    return times.bool()
 
 
-@pytest.mark.parametrize("splits", [1, 16])
+@pytest.mark.parametrize("widths", ["64x1", "48x2", "8x8", "2x8,4x4,8x2,16x1"])
+def test_pack_and_unpack_are_inverse(widths):
+    widths = ds.parse_widths(widths)
+    largest = ds.per_dim(widths, lambda bits: 2**bits - 1, "cpu")
+    codes = (torch.rand(3, 5, len(largest)) * (largest + 1)).long()
+    words = ds.pack(codes, widths)
+    assert words.dtype == torch.int32 and words.shape == (3, 5, ds.words_of(widths))
+    assert torch.equal(ds.unpack(words, widths), codes.int())
+
+
+def test_label_words_by_hand():
+    """Dims one behind the other, lowest bits first: 8 + 4 + 4, then 2 bits eight times."""
+    codes = torch.tensor([0x12, 0x3, 0x4, 1, 2, 3, 0, 0, 0, 0, 3])
+    words = ds.pack(codes, ((1, 8), (2, 4), (8, 2)))
+    assert words.tolist() == [0x4312 + ((1 + 2 * 4 + 3 * 16) << 16) + (3 << 30) - 2**32]
+
+
 @cases
-def test_attend_kernel_equals_reference_given_the_same_indices(case, splits):
+def test_label_kernel_equals_reference(case):
     p = Problem(case)
-    indices = ds.select_ref(p.scores(), *p.selection)
-    for more in ((indices, p.n_tokens), (None, None, p.window)):
-        wide = [x.double() if i < 3 else x for i, x in enumerate((p.q, p.k, p.v, p.seq_lens))]
-        exact = ds.attend_ref(*wide, *more)
-        in_dtype = naive_attention(p.q, p.k, p.v, p.seq_lens, *more)
-        workspace = poisoned(lambda: ds.Workspace(p.B, p.HQ, p.HKV, p.D, p.S, torch.device(DEVICE), splits=splits))
-        got = poisoned(lambda: ds.attend(p.q, p.k, p.v, p.seq_lens, *more, workspace=workspace))
-        assert relative_error(got, exact) <= 2 * relative_error(in_dtype, exact) + 1e-6
+    begin, labels = max(0, p.S - 70), torch.full_like(p.labels, -1)
+    ds.label(p.k[:, :, begin:], p.positions[:, begin:], labels, p.map)
+    assert (labels[..., :begin] == -1).all(), "wrote outside of the given positions"
+    assert torch.equal(labels[..., begin:], p.labels[..., begin:])
+
+
+def test_labels_really_have_their_bits():
+    """32 dims of 4 bits take 16 bytes per token and KV head: 1/16 of a bf16 K of 128 channels."""
+    config = ModelConfig(64, 3, 4, 2, 128, 64, 50, 64)
+    maps = [first_channels(2, 32, ((32, 4),))] * 3
+    cache = KVCache(config, 1, 40, "cpu", torch.bfloat16, DSConfig(dense_layers=1), maps)
+    assert cache.label_bytes() == 2 * (40 * 2 * 16)  # two sparse layers
+    of_keys = sum(layer.kv[..., 0, :].numel() * 2 for layer in cache.layers[1:])
+    assert cache.label_bytes() * 16 == of_keys
+
+
+def test_label_scores_approximate_q_dot_k():
+    """With all channels at 8 bits they are q . k / sqrt(D) itself, but for a constant, the unit and
+    the query's 8 bits."""
+    p = Problem(shapes(HQ=2, bits=8, C=64))
+    exact = torch.einsum("bhd,bhsd->bhs", p.q, p.k) / 8
+    scores = p.scores() * p.map.query_codes(p.q)[1][..., None]
+    for b, length in enumerate(p.seq_lens.tolist()):
+        got, want = scores[b, :, :length], exact[b, :, :length]
+        error = (got - got.mean(-1, keepdim=True)) - (want - want.mean(-1, keepdim=True))
+        assert error.std() < 0.02 * want.std()
+
+
+@pytest.mark.parametrize("S, window", [(900, None), (900, 500), (6000, None)],
+                         ids=["whole", "window", "sampled"])
+def test_a_group_is_pooled_by_softmax_weight(S, window):
+    """With labels that tell nearly all of q . k, scores are pool_ref's; a head of large logits does
+    not choose for others."""
+    p = Problem(shapes(B=1, HQ=6, HKV=2, S=S, bits=8, C=64, window=window))
+    p.q[:, ::3] *= 4
+    unit = p.q[:, ::3] / p.q[:, ::3].norm(dim=-1, keepdim=True)
+    p.k[:, :, 1] = 20 * unit  # a sink, which stands for no other token
+    p.map.step *= 3  # so that it fits the range
+    ds.label_ref(p.k, p.positions, p.labels, p.map)
+    exact = torch.einsum("bhgd,bhsd->bhgs", p.q.unflatten(1, (2, 3)), p.k) / 8
+    live = ds.eligible_tokens(p.seq_lens, S, window)
+    exact = exact.masked_fill(~live[:, None, None], float("-inf"))
+    scores, want = p.scores() * p.map.query_codes(p.q)[1][..., None], ds.pool_ref(exact)
+    assert torch.equal(scores.isfinite(), live[:, None].expand_as(scores))
+    error = (scores - want)[..., live[0]]
+    error -= error.mean(-1, keepdim=True)  # the logarithm of a mean, and of a sum
+    assert error.abs().mean() < (0.4 if S > ds.SAMPLE else 0.2)
+    assert (exact.amax(2) - want)[..., live[0]].std() > 1, "the case pools alike by raw scores"
+
+
+@pytest.mark.parametrize("bits", [4, "4x4,24x2"])
+def test_query_codes_round_as_the_reference_s(bits):
+    """bf16 queries put many codes on the edge between two, where the kernel must round alike."""
+    p = Problem(shapes(B=60 if GPU else 2, HQ=6, S=1, bits=bits, dtype=torch.bfloat16))
+    workspace = p.workspace()
+    ds.bracket(p.q, p.labels, p.map, p.seq_lens, p.config, None, workspace)
+    W, T = p.config.words(64), 2 if bits == 4 else 4  # byte-wise slices of a label word
+    sliced = workspace.query.view(p.B, 2, 3, W * T + 1)[..., :-1].contiguous()
+    sliced = sliced.view(torch.int8).view(p.B, 2, 3, W, T, 4)
+    word, shift = ds.places(p.widths, DEVICE)
+    want, _ = p.map.query_codes(p.q)
+    assert torch.equal(sliced[..., word, shift % 8 // (8 // T), shift // 8].int(), want.int())
+
+
+@pytest.mark.parametrize("window", [None, 150], ids=["full", "window"])
+@pytest.mark.parametrize("shape", [
+    lambda s: s, lambda s: s * 0, lambda s: s.cumsum(2), lambda s: (s * 2).round(),
+    lambda s: torch.where(s > 0, 0.0, -0.0), lambda s: s * 1e30
+], ids=["random", "all-equal", "drifting", "ties", "both-zeros", "huge-range"])
+def test_rows_of_no_more_than_the_sample_get_exactly_n_tokens(shape, window):
+    """The first and newest, and the best of the rest: more only where the last of them tie."""
+    config = DSConfig(sparsity=8, min_tokens=8, sink=2, recent=4, dense_below=0)
+    seq_lens = torch.tensor([ds.SAMPLE, 129, 1], dtype=torch.int32)
+    scores = shape(torch.randn(3, 1, ds.SAMPLE, generator=torch.Generator().manual_seed(0)))
+    live = ds.eligible_tokens(seq_lens, ds.SAMPLE, window)
+    scores = scores.masked_fill(~live[:, None], float("-inf"))
+    chosen = ds.select_ref(scores, seq_lens, config, window)
+    for length, row, tokens, mask in zip(seq_lens.tolist(), scores[:, 0], live, chosen[:, 0]):
+        tokens = tokens.nonzero()[:, 0].tolist()
+        always = {i for i in tokens if i < 2 or i >= length - 4}
+        rest, n = [i for i in tokens if i not in always], config.budget(len(tokens)) - len(always)
+        lowest = sorted(row[rest].tolist(), reverse=True)[n - 1] if n else 0
+        assert set(mask.nonzero()[:, 0].tolist()) == always | {i for i in rest if row[i] >= lowest}
+
+
+def test_long_rows_get_n_tokens_on_average():
+    """Within 2%, though the tokens always attended have the best scores; not all rows exactly."""
+    config, generator = DSConfig(), torch.Generator().manual_seed(0)
+    scores = torch.randn(64, 2, 6000, generator=generator)
+    scores[..., : config.sink] = scores[..., -config.recent :] = 9
+    chosen = ds.select_ref(scores, torch.full((64,), 6000, dtype=torch.int32), config)
+    n = chosen.sum(2).float()
+    assert chosen[..., : config.sink].all() and chosen[..., -config.recent :].all() and n.std() > 0
+    assert n.mean().item() == pytest.approx(config.budget(6000), rel=0.02)
+
+
+@pytest.mark.parametrize("dense_below, lens", [(300, [299, 300]), (0, [20, 21])],
+                         ids=["dense_below", "n"])
+def test_rows_without_a_choice(dense_below, lens):
+    """One has all its tokens, by dense_below or as they are N; the next those alone that it has in
+    any case, as they are N."""
+    config = DSConfig(n_tokens=20, dense_below=dense_below)
+    scores, seq_lens = torch.randn(2, 1, 400), torch.tensor(lens, dtype=torch.int32)
+    scores = scores.masked_fill(~ds.eligible_tokens(seq_lens, 400, None)[:, None], float("-inf"))
+    assert config.sparse_at(seq_lens).tolist() == [False, True]
+    assert ds.threshold_ref(scores, seq_lens, config).tolist() == [[-math.inf], [math.inf]]
+    assert ds.select_ref(scores, seq_lens, config).sum(2).tolist() == [[lens[0]], [20]]
+
+
+def check_selection(p):
+    """That the kernels choose the tokens that the reference does, by scratch that holds nothing."""
+    indices, n_tokens, counts = poisoned(p.select)
+    assert torch.equal(counts.sum(2), n_tokens)
+    assert torch.equal(mask_of(indices, n_tokens, p.S), p.chosen())
 
 
 @cases
+def test_kernels_choose_the_reference_s_tokens(case):
+    check_selection(Problem(case))
+
+
+CROWDS = {  # codes of the first two dims, which queries weigh 127 to 8; they look at no other
+    "all-equal": lambda i: (i * 0, i * 0),
+    "ascending": lambda i: (i * 15 // 6000, i * 240 // 6000 % 16),
+    "descending": lambda i: (15 - i * 15 // 6000, i * 0),
+    "many-ties": lambda i: (i * 7919 % 5, i * 104729 % 3),
+    "best-in-one-place": lambda i: (15 * ((i > 3000) & (i < 3700)), i * 31 % 16),
+    "sample-sees-the-best": lambda i: (
+        15 * torch.isin(i, ds.sample_ref(torch.tensor([6000]))[0]) * (i % 4 == 0), i % 16),
+}
+
+
+@pytest.mark.parametrize("crowd, window", list(zip(CROWDS, 3 * [None, 4500])))
+def test_kernels_choose_the_reference_s_tokens_of_adversarial_scores(crowd, window):
+    p = Problem(shapes(HQ=2, HKV=1, S=6000, C=8, window=window), seq_lens=[6000, 4801])
+    codes = torch.zeros(6000, 8)
+    codes[:, 0], codes[:, 1] = CROWDS[crowd](torch.arange(6000))
+    p.labels[:] = ds.pack(codes, p.widths).T.to(DEVICE)
+    p.map.step = torch.ones_like(p.map.step)
+    p.q = torch.zeros_like(p.q)
+    p.q[:, 0, p.map.channels[0, :2]] = torch.tensor([127.0, 8.0], device=DEVICE)
+    p.q[:, 1] = p.q[:, 0] / 2
+    check_selection(p)
+
+
+@pytest.mark.parametrize("more", [dict(dense_below=400), dict(n_tokens=200), dict(n_tokens=6)],
+                         ids=["dense_below", "n", "always-alone"])
+def test_each_row_decides_whether_it_is_sparse(more):
+    p = Problem(shapes(B=4, HQ=1, HKV=1, S=700, C=8), seq_lens=[700, 399, 130, 5], **more)
+    check_selection(p)
+    all_tokens = p.chosen().sum(2)[:, 0] == p.seq_lens
+    assert torch.equal(all_tokens, ~p.config.sparse_at(p.seq_lens))
+    torch.testing.assert_close(p.decode(), p.decode("torch"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_how_many_programs_share_a_row_changes_no_choice(splits):
+    p = Problem(CASES["mha-1000"])
+    indices, n_tokens, _ = p.select(workspace=p.workspace(splits))
+    assert torch.equal(mask_of(indices, n_tokens, p.S), p.chosen())
+
+
+def test_a_row_has_the_same_bits_alone_and_in_a_batch():
+    p = Problem(shapes(HQ=2, HKV=1, S=900, C=8), seq_lens=[900, 120], dense_below=200)
+    workspace = p.workspace(splits=4)
+    out = p.decode(workspace=workspace)
+    for b in range(2):
+        row = copy.copy(p)
+        for name in ("q", "k", "v", "labels", "seq_lens"):
+            setattr(row, name, getattr(p, name)[b : b + 1])
+        row.B = 1
+        alone = row.workspace(splits=4)
+        assert torch.equal(row.decode(workspace=alone)[0], out[b])
+        assert torch.equal(alone.counts[0], workspace.counts[b])
+        listed = torch.arange(workspace.room, device=DEVICE) < alone.counts[0][..., None]
+        assert torch.equal(alone.lists[0][listed], workspace.lists[b][listed])
+
+
+@pytest.mark.parametrize("case", ["one-token", "gqa4-window", "2bit-gqa3", "bf16", "fp16-mha"])
 def test_decode_step_by_kernels_equals_reference(case):
-    """Its output, and in the label cache the newest key's label and nothing else."""
+    p = Problem(CASES[case])
+    got = poisoned(p.decode)
+    allowance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[p.dtype]
+    assert relative_error(got, p.decode("torch")) < allowance
+    if GPU:  # the interpreter's order is fixed
+        assert torch.equal(got, p.decode()), "the same inputs gave other bits"
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_newest_keys_labels_are_written(impl):
+    """And nothing else is; nothing at all without label_newest or newest."""
+    p = Problem(shapes(HQ=1, HKV=1, S=333, window=100, C=8))
+    newest = (p.seq_lens - 1).long()[:, None, None, None]
+    want, without = p.labels.clone(), p.labels.scatter(3, newest, 0)
+    dense = partial(ds.dense_decode, p.q, p.k, p.v, p.seq_lens, p.window, impl, label_map=p.map)
+    for step, written in [
+            (lambda: p.decode(impl), True), (lambda: p.decode(impl, label_newest=False), False),
+            (lambda: p.select(impl, newest=p.k), True), (lambda: p.select(impl), False),
+            (lambda: dense(labels=p.labels), True)]:
+        p.labels.copy_(without)
+        step()
+        assert torch.equal(p.labels, want if written else without)
+
+
+def naive_attention(q, k, v, chosen):
+    """attend_ref's result with every step in the inputs' dtype: what its rounding costs is the
+    kernel's allowance."""
+    k, v, chosen = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v, chosen))
+    logits = (k @ q[..., None])[..., 0] / q.shape[2] ** 0.5
+    weights = logits.masked_fill(~chosen, float("-inf")).softmax(-1)
+    return (weights[:, :, None] @ v)[:, :, 0]
+
+
+@cases
+def test_attend_kernel_equals_reference_given_the_same_tokens(case):
+    """Listed ones, by one program a row; and all eligible ones, dense decode, by four."""
     p = Problem(case)
-    newest = (p.seq_lens - 1).long()[:, None, None, None].expand(-1, *p.labels.shape[1:3], 1)
-    outs = []
-    for impl in ("torch", "triton") + GPU * ("triton",):  # the interpreter's order is fixed
-        config = DSConfig(**{**vars(p.config), "impl": impl})
-        labels = p.labels.scatter(3, newest, 0)
-        outs.append(poisoned(lambda: ds.ds_decode(p.q, p.k, p.v, labels, p.map, p.seq_lens, config, p.window)))
-        assert torch.equal(labels, p.labels)
-    assert relative_error(outs[1], outs[0]) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[p.dtype]
-    assert torch.equal(outs[1], outs[-1]), "the same inputs gave other bits"
+    indices, _, counts = p.select("torch")
+    eligible = ds.eligible_tokens(p.seq_lens, p.S, p.window)[:, None].expand(-1, p.HKV, -1)
+    for splits, chosen, lists in ((1, p.chosen(), (indices, counts)), (4, eligible, (None, None))):
+        exact = ds.attend_ref(p.q.double(), p.k.double(), p.v.double(), p.seq_lens, chosen)
+        allowance = 2 * relative_error(naive_attention(p.q, p.k, p.v, chosen), exact) + 1e-6
+        inputs = p.q, p.k, p.v, p.seq_lens, *lists, p.window, p.workspace(splits)
+        assert relative_error(poisoned(lambda: ds.attend(*inputs)), exact) <= allowance
 
 
-@pytest.mark.parametrize("how, case", [
-    *(pytest.param(how, CASES[case], id=f"{how}-{case}") for how, case in (
-        ("staged", "bf16"), ("staged", "gqa4-window"), ("fused", "bf16"), ("fused", "2bit-gqa3"))),
-    pytest.param("in-memory", shapes(B=3, HQ=2, HKV=1, S=6000), id="in-memory-6000")])
-def test_rows_attended_to_while_others_are_chosen(how, case, monkeypatch):
-    """The same bits as when attend waits for all rows, step after step: what announces a row is taken back."""
-    launched(how, monkeypatch)
-    p = Problem(case, seq_lens=[6000, 200, 4000] if case["S"] == 6000 else None)
-    config = replace(p.config, impl="triton")
-
-    def decode(workspace):
-        return ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window, workspace)
-
-    patient, eager = (ds.Workspace(p.B, p.HQ, p.HKV, p.D, p.S, torch.device(DEVICE), config, p.window) for _ in range(2))
-    patient.announced, eager.announced = False, True
-    for _ in range(2):
-        want, got = decode(patient), decode(eager)
-        assert torch.equal(want, got) and not eager.chosen.any()
-        p.seq_lens -= 1
+@pytest.mark.parametrize("case", ["gqa4-window", "bf16"])
+def test_attention_over_select_tokens_lists_has_ds_decode_s_bits(case):
+    p = Problem(CASES[case])
+    workspace = p.workspace()
+    indices, _, counts = p.select(workspace=workspace)
+    got = ds.attend(p.q, p.k, p.v, p.seq_lens, indices, counts, p.window, workspace)
+    assert torch.equal(got, p.decode())
 
 
-@pytest.mark.skipif(not GPU, reason="rows that wait for others need a GPU")
-@pytest.mark.parametrize("S", [4096, 40000])
-def test_announced_rows_of_a_full_gpu(S):
-    """More rows than run at a time, of all lengths, steps back to back in one graph."""
-    B, HKV = 40, 16
-    p = Problem(shapes(B=B, HQ=HKV, HKV=HKV, D=128, S=S, dtype=torch.bfloat16))
-    config = replace(p.config, impl="triton")
-    patient, eager = (ds.Workspace(B, HKV, HKV, 128, S, torch.device(DEVICE), config) for _ in range(2))
-    assert eager.announced
-    patient.announced = False
-    steps = torch.randint(1, S, (12, B), device=DEVICE, dtype=torch.int32)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_capacity_cuts_lists(impl):
+    """Those longer than it, behind; what is cut off is neither attended to nor counted."""
+    p = Problem(shapes(HQ=2, HKV=1, S=700, C=8), seq_lens=[700, 60])
+    workspace = p.workspace(splits=2 if impl == "triton" else 1)
+    whole, n_whole, _ = p.select(impl, workspace=workspace)
+    workspace.attended.zero_()
+    indices, n_tokens, counts = p.select(impl, workspace=workspace, capacity=40)
+    assert n_whole[0].min() > 40 > n_whole[1].max() and indices.shape == (2, 1, 40)
+    assert torch.equal(n_tokens, n_whole.clamp(max=40))
+    cut = mask_of(indices, n_tokens, 700)
+    assert torch.equal(cut, mask_of(whole[..., :40], n_tokens, 700))
+    got = ds.attend(p.q, p.k, p.v, p.seq_lens, indices, counts, workspace=workspace)
+    want = ds.attend_ref(p.q, p.k, p.v, p.seq_lens, cut)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert impl == "torch" or torch.equal(workspace.attended, n_tokens.long())
 
-    def decode(workspace):
-        return torch.stack([ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, lens, config, workspace=workspace, label_newest=False)
-                            for lens in steps])
 
-    want = decode(patient)
-    decode(eager)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = decode(eager)
-    for _ in range(20):
-        got.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(got, want)
-    assert not eager.chosen.any()
+def test_attended_counts_the_tokens_of_sparse_steps():
+    p = Problem(shapes(HQ=2, HKV=1, S=700, C=8), seq_lens=[700, 60], dense_below=100)
+    workspace = p.workspace()
+    for step in (p.decode, p.select, p.decode):
+        step(workspace=workspace)
+    ds.dense_decode(p.q, p.k, p.v, p.seq_lens, impl="triton", workspace=workspace)
+    assert torch.equal(workspace.attended, 3 * p.chosen().sum(2))
+
+
+def test_scratch_may_hold_anything():
+    p = Problem(shapes(B=1, HQ=2, HKV=1, S=700, bits="1x8,2x4,4x2,8x1"))
+    workspace = p.workspace()
+    want = p.decode(workspace=workspace)
+    for name, scratch in vars(workspace).items():
+        if torch.is_tensor(scratch) and name not in ("arrived", "attended"):
+            scratch.fill_(float("nan") if scratch.is_floating_point() else 0x5BADBEEF)
+    assert torch.equal(p.decode(workspace=workspace), want)
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter tells what is read")
+@pytest.mark.parametrize("pad", [1, 16])
+def test_labels_are_not_read_past_their_memory(pad, monkeypatch):
+    """Loads of four words at a time read some past a row's length; the last row must not."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    p, read = Problem(shapes(HKV=1, S=203, C=8, pad=pad), seq_lens=[203, 202]), []
+    memory = torch.full((4, *p.labels.shape[1:3], p.labels.stride(2)), -1, dtype=torch.int32)
+    p.labels = memory[1:3, ..., :203].copy_(p.labels)
+    load = interpreter_builder.create_masked_load
+
+    def noted_load(pointers, mask, *more):
+        read.append(torch.from_numpy(pointers.data[mask.data].astype("int64")).flatten())
+        return load(pointers, mask, *more)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", noted_load)
+    p.decode()
+    place = (torch.cat(read) - memory.data_ptr()).div(memory.stride(0) * 4, rounding_mode="floor")
+    assert [(place == i).any().item() for i in range(4)] == [False, True, True, False]
+
+
+def test_scratch_of_another_shape_and_labels_of_other_widths_are_refused():
+    p, longer = Problem(shapes(S=300)), Problem(shapes(S=400))
+    narrow = LabelMap(p.map.channels, p.map.lo, p.map.step, ((32, 2),))
+    with pytest.raises(AssertionError, match="a workspace of another shape"):
+        p.decode(workspace=longer.workspace())
+    with pytest.raises(AssertionError, match="labels of other widths"):
+        p.decode(workspace=Problem(shapes(S=300, bits=8, C=16)).workspace())
+    with pytest.raises(AssertionError, match="labels are not of 32 x 2"):
+        ds.label(p.k, p.positions, p.labels, narrow)
+
+
+def test_a_workspace_serves_any_sequence_of_lengths():
+    """State that survived a call would show: long, short, long again."""
+    p = Problem(shapes(B=1, HQ=2, HKV=1, S=2500, C=8))
+    workspace = p.workspace(splits=2)
+    for length in (2500, 3, 2100, 1, 2500):
+        p.seq_lens.fill_(length)
+        fresh = p.workspace(splits=2)
+        assert torch.equal(p.decode(workspace=workspace), p.decode(workspace=fresh))
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 def test_lengths_change_inside_a_cuda_graph():
-    p = Problem(shapes(B=2, S=5000), seq_lens=[5000, 4000])
-    workspace = ds.Workspace(2, 4, 2, 64, 5000, torch.device(DEVICE), p.config)
-    lens = p.seq_lens.clone()
-    step = lambda: ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, lens, p.config, workspace=workspace)
-    step()
+    """And 20 replays of each give the same bits, those of a step outside of it."""
+    p = Problem(shapes(B=2, S=5000), seq_lens=[5000, 4000], dense_below=50)
+    workspace = p.workspace()
+    p.decode(workspace=workspace)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step()
-    for now in ([5000, 4000], [37, 4999], [2100, 1]):
-        lens.copy_(torch.tensor(now))
-        out.fill_(float("nan"))
-        graph.replay()
-        got = out.clone()
-        assert torch.equal(got, step())
+        out = p.decode(workspace=workspace)
+    for lens in ([5000, 4000], [37, 4999], [2100, 1]):
+        p.seq_lens.copy_(torch.tensor(lens))
+        want = p.decode()
+        for _ in range(20):
+            out.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(out, want)
 
 
 @cases
 def test_reference_equals_dense_when_n_covers_s(case):
-    p = Problem(case)
-    config = DSConfig(**{**vars(p.config), "n_tokens": p.S + 5, "impl": "torch"})
-    sparse = ds.ds_decode(p.q, p.k, p.v, p.labels, p.map, p.seq_lens, config, p.window)
+    p = Problem(case, n_tokens=case["S"] + 6)
     dense = ds.attend_ref(p.q, p.k, p.v, p.seq_lens, window=p.window)
-    torch.testing.assert_close(sparse, dense, atol=2e-6 if p.dtype == torch.float32 else 1e-2, rtol=0)
+    atol = 2e-6 if p.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(p.decode("torch"), dense, atol=atol, rtol=0)
 
 
 def test_dense_decode_equals_sdpa():
     p = Problem(shapes(B=1, HQ=8, HKV=2, D=128, S=300))
-    want = torch.nn.functional.scaled_dot_product_attention(p.q[:, :, None], p.k, p.v, enable_gqa=True)[:, :, 0]
-    for stage in (ds.attend, ds.attend_ref):
-        torch.testing.assert_close(stage(p.q, p.k, p.v, p.seq_lens), want, atol=2e-6, rtol=0)
-
-
-def test_rows_over_one_shared_cache_equal_rows_with_their_own():
-    p = Problem(shapes(B=1, S=600))
-    lens = torch.tensor([600, 300, 7], dtype=torch.int32, device=DEVICE)
-    q = torch.randn(3, 4, 64, device=DEVICE)
-    views = [x.expand(3, *x.shape[1:]) for x in (p.k, p.v, p.labels)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    want = sdpa(p.q[:, :, None], p.k, p.v, enable_gqa=True)
     for impl in ("torch", "triton"):
-        config = DSConfig(**{**vars(p.config), "impl": impl})
-        shared = ds.ds_decode(q, *views, p.map, lens, config, label_newest=False)
-        own = ds.ds_decode(q, *(x.clone() for x in views), p.map, lens, config)
-        torch.testing.assert_close(shared, own, atol=1e-6, rtol=0)
+        got = ds.dense_decode(p.q, p.k, p.v, p.seq_lens, impl=impl)
+        torch.testing.assert_close(got, want[:, :, 0], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rows_over_one_shared_cache_equal_rows_with_their_own(impl):
+    p = Problem(shapes(B=1, HQ=2, HKV=1, S=600, C=8))
+    p.seq_lens = torch.tensor([600, 300, 7], dtype=torch.int32, device=DEVICE)
+    p.q = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    p.k, p.v, p.labels = (x.expand(3, *x.shape[1:]) for x in (p.k, p.v, p.labels))
+    shared = p.decode(impl, label_newest=False)
+    with pytest.raises(AssertionError, match="would overwrite others' labels"):
+        p.decode(impl)
+    p.k, p.v, p.labels = (x.clone() for x in (p.k, p.v, p.labels))
+    torch.testing.assert_close(shared, p.decode(impl), atol=1e-6, rtol=0)
 
 
 def test_budget_of_ints_and_tensors_agree():
-    for config in (DSConfig(), DSConfig(sparsity=3.7, min_tokens=2), DSConfig(n_tokens=50)):
-        live = list(range(1, 3000, 7)) + [2**20 - 1, 2**20]
-        assert config.budget(torch.tensor(live, dtype=torch.int32)).tolist() == [config.budget(n) for n in live]
-    assert DSConfig(sparsity=16).budget(16 * 300) == 300 and DSConfig(sparsity=16).budget(16 * 300 + 1) == 301
+    live = list(range(1, 4000, 7)) + [3071, 3072, 2**20 - 1, 2**20]
+    for more in ({}, dict(sparsity=3.7, min_tokens=20, dense_below=0), dict(n_tokens=50)):
+        config = DSConfig(**more)
+        n = config.budget(torch.tensor(live, dtype=torch.int32))
+        assert n.dtype == torch.int32 and n.tolist() == [config.budget(tokens) for tokens in live]
+    assert [DSConfig().budget(n) for n in (1, 3071, 3072, 4800, 4801)] == [1, 3071, 192, 300, 301]
+
+
+@pytest.mark.parametrize("more, message", [
+    (dict(sparsity=1), "sparsity=1: must be above 1; use --sparsity 1 for dense"),
+    (dict(n_tokens=19), "n_tokens=19: must be at least 20, the tokens always attended"),
+    (dict(min_tokens=6, sink=3), "min_tokens=6: must be at least 19, the tokens always attended"),
+    (dict(sink=-1), "sink=-1: must be at least 0"),
+    (dict(recent=0), "recent=0: must be at least 1"),
+    (dict(impl="cuda"), "impl=cuda: must be one of auto, torch, triton")])
+def test_settings_that_cannot_be_are_refused(more, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DSConfig(**more)
 
 
 def test_label_dims_follow_from_sparsity():
     """Label bytes are 1/sparsity of a 16-bit K: 32 of 128 channels at 4 bits for 1/16."""
-    assert [DSConfig(sparsity=s, label_bits=b).channels(128) for s, b in [(16, 4), (16, 2), (8, 4), (32, 4), (16, 8)]
+    settings = [(16, 4), (16, 2), (8, 4), (32, 4), (16, 8)]
+    assert [DSConfig(sparsity=s, label_bits=bits).channels(128) for s, bits in settings
             ] == [32, 64, 64, 16, 16]
     with pytest.raises(ValueError, match="label_channels=12: must be a multiple of 8"):
         DSConfig(label_channels=12).channels(128)
 
 
 def test_default_label_widths():
-    """Those of notes-quality.md at 16, 8 and 4 bytes of 128 dims; whole words of any head's, and no more dims than it has."""
+    """Those of notes-quality.md at 16, 8 and 4 bytes of 128 dims; whole words of any head's, and no
+    more dims than it has."""
     assert [ds.widths_name(DSConfig(sparsity=s).widths(128)) for s in (4, 8, 16, 32, 64)] == [
         "128 x 4", "16 x 4, 96 x 2", "8 x 4, 48 x 2", "20 x 2, 24 x 1", "32 x 1"]
     for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 80, 96, 100, 128)):
@@ -636,9 +614,12 @@ def test_default_label_widths():
 
 
 @pytest.mark.parametrize("bits, message", [
-    ("8x4,48", "must be dims x bits, the most bits first"), ("48x2,8x4", "must be dims x bits, the most bits first"),
-    ("0x4", "must be dims x bits"), ("8x3", "dims have 1, 2, 4 or 8 bits"), ("8x16", "dims have 1, 2, 4 or 8 bits"),
-    ("3x4,10x2", "3 dims of 4 bits are no whole number of bytes"), ("8x4,4x2", "40 bits in all are no whole number of 32-bit"),
+    ("8x4,48", "must be dims x bits, the most bits first"),
+    ("48x2,8x4", "must be dims x bits, the most bits first"),
+    ("0x4", "must be dims x bits"), ("8x3", "dims have 1, 2, 4 or 8 bits"),
+    ("8x16", "dims have 1, 2, 4 or 8 bits"),
+    ("3x4,10x2", "3 dims of 4 bits are no whole number of bytes"),
+    ("8x4,4x2", "40 bits in all are no whole number of 32-bit"),
     (16, "must be 1, 2, 4, 8, or dims x bits"), ("8x4,96x2", "more label dims than the head's 64")])
 def test_label_formats_that_cannot_be_are_refused(bits, message):
     with pytest.raises(ValueError, match=f"label_bits={bits}: .*{message}"):
