@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import ds_attention as ds
-from ds_attention import DSConfig, LabelMap, Selection, Workspace, bits_of, parse_widths, write_labels
+from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, write_labels
 from eval import provenance
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
 from items import generated_items, kv_document, text_windows, texts_of
@@ -49,7 +49,7 @@ RESULTS = HERE / "results"
 
 # B, S, HQ, HKV
 SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536, 32, 32), (16, 16384, 32, 32),
-          (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8)]
+          (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8), (1, 131072, 32, 8)]
 UNIFORM = 4  # the paper's bits per label dim; all shapes are timed with them, too, in as many bytes
 MORE_LABELS = ["48x2", "20x2,24x1", "32x2", "8x4", "32x1"]  # further ones, at (16, 16384)
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
@@ -101,10 +101,17 @@ def label_all(kv, labels, label_map, config):
         write_labels(kv[:, :, start : start + 16384, 0], positions, labels, label_map, config)
 
 
-class Inputs:
-    """One decode call's random inputs: q, an interleaved KV cache and its labels."""
+CLUSTERED = 0.08  # share of the positions, in bands, that hold most of what clustered inputs select
 
-    def __init__(self, B, S, HQ, HKV, D, dtype, config, device, seed):
+
+class Inputs:
+    """One decode call's random inputs: q, an interleaved KV cache and its labels.
+
+    clustered: keys in bands of random length and place, CLUSTERED of each head's, score 3 standard
+    deviations above the others, as the passages do that real text attends to.
+    """
+
+    def __init__(self, B, S, HQ, HKV, D, dtype, config, device, seed, clustered=False):
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape):
@@ -113,6 +120,19 @@ class Inputs:
         self.q = normal(B, HQ, D)
         self.kv = normal(B, HKV, S, 2, D)
         self.k, self.v = self.kv.unbind(3)
+        if clustered:
+            bands = (B, HKV, math.ceil(CLUSTERED * S / 256))  # of 256 tokens on average
+            begin, length = (torch.randint(*limits, bands, generator=generator, device=device)
+                             for limits in ((0, S), (16, 497)))
+            ends = torch.zeros(B, HKV, S + 1, device=device)
+            ends.scatter_add_(2, begin, torch.ones(bands, device=device))
+            ends.scatter_add_(2, (begin + length).clamp(max=S), -torch.ones(bands, device=device))
+            inside = ends.cumsum(2)[..., :S] > 0.5
+            q = self.q.float().view(B, HKV, -1, D)
+            toward = (3 * math.sqrt(D) * q / q.square().sum(-1, keepdim=True)).sum(2).to(dtype)
+            for k, mask, row in zip(self.k, inside, toward):
+                for head in range(HKV):
+                    k[head] += mask[head][:, None] * row[head]
         self.map = channel_map(HKV, D, config, device)
         self.labels = torch.zeros(B, HKV, config.words(D), S, dtype=torch.int32, device=device)
         label_all(self.kv, self.labels, self.map, config)
@@ -137,69 +157,77 @@ def dense_kernels(x, workspace):
 
 
 def check(x, config, out):
-    """What is checked of out: its relative error against fp32 attention over the reference's selection, and the share of the
-    label scores' mass kept."""
-    worst_mass, errors, norms = 1.0, 0.0, 0.0
-    indices = ds.select(x.q, x.labels, x.map, x.seq_lens, config)[0] if config.use_triton(x.q) else None
+    """out's relative error against fp32 attention over the reference's selection."""
+    errors, norms = 0.0, 0.0
     for b in range(len(x.q)):
         row = slice(b, b + 1)
-        scores = ds.score_ref(x.q[row], x.labels[row], x.map, x.seq_lens[row], config.sink)
-        n = config.budget(x.seq_lens[row])
-        want = ds.select_ref(scores, x.seq_lens[row], n, int(n), config.sink, config.recent)
-        chosen = want if indices is None else indices[row, :, : int(n)]
-        mass = scores.softmax(-1)
-        kept = mass.gather(-1, chosen.long()).sum(-1) / mass.gather(-1, want.long()).sum(-1)
-        worst_mass = min(worst_mass, kept.min().item())
-        exact = ds.attend_ref(x.q[row].float(), x.k[row], x.v[row], x.seq_lens[row], want, n)
-        errors += (out[row].double() - exact.double()).square().sum().item()
-        norms += exact.double().square().sum().item()
-    return {"max_rel_err": math.sqrt(errors / norms), "selected_mass": worst_mass}
+        q, k, v, seq_lens = x.q[row], x.k[row], x.v[row], x.seq_lens[row]
+        scores = ds.score_ref(q, x.labels[row], x.map, seq_lens, config)
+        chosen = ds.select_ref(scores, seq_lens, config)
+        for h in range(k.shape[1]):  # one head at a time: less memory
+            heads = slice(h * q.shape[1] // k.shape[1], (h + 1) * q.shape[1] // k.shape[1])
+            of_head = (x[:, h : h + 1] for x in (k, v))
+            exact = ds.attend_ref(q[:, heads].float(), *of_head, seq_lens, chosen[:, h : h + 1])
+            errors += (out[row, heads].double() - exact.double()).square().sum().item()
+            norms += exact.double().square().sum().item()
+    return math.sqrt(errors / norms)
 
 
 def naive_chain(x, config):
-    """The obvious way, in eager torch: labels unpacked, all scores written out, torch.topk, gather, SDPA."""
+    """The obvious way, in eager torch: labels unpacked, all scores written out, torch.topk, gather,
+    SDPA."""
     n = config.budget(x.labels.shape[-1])
-    scores = ds.score_ref(x.q, x.labels, x.map, x.seq_lens, config.sink)
+    scores = ds.score_ref(x.q, x.labels, x.map, x.seq_lens, config)
     rows = scores.topk(n, -1).indices[..., None].expand(-1, -1, -1, x.q.shape[2])
     k, v = x.k.gather(2, rows), x.v.gather(2, rows)
-    return F.scaled_dot_product_attention(x.q[:, :, None], k, v, enable_gqa=x.q.shape[1] != x.k.shape[1])
+    gqa = x.q.shape[1] != x.k.shape[1]
+    return F.scaled_dot_product_attention(x.q[:, :, None], k, v, enable_gqa=gqa)
 
 
 def right(row):
     """Whether what an attention row checked is as it should be."""
-    return row["max_rel_err"] < 0.01 and row["selected_mass"] >= 0.999
+    return row["max_rel_err"] < 0.01
 
 
 def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     """Checks, then times one shape: the row of results/attention.jsonl."""
-    n = config.budget(S)
-    label_bytes = B * HKV * S * config.words(D) * 4
-    token_bytes = 2 * D * dtype.itemsize
-    step_bytes = label_bytes + B * HKV * n * token_bytes
-    dense_bytes = B * HKV * S * token_bytes
-    copies = math.ceil(L2_BYTES / step_bytes) if device != "cpu" else 1
-    xs = [Inputs(B, S, HQ, HKV, D, dtype, config, device, seed) for seed in range(copies)]
+    n, words, token_bytes = config.budget(S), config.words(D), 2 * D * dtype.itemsize
+    row = {"bench": "attention", "B": B, "S": S, "HQ": HQ, "HKV": HKV, "D": D,
+           "dtype": str(dtype).removeprefix("torch."), "label_channels": config.channels(D),
+           "label_bits": bits_of(config.widths(D)), "n_tokens": n,
+           "dense_bytes": B * HKV * S * token_bytes}
     workspace = Workspace(B, HQ, HKV, D, S, torch.device(device), config)
-    row = {"bench": "attention", "B": B, "S": S, "HQ": HQ, "HKV": HKV, "D": D, "dtype": str(dtype).removeprefix("torch."),
-           "label_channels": config.channels(D), "label_bits": bits_of(config.widths(D)), "n_tokens": n,
-           "bytes": step_bytes, "dense_bytes": dense_bytes}
 
-    def step(x, workspace):
+    def step(x):
         return ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config, workspace=workspace)
 
+    def inputs(clustered):
+        step_bytes = B * HKV * (S * words * 4 + n * token_bytes)
+        copies = math.ceil(L2_BYTES / step_bytes) if device != "cpu" else 1
+        xs = [Inputs(B, S, HQ, HKV, D, dtype, config, device, seed, clustered)
+              for seed in range(copies)]
+        error, attended = 0.0, []
+        for x in xs:
+            workspace.attended.zero_()
+            error = max(error, check(x, config, step(x)))
+            attended.append(workspace.attended.double())
+        return xs, error, torch.stack(attended)
+
+    xs, row["max_rel_err"], attended = inputs(clustered=False)
+    if config.use_triton(xs[0].q):
+        n = attended.mean().item()
+        row |= {"attended": n, "attended_spread": attended.std().item()}
+    row["bytes"] = B * HKV * (S * words * 4 + n * token_bytes)
     if device == "cpu":
+        row["ds_us"] = graph_us([lambda: step(xs[0])], device)
         x = xs[0]
-        row["ds_us"] = graph_us([lambda: step(x, None)], device)
         row["dense_us"] = graph_us([lambda: ds.dense_decode(x.q, x.k, x.v, x.seq_lens)], device)
         row["dense_kernel"] = "reference"
-        row |= check(x, config, step(x, None))
         if not right(row):
-            raise ValueError(f"the kernels are wrong: error {row['max_rel_err']:.2g}, mass kept {row['selected_mass']:.4f}")
+            raise ValueError(f"the kernels are wrong: error {row['max_rel_err']:.2g}")
         return row | provenance(device)
 
-    row |= {"copy_gb_per_s": bandwidth / 1e9, "limit_us": step_bytes / bandwidth * 1e6}
-    checks = [check(x, config, step(x, workspace)) for x in xs]
-    row |= {name: (min if name == "selected_mass" else max)(c[name] for c in checks) for name in checks[0]}
+    row |= {"copy_gb_per_s": bandwidth / 1e9, "limit_us": row["bytes"] / bandwidth * 1e6}
     exact = ds.attend_ref(xs[0].q[:1].float(), xs[0].k[:1], xs[0].v[:1], xs[0].seq_lens[:1])
     kernels = [dense_kernels(x, workspace) for x in xs]
     for name in kernels[0]:
@@ -208,29 +236,26 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
             if (dense - exact).norm() / exact.norm() > 0.02:
                 raise RuntimeError("its result is wrong")
             row[f"{name}_us"] = graph_us([kernel[name] for kernel in kernels], device)
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # a backend that does not take this shape: shown as absent
+        except (RuntimeError, torch.OutOfMemoryError) as error:  # it does not take this shape
             row[f"{name}_us"] = None
             row[f"{name}_error"] = str(error).split("\n")[0][:80]
     timed = {name: row[f"{name}_us"] for name in kernels[0] if row[f"{name}_us"]}
     row["dense_kernel"] = min(timed, key=timed.get)
     row["dense_us"] = timed[row["dense_kernel"]]
 
-    def stages(x, last):
-        """The step's selection, up to its `last`-th launch."""
-        def run():
-            for stage in Selection(x.q, x.labels, x.map, x.seq_lens, config, workspace).stages()[:last]:
-                stage()
-        return run
+    def bracket(x):
+        ds.bracket(x.q, x.labels, x.map, x.seq_lens, config, None, workspace)
 
-    launches = len(Selection(xs[0].q, xs[0].labels, xs[0].map, xs[0].seq_lens, config, workspace).stages())
-    upto = [graph_us([stages(x, last) for x in xs], device) for last in range(1, launches + 1)]
-    row["ds_us"] = graph_us([lambda x=x: step(x, workspace) for x in xs], device)
-    score_us = upto[1] if launches > 1 else None  # else one launch scores and selects
-    row |= {"score_us": score_us, "select_us": upto[-1] - (score_us or 0), "attend_us": row["ds_us"] - upto[-1]}
+    row["bracket_us"] = graph_us([partial(bracket, x) for x in xs], device)
+    row["ds_us"] = graph_us([partial(step, x) for x in xs], device)
     try:
-        row["naive_us"] = graph_us([lambda x=x: naive_chain(x, config) for x in xs[:1]], device, 5)
+        row["naive_us"] = graph_us([lambda: naive_chain(xs[0], config)], device, 5)
     except torch.OutOfMemoryError:
         row["naive_us"] = None
+    del xs, kernels
+    xs, error, attended = inputs(clustered=True)
+    row |= {"clustered_us": graph_us([partial(step, x) for x in xs], device),
+            "clustered_attended": attended.mean().item(), "max_rel_err": max(error, row["max_rel_err"])}
     row["speedup"] = row["dense_us"] / row["ds_us"] if right(row) else None
     return row | provenance(device)
 
@@ -243,20 +268,22 @@ def labels_name(r):
 
 def attention_table(rows):
     """Rows of results/attention.jsonl -> Markdown. Times in microseconds."""
-    lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | = score + select + attend | speedup | "
-             "GB/s | byte limit | topk chain |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | bracket alone | "
+             "speedup | clustered | tokens attended | GB/s | byte limit | topk chain |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
 
     def us(value):
         return "-" if value is None else f"{value:.0f}"
 
     for r in rows:
-        stages = " + ".join(us(r[name]) for name in ("score_us", "select_us", "attend_us") if r.get(name) is not None) or "-"
-        speedup = f"{r['speedup']:.1f}x" if r.get("speedup") else "wrong" if "speedup" in r else "CPU reference"
+        speedup = f"{r['speedup']:.1f}x" if r.get("speedup") else "wrong" if "speedup" in r else "CPU"
         limit = f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})" if "limit_us" in r else "-"
         dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))
+        attended = f"{r['attended']:.0f} of {r['n_tokens']}" if r.get("attended") else r["n_tokens"]
         lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {labels_name(r)} | {dense} | "
-                     f"{us(r['ds_us'])} | {stages} | {speedup} | {r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | "
-                     f"{us(r.get('naive_us'))} |")
+                     f"{us(r['ds_us'])} | {us(r.get('bracket_us'))} | {speedup} | "
+                     f"{us(r.get('clustered_us'))} | {attended} | "
+                     f"{r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | {us(r.get('naive_us'))} |")
     return "\n".join(lines)
 
 
@@ -278,7 +305,8 @@ def draw_attention(rows, axes):
 
 def run_attention(args, device):
     """Yields the rows of the settings asked for, a list of one at a time."""
-    config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels, label_bits=args.label_bits)
+    config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels,
+                      label_bits=args.label_bits, dense_below=0)
     settings = [(shape, config) for shape in SHAPES]
     if args.label_bits is None and args.label_channels is None:
         more = [labels for labels in MORE_LABELS if sum(dims for dims, _ in parse_widths(labels)) <= args.head_dim]

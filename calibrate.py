@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ds_attention import (
-    DSConfig, LabelMap, eligible_tokens, label_ref, live_range, pool_ref, score_ref, select_ref, widths_name
+    DSConfig, LabelMap, eligible_tokens, label_ref, pool_ref, score_ref, select_ref, widths_name
 )
 from model import (
     ArgumentParser, ModelConfig, apply_rope, default_dtype, fingerprint, load_model, pick_device,
@@ -124,18 +124,14 @@ def spread_queries(first, end, heads, device):
 
 
 def label_scores(q, k, label_map, ds, seq_lens, window):
-    """Label scores of the queries at seq_lens - 1 over their own past: q [1, HQ, T, D], k [1, HKV, T, D] -> [rows, HKV, T]."""
+    """Label scores of the queries at seq_lens - 1 over their own past: q [1, HQ, T, D],
+    k [1, HKV, T, D] -> [rows, HKV, T]."""
     _, HKV, T, D = k.shape
     labels = torch.zeros(1, HKV, ds.words(D), T, dtype=torch.int32, device=k.device)
     label_ref(k, torch.arange(T, device=k.device)[None], labels, label_map)
     rows = q[0].transpose(0, 1)[seq_lens - 1].float()  # [rows, HQ, D]
-    return score_ref(rows, labels.expand(len(rows), -1, -1, -1), label_map, seq_lens, ds.sink, window)
-
-
-def select_budget(scores, seq_lens, ds, window):
-    """select_ref of the configured number of tokens."""
-    n_tokens = ds.budget(live_range(seq_lens, window)[1])
-    return select_ref(scores, seq_lens, n_tokens, int(n_tokens.max()), ds.sink, ds.recent, window).long()
+    labels = labels.expand(len(rows), -1, -1, -1)
+    return score_ref(rows, labels, label_map, seq_lens, ds, window)
 
 
 def kept_mass(q, k, label_map, ds, seq_lens, window=None):
@@ -151,12 +147,8 @@ def kept_mass(q, k, label_map, ds, seq_lens, window=None):
     exact.masked_fill_(~eligible_tokens(seq_lens, T, window)[:, None, None], float("-inf"))
     both = label_scores(q, k, label_map, ds, seq_lens, window), pool_ref(exact)
     mass = exact.softmax(-1)
-    kept = []
-    for scores in both:
-        chosen = select_budget(scores, seq_lens, ds, window)[:, :, None].expand(-1, -1, mass.shape[2], -1)
-        picked = mass.gather(-1, chosen.clamp(min=0))  # [rows, HKV, G, N]
-        kept.append(picked.masked_fill(chosen < 0, 0.0).sum(-1).mean().item())
-    return kept
+    chosen = (select_ref(scores, seq_lens, ds, window)[:, :, None] for scores in both)
+    return [(mass * tokens).sum(-1).mean().item() for tokens in chosen]
 
 
 def prediction_agreement(q, predicted_q, k, label_map, ds, seq_lens, window=None):
@@ -164,14 +156,11 @@ def prediction_agreement(q, predicted_q, k, label_map, ds, seq_lens, window=None
 
     q, predicted_q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows], at most T.
     """
-    T = k.shape[2]
-    chosen = torch.zeros(2, len(seq_lens), k.shape[1], T + 1, dtype=torch.bool, device=k.device)
-    for of, query in zip(chosen, (q, predicted_q)):
-        indices = select_budget(label_scores(query, k, label_map, ds, seq_lens, window), seq_lens, ds, window)
-        of.scatter_(2, indices.where(indices >= 0, T), True)
-    position = torch.arange(T + 1, device=k.device)
+    both = (label_scores(query, k, label_map, ds, seq_lens, window) for query in (q, predicted_q))
+    chosen, predicted = (select_ref(scores, seq_lens, ds, window) for scores in both)
+    position = torch.arange(k.shape[2], device=k.device)
     chosen &= ((position >= ds.sink) & (position < seq_lens[:, None] - ds.recent))[:, None]
-    return (chosen.all(0).sum() / chosen[0].sum().clamp(min=1)).item()
+    return ((chosen & predicted).sum() / chosen.sum().clamp(min=1)).item()
 
 
 def builtin_text():
@@ -209,7 +198,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     channels given instead of the method's, then `method` only says whose. ds: the configuration that the figures, printed and
     stored, are for.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint, ds = Path(checkpoint), dataclasses.replace(ds, dense_below=0)
     model = load_model(checkpoint, device, dtype)
     config = model.config
     text = builtin_text() if text is None else text

@@ -548,11 +548,11 @@ def _query_words(WIDTHS):
 
 @triton.constexpr_function
 def _slice(WIDTHS, w, t):
-    """The bits of a label word, as an int32, that are its t-th slice: of each byte the dim that
-    begins there. 0: none does."""
+    """The t-th slice of a label word: the bits, as an int32, of the dims that begin t * _narrowest bits
+    into their byte, moved down by 4 if that is 4 or more. 0: no dim does."""
     of_bytes = [bits for dims, bits in WIDTHS for _ in range(dims * bits // 8)][4 * w : 4 * w + 4]
     begin = t * _narrowest(WIDTHS)
-    mask = sum((2**bits - 1 << begin) << 8 * i for i, bits in enumerate(of_bytes)
+    mask = sum((2**bits - 1 << begin % 4) << 8 * i for i, bits in enumerate(of_bytes)
                if begin % bits == 0)
     return (mask + 2**31) % 2**32 - 2**31
 
@@ -581,18 +581,28 @@ def _dot4(a, b, acc):
 
 
 @triton.jit
-def _head_scores(words, query, WIDTHS: tl.constexpr):
-    """Scores of tokens with W label words for one query head: codes . 8-bit query codes, int32."""
+def _head_scores(words, query, less, WIDTHS: tl.constexpr):
+    """Scores of tokens with W label words: codes . 8-bit query codes, less `less`; int32.
+
+    words: W tensors [tokens] or [1, tokens]; query: pointer to a head's _query_words, or [heads, 1];
+    less: likewise.
+    """
     SLICES: tl.constexpr = _slices(WIDTHS)
-    score = tl.zeros_like(words[0])
-    for t in tl.static_range(SLICES):
-        part = tl.zeros_like(score)
+    SUMS: tl.constexpr = max(1, SLICES // 2)  # slices 4 bits apart are summed alike
+    zeros = tl.zeros_like(words[0] + less)
+    score = zeros - less
+    for t in tl.static_range(SUMS):
+        part = score if t == 0 else zeros
         for w in tl.static_range(_words(WIDTHS)):
             if _slice(WIDTHS, w, t) != 0:
-                code = tl.load(query + w * SLICES + t) + tl.zeros_like(score)
-                part = _dot4(words[w] & _slice(WIDTHS, w, t), code, part)
-        # a slice stays where it is in its bytes, and its sum is shifted instead
-        score += part >> (_narrowest(WIDTHS) * t)
+                code = tl.load(query + w * SLICES + t) + zeros
+                part = _dot4((words[w] & _slice(WIDTHS, w, t)) + zeros, code, part)
+            if SLICES > 1:
+                if _slice(WIDTHS, w, t + SUMS) != 0:
+                    code = tl.load(query + w * SLICES + t + SUMS) + zeros
+                    part = _dot4((words[w] >> 4 & _slice(WIDTHS, w, t + SUMS)) + zeros, code, part)
+        # a slice stays where it is in its nibbles, and its sum is shifted instead
+        score = part if t == 0 else score + (part >> (_narrowest(WIDTHS) * t))
     return score
 
 
@@ -600,12 +610,10 @@ def _head_scores(words, query, WIDTHS: tl.constexpr):
 def _token_scores(words, query, G: tl.constexpr, WIDTHS: tl.constexpr):
     """The largest score of each token in a group. query: _query_words of each head."""
     WORDS: tl.constexpr = _query_words(WIDTHS)
-    best = _head_scores(words, query, WIDTHS)
-    if G > 1:
-        best -= tl.load(query + WORDS - 1)
+    best = _head_scores(words, query, tl.load(query + WORDS - 1) if G > 1 else 0, WIDTHS)
     for g in tl.static_range(1, G):
-        score = _head_scores(words, query + g * WORDS, WIDTHS)
-        best = tl.maximum(best, score - tl.load(query + (g + 1) * WORDS - 1))
+        less = tl.load(query + (g + 1) * WORDS - 1)
+        best = tl.maximum(best, _head_scores(words, query + g * WORDS, less, WIDTHS))
     return best
 
 
@@ -632,14 +640,15 @@ def _write_codes(q, query, channel, steps, offs_c, G: tl.constexpr, D: tl.conste
 
 @triton.jit
 def _log_weight(scores, counted, share, unit):
-    """log_weight_ref of one head. scores [M] int32; share [M]: what a token stands for, 2**18 for
-    one."""
-    top = tl.max(tl.where(counted, scores, -FORCED))
-    lower = tl.maximum((top - scores).to(tl.float32) * (unit * 1.4426950408889634), 0.0)
+    """log_weight_ref of a group: scores [G, M] int32 -> [G]. counted [1, M]; share [1, M]: what a token
+    stands for, 2**18 for one."""
+    top = tl.max(tl.where(counted, scores, -FORCED), 1)
+    lower = (top[:, None] - scores).to(tl.float32) * (unit * 1.4426950408889634)
+    lower = tl.maximum(lower, 0.0)
     whole = tl.floor(lower)
     weight = ((2 - (lower - whole)) * share).to(tl.int32) >> tl.minimum(whole, 31.0).to(tl.int32)
-    total = tl.sum(tl.where(counted, weight, 0)).to(tl.float32)
-    even = tl.sum(tl.where(counted, (2 * share).to(tl.int32), 0)).to(tl.float32)
+    total = tl.sum(tl.where(counted, weight, 0), 1).to(tl.float32)
+    even = tl.sum(tl.where(counted, (2 * share).to(tl.int32), 0), 1).to(tl.float32)
     # the bits of a float are its logarithm, linear between powers of two
     log2 = total.to(tl.int32, bitcast=True) - even.to(tl.int32, bitcast=True)
     inverse = tl.where(unit > 0, tl.div_rn(0.6931471805599453, unit), 0.0)
@@ -699,18 +708,21 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
     q += (b * HKV + h) * G * D
     largest = _write_codes(q, query, channel, steps, offs_c, G, D, WIDTHS)
     tl.debug_barrier()
-    keys = tl.full([M], DEAD, tl.int32)
     if G > 1:
         counted = inside & (sampled < seq_len - 1)
         sink_share = 2.0**18 * tl.div_rn(M * 1.0, spread.to(tl.float32))
         share = tl.where(sampled < sink, sink_share, 2.0**18)
-        for g in range(G):  # not unrolled: it would take long to compile
-            scores = _head_scores(words, query + g * WORDS, WIDTHS)
-            weight = _log_weight(scores, counted, share, largest * unit)
-            tl.store(query + (g + 1) * WORDS - 1, weight)
-            keys = tl.maximum(keys, scores - weight)
+        heads = tl.minimum(tl.arange(0, triton.next_power_of_2(G)), G - 1)  # the last one repeats
+        of_heads = query + heads * WORDS
+        for w in tl.static_range(_words(WIDTHS)):
+            words = words[1:] + (words[0][None, :],)
+        less = tl.zeros_like(heads)
+        scores = _head_scores(words, of_heads[:, None], less[:, None], WIDTHS)
+        less = _log_weight(scores, counted[None, :], share[None, :], largest * unit)
+        tl.store(of_heads + WORDS - 1, less)
+        keys = tl.max(scores - less[:, None], 0)
     else:
-        keys = _head_scores(words, query, WIDTHS)
+        keys = _head_scores(words, query, 0, WIDTHS)
 
     # threshold_ref; DSConfig.budget first
     wanted = ((live.to(tl.int64) * share_den + share_num - 1) // share_num).to(tl.int32)
@@ -734,8 +746,16 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
 
 
 @triton.jit
-def _attend(query, k, v, tokens, begin, end, k_ss, scale_log2, BLOCK_G: tl.constexpr,
-            D: tl.constexpr, BLOCK_N: tl.constexpr, LISTED: tl.constexpr):
+def _nothing(BLOCK_G: tl.constexpr, D: tl.constexpr):
+    """What _attend returns of no tokens."""
+    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    acc = tl.zeros([BLOCK_G, triton.next_power_of_2(D)], tl.float32)
+    return top, tl.zeros([BLOCK_G], tl.float32), acc
+
+
+@triton.jit
+def _attend(query, k, v, tokens, begin, end, top, mass, acc, k_ss, scale_log2, D: tl.constexpr,
+            BLOCK_N: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr):
     """Attention over tokens[begin:end], or if not LISTED over positions from begin to end.
 
     query [BLOCK_G, BLOCK_D]. Returns (largest logit and sum of weights [BLOCK_G], sum of weighted
@@ -743,13 +763,10 @@ def _attend(query, k, v, tokens, begin, end, k_ss, scale_log2, BLOCK_G: tl.const
     """
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     token = begin + offs_n
     if LISTED:
         token = tl.load(tokens + token, mask=token < end, other=0)
-    for n in tl.range(begin, end, BLOCK_N, num_stages=2):
+    for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         inside = n + offs_n < end
         rows = token.to(tl.int64)[:, None] * k_ss + offs_d[None, :]
         mask = inside[:, None] & (offs_d < D)[None, :]
@@ -785,7 +802,8 @@ def _load_group(q, row, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr)
 
 @triton.jit
 def _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G: tl.constexpr,
-             BLOCK_G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+             BLOCK_G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+             PDL: tl.constexpr):
     """Writes a program's part of a row's result. The last of the row's programs to arrive combines
     all parts, in their order: whichever it is, the result has the same bits. Returns whether this
     one is."""
@@ -802,7 +820,7 @@ def _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G: 
     tl.debug_barrier()
     last = tl.atomic_add(arrived + row, 1, sem="acq_rel") == SPLITS - 1
     if last:
-        AT_ONCE: tl.constexpr = min(SPLITS, 16)
+        AT_ONCE: tl.constexpr = min(SPLITS, BLOCK_N)
         for g in range(G):  # not unrolled: a head's parts take most registers
             first = (row.to(tl.int64) * G + g) * SPLITS
             lse = tl.load(partial_lse + first + tl.arange(0, SPLITS), cache_modifier=".cg")
@@ -856,13 +874,16 @@ def _attend_kernel(q, k, v, seq_lens, indices, counts, labels, channels, lo, ste
         share = tl.cdiv(seq_len - begin, SPLITS * BLOCK_N) * BLOCK_N
         begin += split * share
         end = tl.minimum(begin + share, seq_len)
+    top, mass, acc = _nothing(BLOCK_G, D)
     top, mass, acc = _attend(query, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, indices, begin,
-                             end, k_ss, scale_log2, BLOCK_G, D, BLOCK_N, indices is not None)
+                             end, top, mass, acc, k_ss, scale_log2, D, BLOCK_N, indices is not None,
+                             2)
     _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G, BLOCK_G, D, SPLITS,
-             PDL)
+             BLOCK_N, PDL)
 
 
-STRIPE = tl.constexpr(128)  # tokens side by side that one program scores: selections cluster
+CHUNKED = tl.constexpr(os.environ.get("CHUNKED") == "1")
+STRIPE = tl.constexpr(int(os.environ.get("STRIPE", 128)))  # tokens side by side that one program scores: selections cluster
 
 
 @triton.jit
@@ -909,6 +930,11 @@ def _score_attend_kernel(q, k, v, labels, channels, lo, step, seq_lens, query, t
     lists += (row.to(tl.int64) * SPLITS + split) * room
 
     total = 0
+    if ATTEND:
+        k += b * k_sb + h * k_sh
+        v += b * k_sb + h * k_sh
+        top, mass, acc = _nothing(BLOCK_G, D)
+        done = 0
     for s in range(first, seq_len, STEP):
         following = _load_words(labels, s + STEP + at, seq_len, l_sw, WIDTHS)
         keys = _token_scores(words, query, G, WIDTHS)
@@ -930,14 +956,20 @@ def _score_attend_kernel(q, k, v, labels, channels, lo, step, seq_lens, query, t
         tl.store(slot + (keep_0 + keep_1 + keep_2), token + 3, mask=keep_3 > 0)
         total += tl.sum(count, 0)
         words = following
+        if ATTEND and CHUNKED:
+            tl.debug_barrier()
+            upto = total // BLOCK_N * BLOCK_N
+            top, mass, acc = _attend(group, k, v, lists, done, upto, top, mass, acc, k_ss,
+                                     scale_log2, D, BLOCK_N, True, 1)
+            done = upto
     tl.store(counts + row * SPLITS + split, total)
 
     if ATTEND:
         tl.debug_barrier()  # the list is read back in another order
-        top, mass, acc = _attend(group, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, lists, 0,
-                                 total, k_ss, scale_log2, BLOCK_G, D, BLOCK_N, True)
+        top, mass, acc = _attend(group, k, v, lists, done, total, top, mass, acc, k_ss, scale_log2, D,
+                                 BLOCK_N, True, 1 if CHUNKED else 2)
         if _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G, BLOCK_G, D,
-                    SPLITS, PDL):
+                    SPLITS, BLOCK_N, PDL):
             of_row = tl.load(counts + row * SPLITS + tl.arange(0, SPLITS), cache_modifier=".cg")
             tl.store(attended + row, tl.load(attended + row) + tl.sum(of_row))
     elif PDL:

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import calibrate
 from ds_attention import (
-    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, live_range, pool_ref,
+    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, pool_ref, score_ref,
     select_ref, select_tokens, widths_name
 )
 from generate import HERE, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
@@ -93,8 +93,29 @@ class Sparse(LayerCache):
         super().write(k, v, positions, labels=self.labelled)
 
     def choose(self, q, seq_lens):
-        """The tokens attended, (indices [R, HKV, N], n_tokens) as from select_tokens."""
+        """The tokens attended to: [R, HKV, S] bool, S the longest row's."""
         raise NotImplementedError
+
+    def decode(self, q, seq_lens):
+        """As of any layer, over the tokens that the method chooses."""
+        chosen = self.choose(q, seq_lens)
+        self.count(q, seq_lens, chosen.sum(2), lambda: chosen[:: self.EVERY])
+        k, v = (x.expand(len(q), -1, -1, -1) for x in self.past(chosen.shape[2]))
+        return attend_ref(q, k, v, seq_lens, chosen)
+
+    def count(self, q, seq_lens, n_tokens, chosen):
+        """Counts n_tokens [R, HKV]; chosen(): what rows [:: EVERY] attend to, if probed."""
+        self.attended = self.attended + n_tokens.double().mean() * len(q)
+        if self.probed:
+            q, seq_lens = q[:: self.EVERY], seq_lens[:: self.EVERY]
+            weights = self.logits(q, seq_lens).softmax(-1)
+            kept = weights * chosen()[:, :, None, : weights.shape[3]]
+            self.mass = self.mass + kept.sum().double() / q.shape[1]
+            self.probes += len(q)
+
+    def best(self, scores, seq_lens):
+        """scores [R, HKV, S] -> those that ds would choose by them."""
+        return select_ref(scores, seq_lens, self.ds, self.window)
 
     def workspace_of(self, q):
         R, HQ, D = q.shape
@@ -102,38 +123,8 @@ class Sparse(LayerCache):
             for shape in [shape for shape in self.scratch if shape[0] != R]:
                 del self.scratch[shape]
             HKV, S = self.kv.shape[1:3]
-            self.scratch[q.shape] = Workspace(R, HQ, HKV, D, S, q.device, self.ds, self.window)
+            self.scratch[q.shape] = Workspace(R, HQ, HKV, D, S, q.device, self.ds)
         return self.scratch[q.shape]
-
-    def decode(self, q, seq_lens):
-        indices, n = self.choose(q, seq_lens)
-        out = self.attend_to(q, seq_lens, indices, n)
-        self.attended = self.attended + n.double().mean() * len(q)
-        if self.probed:
-            probe = (x[:: self.EVERY] for x in (q, seq_lens, indices, n))
-            self.mass = self.mass + self.kept_mass(*probe)
-            self.probes += len(q[:: self.EVERY])
-        return out
-
-    def attend_to(self, q, seq_lens, indices, n):
-        (R, HKV, N), D = indices.shape, q.shape[2]
-        if self.ds.use_triton(q):
-            k, v = self.kv.expand(R, -1, -1, -1, -1).unbind(3)
-            more = dict(workspace=self.workspace_of(q), overlap=self.labelled)
-            return attend(q, k, v, seq_lens, indices, n, self.window, **more)
-        # gathered by whole rows, many times faster than attend_ref's own; each head is then a row
-        heads = torch.arange(HKV, device=q.device)[:, None]
-        chosen = heads, indices.clamp(min=0)
-        k, v = (x[0][chosen].view(R * HKV, 1, N, D) for x in self.kv.unbind(3))
-        lengths = n.view(R, -1).expand(R, HKV).flatten()
-        return attend_ref(q.reshape(R * HKV, -1, D), k, v, lengths).view_as(q)
-
-    def best(self, scores, seq_lens):
-        """scores [R, HKV, S] -> (indices [R, HKV, N], n_tokens [R])."""
-        S, forced = scores.shape[2], (self.ds.sink, self.ds.recent, self.window)
-        n = self.ds.budget(live_range(seq_lens, self.window)[1])
-        most = self.ds.budget(S if self.window is None else min(S, self.window))
-        return select_ref(scores, seq_lens, n, most, *forced), n
 
     def grouped(self, q):
         """q [R, HQ, D] -> [R, HKV, G, D] fp32."""
@@ -147,13 +138,6 @@ class Sparse(LayerCache):
         hidden = ~eligible_tokens(seq_lens, S, self.window)
         return found.masked_fill_(hidden[:, None, None], float("-inf"))
 
-    def kept_mass(self, q, seq_lens, indices, n):
-        """Share of the exact attention that the tokens hold, mean over heads, sum over rows."""
-        weights, (R, _, N) = self.logits(q, seq_lens).softmax(-1), indices.shape
-        chosen = torch.arange(N, device=q.device) < n.view(R, -1, 1)  # past n nothing is written
-        index = indices.long().where(chosen, 0)[:, :, None].expand(-1, -1, weights.shape[2], -1)
-        return (weights.gather(3, index) * chosen[:, :, None]).sum().double() / q.shape[1]
-
 
 class DoubleSparsity(Sparse):
     """By label scores, through the stages that ds_decode runs."""
@@ -161,12 +145,31 @@ class DoubleSparsity(Sparse):
     labelled = True
 
     def choose(self, q, seq_lens):
-        labels, workspace = self.labels.expand(len(q), -1, -1, -1), None
-        if self.ds.use_triton(q):
-            workspace = self.workspace_of(q)
-        else:
-            labels = labels[..., : int(seq_lens.max())]
-        return select_tokens(q, labels, self.label_map, seq_lens, self.ds, self.window, workspace)
+        S = int(seq_lens.max())
+        labels = self.labels[..., :S].expand(len(q), -1, -1, -1)
+        return self.best(score_ref(q, labels, self.label_map, seq_lens, self.ds, self.window), seq_lens)
+
+    def scoring(self, q):
+        """The queries that choose."""
+        return q
+
+    def decode(self, q, seq_lens):
+        if not self.ds.use_triton(q):
+            return super().decode(q, seq_lens)
+        scoring, labels = self.scoring(q).contiguous(), self.labels.expand(len(q), -1, -1, -1)
+        workspace = self.workspace_of(scoring)
+        indices, n_tokens, counts = select_tokens(
+            scoring, None, labels, self.label_map, seq_lens, self.ds, self.window, workspace)
+
+        def chosen():  # of those that do not count, position S
+            valid = torch.arange(indices.shape[2], device=q.device) < n_tokens[:: self.EVERY, :, None]
+            index = indices[:: self.EVERY].long().where(valid, labels.shape[3])
+            mask = torch.zeros(*index.shape[:2], labels.shape[3] + 1, dtype=torch.bool, device=q.device)
+            return mask.scatter_(2, index, True)
+
+        self.count(q, seq_lens, n_tokens, chosen)
+        k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
+        return attend(q, k, v, seq_lens, indices, counts, self.window, self.workspace_of(q))
 
 
 class Paper(DoubleSparsity):
@@ -176,7 +179,10 @@ class Paper(DoubleSparsity):
     calibration, bits = "qk", 4
 
     def choose(self, q, seq_lens):
-        return super().choose(self.grouped(q).mean(2), seq_lens)
+        return super().choose(self.scoring(q), seq_lens)
+
+    def scoring(self, q):
+        return self.grouped(q).mean(2).to(q.dtype)
 
 
 class ExactTopK(Sparse):
@@ -196,7 +202,7 @@ class Streaming(Sparse):
 
 class Quest(Sparse):
     """Pages of 16 tokens by a bound of q . k from the page's extremes (arXiv 2406.10774), pooled as
-    scores are; the last page is cut to the budget."""
+    scores are."""
 
     PAGE = 16
 
@@ -326,6 +332,7 @@ class Decoder:
         most = 2**27 // (model.config.n_heads * max_seq_length)
         self.rows = rows or (64 if model.device.type == "cpu" else max(16, min(512, most)))
         device, dtype = model.device, model.dtype
+        ds = ds and replace(ds, dense_below=0)  # the methods are what is measured, at every length
         self.cache = KVCache(model.config, 1, max_seq_length, device, dtype, ds, label_maps)
         layers, scratch = self.cache.layers, {}
         self.cache.layers = [method(layer, scratch) if layer.ds else layer for layer in layers]

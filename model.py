@@ -353,7 +353,7 @@ class KVCache:
         self.layers = []
         workspace = None
         if torch.device(device).type != "cpu":
-            workspace = Workspace(B, config.n_heads, HKV, D, S, device, ds, config.longest_window)
+            workspace = Workspace(B, config.n_heads, HKV, D, S, device, ds)
         for i in range(config.n_layers):
             settings = dict(window=config.window(i), workspace=workspace)
             if ds is not None and i >= ds.dense_layers:
