@@ -28,7 +28,7 @@ from model import (
 )
 from tokenizer import Tokenizer, read_text
 
-METHODS = ("planes", "qk", "q", "k", "random")
+METHODS = ("lift", "planes", "qk", "q", "k", "random")
 CONTEXT = 8192  # tokens of a window, if the model has as many
 
 
@@ -42,6 +42,7 @@ class Moments:
     abs_k: torch.Tensor | float = 0.0  # |k_c|
     kk: torch.Tensor | float = 0.0  # k_c^2
     unturned: torch.Tensor | float = 0.0  # k_c before RoPE
+    lift: torch.Tensor | float = 0.0  # of planes, [HKV, D / 2]: see plane_lift
 
     def add(self, q, k, cos, sin):
         """q [1, HQ, T, D], k [1, HKV, T, D], both after RoPE with cos, sin [1, 1, T, D / 2]."""
@@ -61,17 +62,43 @@ def both_halves(x):
     return x.unflatten(1, (2, -1)).sum(1)
 
 
+def plane_lift(q, k, ds, seq_lens, window=None):
+    """What each plane does to tell the attended tokens from the rest: [HKV, D / 2] fp64, the mean over a group's queries.
+
+    Of a query it is (its q . k at the mean key by attention weight, less that at the plain mean key) squared, times the
+    attention mass in question; all of the tokens that are not attended in any case. q [1, HQ, T, D], k [1, HKV, T, D] after
+    RoPE; seq_lens [rows], of the queries to take.
+    """
+    k = k[0].float()
+    HKV, T, D = k.shape
+    rows = q[0].transpose(0, 1)[seq_lens - 1].float().unflatten(1, (HKV, -1))  # [rows, HKV, G, D]
+    eligible, position = eligible_tokens(seq_lens, T, window), torch.arange(T, device=k.device)
+    free = eligible & (position >= ds.sink) & (position < seq_lens[:, None] - ds.recent)
+    scores = torch.einsum("rhgd,hsd->rhgs", rows, k) / D**0.5
+    mass = scores.masked_fill_(~eligible[:, None, None], float("-inf")).softmax(-1).mul_(free[:, None, None])
+    share = mass.sum(-1, keepdim=True)  # [rows, HKV, G, 1]
+    attended = torch.einsum("rhgs,hsd->rhgd", mass, k) / share.clamp(min=1e-12)
+    average = torch.einsum("rs,hsd->rhd", free / free.sum(-1, keepdim=True).clamp(min=1), k)
+    planes = both_halves((rows * (attended - average[:, :, None])).flatten(0, 2)).view(*share.shape[:3], -1)
+    return (planes.square() * share).double().mean((0, 2))
+
+
 def rank_channels(moments, method, generator):
-    """Channels of each KV head, most important first: [HKV, D] int64; by "planes" the pairs c, c + D / 2 side by side."""
+    """Channels of each KV head, most important first: [HKV, D] int64; by "lift" and "planes" pairs c, c + D / 2."""
+    size = both_halves(moments.abs_qk)  # mean |q_c k_c| of both of a plane's channels
+    largest = size.argsort(dim=-1, descending=True, stable=True)[:, : size.shape[1] // 16]
+    lift = torch.as_tensor(moments.lift).to(size).expand_as(size)
     importance = {
-        "planes": both_halves(moments.abs_qk),  # mean |q_c k_c| of both of the plane's channels
+        # the largest planes, as many as default_widths gives 4 bits, and then by lift
+        "lift": lift.scatter(1, largest, lift.amax() + 1 + size.gather(1, largest)),
+        "planes": size,
         "qk": moments.abs_qk,  # the paper's: mean |q_c k_c|
         "q": moments.abs_q,
         "k": moments.abs_k,
         "random": torch.rand(moments.kk.shape, generator=generator, dtype=torch.float64).to(moments.kk.device),
     }[method]
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
-    return torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1) if method == "planes" else ranked
+    return torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1) if method in ("lift", "planes") else ranked
 
 
 def key_ranges(moments, cos, sin):
@@ -189,7 +216,7 @@ def calibration_windows(tokenizer, text, samples, context, longest):
 
 
 @torch.inference_mode()
-def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, seed=0, ranking=None, device="cpu",
+def calibrate(checkpoint, text=None, method="lift", samples=4, context=None, seed=0, ranking=None, device="cpu",
               dtype=torch.float32, out=None, ds=DSConfig()):
     """Writes channels.safetensors for a checkpoint directory and prints each layer's figures. Returns its path.
 
@@ -209,6 +236,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
     within, past = (spread_queries(first, end, config.n_heads, device) if first < end else None
                     for first, end in ((context // 2, context), (context, longest)))
+    spaced = spread_queries(min(256, context // 2), context, config.n_heads, device)
     generator = torch.Generator().manual_seed(seed)
     widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
     everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])
@@ -227,6 +255,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
                 moments.add(q, k, *rope)
+                moments.lift = moments.lift + plane_lift(q, k, ds, spaced, layer.attn.window)
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(moments, method, generator) if ranking is None else ranking[i].to(device)
         of_file = [channels, *(x.gather(1, channels).float() for x in key_ranges(moments, *everywhere))]
@@ -268,9 +297,10 @@ def main():
     parser.add_argument("--checkpoint", required=True, help="checkpoint directory; channels.safetensors is written there")
     parser.add_argument("--data", help="UTF-8 text file to calibrate on (default: the Python language reference)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--method", choices=METHODS, default="planes",
-                     help="planes: pairs of channels that RoPE turns together, by mean |q_c k_c|; the others choose single "
-                          "channels: qk by mean |q_c k_c| (the paper's), q and k by their mean size, random (default %(default)s)")
+    how.add_argument("--method", choices=METHODS, default="lift",
+                     help="lift: pairs of channels that RoPE turns together, some of the largest, then those that tell attended tokens "
+                          "from the rest; planes: such pairs by mean |q_c k_c|; the others choose single channels: qk "
+                          "by mean |q_c k_c| (the paper's), q and k by their mean size, random (default %(default)s)")
     how.add_argument("--from_json", help="channel rankings in the authors' JSON format (.json or .json.xz) instead of "
                                          "--method; the text then only sets the label ranges")
     parser.add_argument("--json_projection", choices=("qk", "q", "k"), help="which of its rankings to take (default qk)")

@@ -41,19 +41,19 @@ class DSConfig:
     label_bits: int | str | None = None
     dense_layers: int = 2  # the first layers attend to everything; the caller sees to that
     dense_below: int = 3072  # so do rows of fewer live tokens, which sparse steps do not make faster
-    sink: int = 4  # first tokens always attended, counted inside N
-    recent: int = 16  # newest tokens always attended, counted inside N
+    # always attended, counted inside N, which is no less
+    sink: int = 4  # first tokens
+    recent: int = 16  # newest tokens
     impl: str = "auto"  # "triton", "torch" (the reference), or "auto": triton on a GPU
 
     def __post_init__(self):
         if not (math.isfinite(self.sparsity) and self.sparsity > 1):
             raise ValueError(f"sparsity={self.sparsity:g}: must be above 1; use --sparsity 1 for dense")
-        forced = self.sink + self.recent
-        for name, low in [("sink", 0), ("recent", 1), ("n_tokens", forced), ("min_tokens", forced),
-                          ("label_channels", 1), ("dense_layers", 0), ("dense_below", 0)]:
+        for name, low in [("n_tokens", 1), ("min_tokens", 1), ("label_channels", 1), ("sink", 0),
+                          ("recent", 1), ("dense_layers", 0), ("dense_below", 0)]:
             value = getattr(self, name)
             if value is not None and value < low:
-                hint = ", the tokens always attended" if low == forced else ""
+                hint = "; use --sparsity 1 for dense" if name == "n_tokens" else ""
                 raise ValueError(f"{name}={value}: must be at least {low}{hint}")
         if isinstance(self.label_bits, str):
             parse_widths(self.label_bits)
