@@ -86,7 +86,7 @@ def plane_lift(q, k, ds, seq_lens, window=None):
 def rank_channels(moments, method, generator):
     """Channels of each KV head, most important first: [HKV, D] int64; by "lift" and "planes" pairs c, c + D / 2."""
     size = both_halves(moments.abs_qk)  # mean |q_c k_c| of both of a plane's channels
-    largest = size.argsort(dim=-1, descending=True, stable=True)[:, : size.shape[1] // 16]
+    largest = size.argsort(dim=-1, descending=True, stable=True)[:, : int(os.environ.get("NL", 2))]
     lift = torch.as_tensor(moments.lift).to(size).expand_as(size)
     importance = {
         # the largest planes, as many as default_widths gives 4 bits, and then by lift

@@ -1117,7 +1117,8 @@ def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=
     attend_ref.
     """
     ws, m, W = checked_workspace(workspace, q, k), label_map, 0 if labels is None else 1
-    assert q.is_contiguous() and k.stride(3) == 1 and v.stride() == k.stride()
+    assert k.stride(3) == 1 and v.stride() == k.stride()
+    q = q.contiguous()
     (B, HQ, D), HKV = q.shape, k.shape[1]
     out = torch.empty_like(q)
     of_map = (m.channels, m.lo, m.step) if W else (None,) * 3
@@ -1153,6 +1154,7 @@ def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, w
     B, HKV, _, S = labels.shape
     capacity = min(capacity or S, S)
     if config.use_triton(q):
+        q = q.contiguous()
         ws = checked_workspace(workspace, q, labels.transpose(2, 3), config)
         bracket(q, labels, label_map, seq_lens, config, window, ws)
         score_attend(q, labels if newest is None else newest, None, labels, label_map, seq_lens,
@@ -1202,6 +1204,7 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
     shared = labels.stride(0) == 0 and len(q) > 1
     assert not (label_newest and shared), "rows that share a cache would overwrite others' labels"
     if config.use_triton(q):
+        q = q.contiguous()
         workspace = checked_workspace(workspace, q, k, config)
         bracket(q, labels, label_map, seq_lens, config, window, workspace)
         return score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace,
