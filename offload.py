@@ -549,10 +549,10 @@ def resolve(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, recent
         num_warps=max(1, tile // 256))  # PCIe waits for the last program: each has what fits a core
 
 
-def fetch_ref(r, placed, host, newest, indices, seq_lens):
-    """Copies what `resolve` found missing of indices from host, HostRows, to its rows, and the newest
-    tokens' K and V, newest [B, HKV, 2, D], to theirs and to the host. newest None: they are not known
-    yet. indices None: nothing is missing any more."""
+def fetch_ref(kv, placed, host, newest, indices, seq_lens):
+    """Copies what `resolve` found missing of indices from host, HostRows, to its rows of
+    kv [B, HKV, any, 2, D], and the newest tokens' K and V, newest [B, HKV, 2, D], to theirs and to
+    the host. newest None: they are not known yet. indices None: nothing is missing any more."""
     last = (seq_lens - 1).long()
     if indices is not None:
         nth = torch.arange(indices.shape[2], device=indices.device)
@@ -562,11 +562,11 @@ def fetch_ref(r, placed, host, newest, indices, seq_lens):
         b, h, i = b[known], h[known], i[known]
         tokens = indices[b, h, i].long()
         found = host.kv[b, h, tokens] if host.tops is None else unpack_ref(host, b, h, tokens)
-        r.kv[b, h, placed.rows[b, h, i].long()] = found
+        kv[b, h, placed.rows[b, h, i].long()] = found
     if newest is None:
         return
     b, h = (placed.newest >= 0).nonzero(as_tuple=True)
-    r.kv[b, h, placed.newest[b, h].long()] = newest[b, h]
+    kv[b, h, placed.newest[b, h].long()] = newest[b, h]
     if host.tops is None:
         host.kv[torch.arange(len(last)), :, last] = newest
     else:
@@ -577,8 +577,8 @@ def fetch_ref(r, placed, host, newest, indices, seq_lens):
 def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, rows, missing, n_missing, newest_row,
                   capacity, S, kv_rows, all_heads, HEADS: tl.constexpr, HKV: tl.constexpr,
                   ROW: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr, TOKENS: tl.constexpr):
-    """fetch_ref; without `newest_row` kv is all of a layer's, as host is. The programs share out what
-    is missing, TOKENS rows at a time, one head after the other.
+    """fetch_ref. The programs share out what is missing, TOKENS rows at a time, one head after the
+    other.
 
     A token's row is its K and V, ROW elements; with `tops` (see HostRows) ROW words of two values,
     and the newest rows stay to be packed.
@@ -613,9 +613,7 @@ def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, rows, missing, n_mi
             row = begin + tl.arange(0, 16)
             base = row.to(tl.int64)
             last = tl.load(seq_lens + row // HKV, mask=row < all_heads, other=1) - 1
-            to = last
-            if newest_row is not None:
-                to = tl.load(newest_row + base, mask=row < all_heads, other=-1)
+            to = tl.load(newest_row + base, mask=row < all_heads, other=-1)
             mask = (row < all_heads)[:, None] & (offs < ROW)[None, :]
             fresh = tl.load(newest + base[:, None] * ROW + offs[None, :], mask=mask, other=0)
             tl.store(kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :], fresh,
@@ -624,7 +622,7 @@ def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, rows, missing, n_mi
                 tl.store(host + (base * S + last)[:, None] * ROW + offs[None, :], fresh, mask=mask)
 
 
-def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
+def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
     """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows on
     their way, which is enough for PCIe. Whatever shares a multiprocessor with loads from the host
     waits as long as they do. More programs for more heads, which may miss few tokens each."""
@@ -632,7 +630,7 @@ def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128,
     programs = programs or min(64, max(8, B * heads // 4))
     assert host.kv.is_contiguous() and (newest is None or newest.is_contiguous())
     assert indices is None or indices.is_contiguous() and indices.shape == placed.rows.shape
-    whole, fresh, kv = host.kv, newest, r.kv
+    whole, fresh = host.kv, newest
     if host.tops is not None:
         whole, fresh, kv = (x if x is None else x.view(torch.int32) for x in (whole, fresh, kv))
     _, HKV, S, _, D = whole.shape
@@ -644,16 +642,6 @@ def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128,
         GIVEN=triton.next_power_of_2(B * heads), TOKENS=tokens, num_warps=num_warps)
     if host.tops is not None and newest is not None:
         pack(host, newest[:, :, None], seq_lens)
-
-
-def store_newest(host, newest, kv, seq_lens):
-    """Writes newest [B, HKV, 2, D] to its positions in host and in kv, a copy of all of it on the GPU:
-    [B, HKV, S, 2, D] both."""
-    B, HKV, S, _, D = host.shape
-    _fetch_kernel[(triton.cdiv(B * HKV, 16),)](
-        host=host, tops=None, newest=newest, kv=kv, seq_lens=seq_lens, indices=None, rows=None,
-        missing=None, n_missing=None, newest_row=None, capacity=0, S=S, kv_rows=S, all_heads=B * HKV,
-        HEADS=HKV, HKV=HKV, ROW=2 * D, BLOCK=triton.next_power_of_2(2 * D), GIVEN=1, TOKENS=1)
 
 
 # ---------------------------------------------------------------- the cache
@@ -762,7 +750,7 @@ class OffloadedLayer(HostLayer):
 
     def fetch(self, placed, newest, indices, seq_lens):
         run = fetch if self.ds.use_triton(seq_lens) else fetch_ref
-        run(self.resident, placed, self.host, newest, indices, seq_lens)
+        run(self.resident.kv, placed, self.host, newest, indices, seq_lens)
 
     def choose_ahead(self, seq_lens):
         """Predicts this layer's queries and gives rows to what they select. foreseen: this layer's
@@ -822,41 +810,44 @@ class OffloadedLayer(HostLayer):
 
 
 class Streaming:
-    """The two GPU buffers that all layers of a dense cache pass through in a step, and the copies on their way."""
+    """The two GPU buffers that all layers of a dense cache pass through in a step, and the copies on
+    their way."""
 
-    def __init__(self, hosts, device, side):
-        self.hosts, self.side = hosts, side
-        self.buffers = [torch.empty(hosts[0].shape, dtype=hosts[0].dtype, device=device) for _ in range(2)]
+    def __init__(self, hosts, device):
+        B, HKV = hosts[0].kv.shape[:2]
+        self.hosts, self.side = hosts, SideStream(device)
+        self.buffers = [torch.empty_like(hosts[0].kv, device=device) for _ in range(2)]
+        self.placed = Placement(B, HKV, 1, device)  # of the newest tokens alone
         self.copied = [None] * len(hosts)
 
     def begin(self, layer):
-        """Copies a layer's K and V, if there is one, to the buffer that the layer two before it has left."""
+        """Copies a layer's K and V, if there is one, to the buffer that the layer two before it has
+        left."""
         if layer < len(self.hosts):
-            to, host = self.buffers[layer % 2], self.hosts[layer]
-            self.copied[layer] = self.side.run(lambda: to.copy_(host, non_blocking=True))
+            to, source = self.buffers[layer % 2], self.hosts[layer].kv
+            self.copied[layer] = self.side.run(lambda: to.copy_(source, non_blocking=True))
 
 
 @dataclass(kw_only=True)
 class StreamedLayer(HostLayer):
-    """A dense layer. What is copied is the allocated length, in one piece, at the full speed of a copy engine: allocate what
-    will be live."""
+    """A dense layer. What is copied is the allocated length, in one piece, at the full speed of a copy
+    engine: allocate what will be live."""
 
     streaming: Streaming
     number: int  # of this layer
 
     def decode(self, q, seq_lens):
-        """As of any dense layer, over the buffer that its K and V were streamed to, while the next layer's are on their way."""
-        stream, host = self.streaming, self.host.kv
+        """As of any dense layer, over the buffer that its K and V were streamed to, while the next
+        layer's are on their way."""
+        stream = self.streaming
         if self.number == 0:
+            stream.placed.newest.copy_((seq_lens - 1)[:, None].expand_as(stream.placed.newest))
             stream.begin(0)
             stream.begin(1)
         stream.side.wait(stream.copied[self.number])
         buffer = stream.buffers[self.number % 2]
-        if q.is_cuda:
-            store_newest(host, self.newest, buffer, seq_lens)
-        else:
-            for rows in (host, buffer):
-                rows[torch.arange(len(rows)), :, (seq_lens - 1).long()] = self.newest
+        run = fetch if q.is_cuda else fetch_ref
+        run(buffer, stream.placed, self.host, self.newest, None, seq_lens)
         out = dense_decode(q, *buffer.unbind(3), seq_lens, self.window, workspace=self.workspace)
         stream.begin(self.number + 2)
         return out
@@ -902,7 +893,7 @@ class OffloadCache(KVCache):
         host = host_layers(count, shape, dtype, device) if host is None else host
         self.host = [HostRows(kv, device, packed and ds is not None) for kv in host[len(host) - count :]]
         self.side = SideStream(device)
-        self.streaming = Streaming([host.kv for host in self.host], device, self.side) if ds is None else None
+        self.streaming = Streaming(self.host, device) if ds is None else None
         if ds is not None:
             self.make_room(count, shape, dtype, device, config, ds)
         super().__init__(config, batch, max_seq_length, device, dtype, ds, label_maps)

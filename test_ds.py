@@ -2007,7 +2007,7 @@ def test_residency_is_as_stated(impl, R, packed):
         seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
         placed = offload.Placement(B, heads, capacity, device)
         resolve(r, placed, (on_device, n, parts), seq_lens, sink=sink, recent=recent, **kind)
-        fetch(r, placed, host, newest, on_device, seq_lens)
+        fetch(kv, placed, host, newest, on_device, seq_lens)
         if GPU:
             torch.cuda.synchronize()
         for b, h in tokens:
