@@ -13,26 +13,22 @@ ahead: a wrong prediction costs time, and changes nothing else. (Whole heads: a 
 head would lie in as many pages of host memory as all of them do, and finding a page costs the GPU
 more than a row.) Two streams, time from left to right, layer l fetched ahead beside layer l - 1:
 
-    current  select, resolve | fetch            attend, linear layers | select, resolve l  fetch l
-                             |                                                        ^
-    side                     choose l  fetch l ahead -----------------------------------
+    current  select, resolve l-1 | fetch l-1 | attend, linear layers | select, resolve l | fetch l
+    side                         | choose l  | fetch l ahead ........................... |
 
   - `choose` waits for the resolve before it: from then on the GPU idles, and PCIe does not.
   - `fetch ahead` waits for the fetch before it, and so for all attention before that.
-  - Layer l resolves after its choice, which changes the same maps, and fetches after what was fetched
-    ahead, whose slots may be others' by then.
+  - Layer l resolves after its choice, which changes the same maps, and fetches after what was
+    fetched ahead, whose slots may be others' by then.
 
 In the mode "predicted" layers attend to what the predicted queries select, all of it fetched ahead:
-the paper's way, which is not exact. Layer l is chosen as soon as layer l - 1 has its input, on a third
-stream, while tokens of layer l - 1 are still on their way. So even and odd layers have their own
-overflow rows and results of a choice.
+the paper's way, which is not exact. Layer l is chosen as soon as layer l - 1 has its input, on a
+third stream, while tokens of layer l - 1 are still on their way. So even and odd layers have their
+own overflow rows and results of a choice.
 
 Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention
 (as FlexGen does): the baseline.
 """
-import math
-import mmap
-import weakref
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -42,41 +38,12 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
-from tqdm import tqdm
 
-from ds_attention import (
-    Workspace, attend, attend_ref, dense_decode, select_tokens, write_labels)
+from ds_attention import Workspace, attend, attend_ref, dense_decode, select_tokens, write_labels
+from host_memory import PACKED, HostRows, host_layers, pack, pack_ref, packs, unpack_ref, unpacked
 from model import KVCache, LayerCache, open_tensors
 
-# ---------------------------------------------------------------- host memory
-
-
-def host_tensor(shape, dtype, device):
-    """Zeros in memory of the host that kernels on `device`, too, read and write.
-
-    torch's own pinned allocations are rounded up to powers of two: up to twice the memory.
-    """
-    if device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # no huge pages here: pinning is slower
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
-    if device.type == "cuda":
-        cudart = torch.cuda.cudart()
-        error = cudart.cudaHostRegister(tensor.data_ptr(), nbytes, 0)
-        if int(error):
-            raise OSError(f"{nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {int(error)}); take a shorter "
-                          "--max_seq_length or a smaller batch")
-        weakref.finalize(memory, cudart.cudaHostUnregister, tensor.data_ptr()).atexit = False
-    return tensor
-
-
-def host_layers(count, shape, dtype, device):
-    """K and V of that many layers, a host_tensor each. Pinning takes about 0.6 s per GiB."""
-    bar = tqdm(range(count), desc="pinning host memory", unit="layer", leave=False, delay=2)
-    return [host_tensor(shape, dtype, device) for _ in bar]
+# ---------------------------------------------------------------- what the host does
 
 
 def free_host_bytes():
@@ -92,7 +59,8 @@ def free_host_bytes():
 
 
 def check_host_memory(free, config, batch, max_seq_length, dtype, ds=None):
-    """Raises ValueError, naming what would fit, if `free` bytes of host memory are too few for K and V."""
+    """Raises ValueError, naming what would fit, if `free` bytes of host memory are too few for K
+    and V."""
     layers = offloaded_layers(config, ds)
     token = layers * config.n_kv_heads * 2 * config.head_dim * dtype.itemsize
     need = batch * max_seq_length * token
@@ -117,14 +85,16 @@ def offloaded_layers(config, ds):
 
 
 class SideStream:
-    """Work beside the current stream; on a CPU what is called is done, and nothing runs beside anything."""
+    """Work beside the current stream; on a CPU what is called is done, and nothing runs beside
+    anything."""
 
     def __init__(self, device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, work, after=None):
-        """Calls work(), which the device does after all that the current stream was given and after `after`, the result of
-        another `run`. Returns what `wait` takes. What `work` reads must stay until then, unless `work` itself allocates it."""
+        """Calls work(), which the device does after all that the current stream was given and after
+        `after`, the result of another `run`. Returns what `wait` takes. What `work` reads must stay
+        until then, unless `work` itself allocates it."""
         if self.stream is None:
             work()
             return None
@@ -145,187 +115,24 @@ class SideStream:
             torch.cuda.current_stream().wait_stream(self.stream)
 
 
-# ---------------------------------------------------------------- rows in host memory
-
-
-PACKED = 12 / 16  # of its bytes a row takes that is packed
-
-
-def packs(D, dtype):
-    """Whether rows of head dim D can be packed."""
-    return dtype == torch.bfloat16 and D % 8 == 0
-
-
-class HostRows:
-    """K and V of one layer in host memory, kv [B, HKV, S, 2, D], or, of bfloat16, packed, so that fewer bytes go over PCIe.
-
-    Packing loses nothing: 8 bits are sign and mantissa, 4 say by how much an exponent is less than the largest of its row of K or
-    of V. So a token takes 3D / 4 words of 32 bits, the first of the D there is room for: D / 4 of eight values' 4 bits, D / 4 of
-    the 8 bits of the first four of them, D / 4 of the others'. `tops` [B, HKV, S] int16, on the GPU, holds both largest exponents,
-    K's in 7 bits, from 64 on. -1 for a token where that one is out of range, or exponents are too far apart, some 3 in 100 tokens:
-    its row lies there as it is.
-    """
-
-    def __init__(self, kv, device, packed):
-        self.kv, self.tops = kv, None
-        if packed and packs(kv.shape[4], kv.dtype):
-            self.tops = torch.full(kv.shape[:3], -1, dtype=torch.int16, device=device)
-
-    def sequence(self, b):
-        """What there is of one sequence, as a view."""
-        view = copy(self)
-        view.kv, view.tops = self.kv[b : b + 1], self.tops[b : b + 1]
-        return view
-
-    def map_bytes(self):
-        return 0 if self.tops is None else self.tops.nbytes
-
-    def row_bytes(self, seq_lens):
-        """What a token of one KV head is over PCIe, on average over the live ones."""
-        whole = self.kv[0, 0, 0].nbytes
-        if self.tops is None:
-            return whole
-        live = torch.arange(self.tops.shape[2], device=seq_lens.device) < seq_lens[:, None, None]
-        as_is = ((self.tops < 0) & live).sum() / (live.sum() * self.tops.shape[1])
-        return whole * (PACKED + (1 - PACKED) * as_is.item())
-
-
-def pack_ref(host, rows, ends):
-    """Packs rows [B, HKV, T, 2, D], bfloat16, of the T positions before ends [B] int32, into host, HostRows with tops."""
-    B, HKV, T, _, D = rows.shape
-    rows = rows.contiguous()
-    v = rows.view(torch.int16).int() & 0xFFFF
-    exponents = v >> 7 & 255
-    tops = exponents.amax(4)  # [B, HKV, T, 2]
-    codes = tops[..., None] - exponents
-    fit = (codes < 16).all(4).all(3) & (tops[..., 0] >= 64) & (tops[..., 0] < 192)
-    eights, bytes_ = ((x & mask).view(B, HKV, T, D // 4, 8) for x, mask in ((codes, 15), (v >> 8 & 128 | v & 127, 255)))
-    shifts = torch.arange(8, device=v.device)
-    words = torch.cat([(eights << 4 * shifts).sum(4), (bytes_[..., :4] << 8 * shifts[:4]).sum(4),
-                       (bytes_[..., 4:] << 8 * shifts[:4]).sum(4)], 3).to(torch.int32)  # sums of bits: they wrap as int32
-    whole = rows.view(torch.int32).view(B, HKV, T, D)
-    words = torch.where(fit[..., None], torch.cat([words, whole[..., 3 * D // 4 :]], 3), whole)
-    for b in range(B):
-        at = slice(int(ends[b]) - T, int(ends[b]))
-        host.tops[b, :, at] = torch.where(fit[b], (tops[b, ..., 0] - 64 << 8) + tops[b, ..., 1], -1).to(torch.int16)
-        host.kv[b, :, at] = words[b].view(torch.bfloat16).view(HKV, T, 2, D).to(host.kv.device)
-
-
-def unpack_ref(host, b, h, tokens):
-    """Rows [n, 2, D] of tokens [n] int64, of sequences b and KV heads h [n]."""
-    D = host.kv.shape[4]
-    top, rows = host.tops[b, h, tokens].int(), host.kv[b, h, tokens]
-    words = rows.view(torch.int32).view(-1, 4, D // 4)
-    shifts = torch.arange(8, device=words.device)
-    codes = (words[:, 0, :, None] >> 4 * shifts & 15).view(-1, 2, D)
-    bytes_ = (words[:, 1:3, :, None] >> 8 * shifts[:4] & 255).permute(0, 2, 1, 3).reshape(-1, 2, D)
-    exponents = torch.stack([64 + (top >> 8), top & 255], 1)[..., None] - codes
-    v = (bytes_ & 128) << 8 | exponents << 7 | bytes_ & 127
-    return torch.where((top < 0)[:, None, None], rows, v.to(torch.int16).view(torch.bfloat16))
-
-
-@triton.jit
-def _pack_kernel(rows, ends, host, tops, T, S, r_sb, r_sh, r_st, HKV, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    row = tl.program_id(1)
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    offs, g = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 8)
-    at = row.to(tl.int64) * S + tl.load(ends + row // HKV) - T + t
-    rows += (row // HKV).to(tl.int64) * r_sb + (row % HKV).to(tl.int64) * r_sh
-    mask = (t < T)[:, None] & (offs < 2 * D)[None, :]
-    v = tl.load(rows + t.to(tl.int64)[:, None] * r_st + offs[None, :], mask=mask, other=0)
-    bits = v.to(tl.int32) & 0xFFFF
-    exponents = (bits >> 7) & 255
-    of_k = (offs < D)[None, :]
-    top_k = tl.max(tl.where(of_k, exponents, 0), 1)
-    top_v = tl.max(tl.where(of_k, 0, exponents), 1)
-    codes = tl.where(mask, tl.where(of_k, top_k[:, None], top_v[:, None]) - exponents, 0)
-    fit = (tl.max(codes, 1) < 16) & (top_k >= 64) & (top_k < 192)
-    tl.store(tops + at, tl.where(fit, ((top_k - 64) << 8) + top_v, -1).to(tl.int16), mask=t < T)
-    tl.store(host.to(tl.pointer_type(tl.int16), bitcast=True) + (at * 2 * D)[:, None] + offs[None, :], v,
-             mask=mask & (fit == 0)[:, None])
-    byte = (((bits >> 8) & 128) | (bits & 127)) << (8 * (offs % 4))[None, :]
-    codes = (codes & 15) << (4 * (offs % 8))[None, :]
-    first = ((offs % 8) < 4)[None, :]
-    to = host + (at * D)[:, None] + g[None, :]
-    inside = ((t < T) & fit)[:, None] & (g < D // 4)[None, :]
-    tl.store(to, tl.sum(tl.reshape(codes, (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
-    tl.store(to + D // 4, tl.sum(tl.reshape(tl.where(first, byte, 0), (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
-    tl.store(to + D // 2, tl.sum(tl.reshape(tl.where(first, 0, byte), (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
-
-
-def pack(host, rows, ends):
-    """As pack_ref; rows with K and V of a token side by side."""
-    B, HKV, T, _, D = rows.shape
-    assert rows.stride(3) == D and rows.stride(4) == 1
-    tokens = min(16, triton.next_power_of_2(T))
-    _pack_kernel[(triton.cdiv(T, tokens), B * HKV)](
-        rows.view(torch.int16), ends, host.kv.view(torch.int32), host.tops, T, host.kv.shape[2], *rows.stride()[:3], HKV, D,
-        triton.next_power_of_2(2 * D), tokens)
-
-
-@triton.jit
-def _pair(codes, bytes, exponents, N: tl.constexpr):
-    """Values N and N + 1 of eight, as one word."""
-    byte = bytes >> (8 * (N % 4))
-    low = ((byte & 128) << 8) | ((exponents - ((codes >> (4 * N)) & 15)) << 7) | (byte & 127)
-    byte = byte >> 8
-    high = ((byte & 128) << 8) | ((exponents - ((codes >> (4 * N + 4)) & 15)) << 7) | (byte & 127)
-    return low | (high << 16)
-
-
-@triton.jit
-def _unpacked(host, tops, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows at `at`, int64 [any], as words of two values, int32 [any, BLOCK]."""
-    g, offs = tl.arange(0, BLOCK // 4), tl.arange(0, BLOCK)
-    top = tl.load(tops + at, mask=mask, other=0).to(tl.int32)
-    packed = (mask & (top >= 0))[:, None] & (g < D // 4)[None, :]
-    words = host + (at * D)[:, None]
-    codes = tl.load(words + g[None, :], mask=packed, other=0)
-    first = tl.load(words + D // 4 + g[None, :], mask=packed, other=0)
-    second = tl.load(words + D // 2 + g[None, :], mask=packed, other=0)
-    whole = tl.load(words + offs[None, :], mask=(mask & (top < 0))[:, None] & (offs < D)[None, :], other=0)
-    exponents = tl.where((g < D // 8)[None, :], 64 + (top >> 8)[:, None], (top & 255)[:, None])
-    evens = tl.join(_pair(codes, first, exponents, 0), _pair(codes, second, exponents, 4))
-    odds = tl.join(_pair(codes, first, exponents, 2), _pair(codes, second, exponents, 6))
-    return tl.where((top < 0)[:, None], whole, tl.reshape(tl.join(evens, odds), (at.shape[0], BLOCK)))
-
-
-@triton.jit
-def _unpack_kernel(host, tops, rows, T, S, r_sh, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    offs, h = tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    found = _unpacked(host, tops, h * S + t, t < T, D, BLOCK)
-    tl.store(rows + h * r_sh + t[:, None] * D + offs[None, :], found, mask=(t < T)[:, None] & (offs < D)[None, :])
-
-
-def unpack(host, rows):
-    """The first T rows of the one sequence in host, into rows [1, HKV, T, 2, D] with tokens side by side."""
-    _, HKV, T, _, D = rows.shape
-    assert rows.stride(2) == 2 * D and len(host.kv) == 1
-    rows = rows.view(torch.int32)
-    _unpack_kernel[(triton.cdiv(T, 32), HKV)](host.kv.view(torch.int32), host.tops, rows, T, host.kv.shape[2], rows.stride(1), D,
-                                              triton.next_power_of_2(D), 32)
-
-
 # ---------------------------------------------------------------- resident tokens
 
-# resolves since a slot was last used that replacement tells apart: two a step where tokens are fetched
-# ahead
+# resolves since a slot was last used that replacement tells apart: two a step where tokens are
+# fetched ahead
 AGES = 64
-# What a Resident counts, of each row and KV head: tokens selected, and of them fetched when that was
-# known, in so many steps, and those that were selected and cut off; tokens predicted, those selected
-# thereafter, and those fetched ahead. Without the newest token; predicted and confirmed also without
-# the others that are attended in any case.
+# What a Resident counts, of each row and KV head: tokens selected, and of them fetched when that
+# was known, in so many steps, and those that were selected and cut off; tokens predicted, those
+# selected thereafter, and those fetched ahead. Without the newest token; predicted and confirmed
+# also without the others that are attended in any case.
 COUNTS = ("selected", "fetched", "steps", "cut", "predicted", "confirmed", "prefetched")
-SELECTED, FETCHED, STEPS, CUT, PREDICTED, CONFIRMED, PREFETCHED = map(tl.constexpr, range(len(COUNTS)))
+SELECTED, FETCHED, STEPS, CUT, PREDICTED, CONFIRMED, PREFETCHED = map(tl.constexpr, range(7))
 
 
 class Resident:
     """Which tokens of one layer are on the GPU: R slots for each row and KV head.
 
-    kv [B, HKV, any, 2, D]: rows of all layers. Slot s is row `first` + s. Tokens that find no slot go
-    to the rows from `overflow` on, which no map remembers: the next layers use them, too.
-    """
+    kv [B, HKV, any, 2, D]: rows of all layers. Slot s is row `first` + s. Tokens that find no slot
+    go to the rows from `overflow` on, which no map remembers: the next layers use them, too. """
 
     def __init__(self, kv, S, R, first, overflow):
         def table(*shape, dtype=torch.int32):
@@ -347,7 +154,8 @@ class Resident:
         self.counts.zero_()
 
     def maps(self):
-        return {name: x for name, x in vars(self).items() if name not in ("kv", "first", "overflow")}
+        others = "kv", "first", "overflow"
+        return {name: x for name, x in vars(self).items() if name not in others}
 
     def of_heads(self, heads):
         """What there is of the first so many KV heads, as a view."""
@@ -361,15 +169,16 @@ class Placement:
     indices) were missing, and the newest token's row, -1 if it has none."""
 
     def __init__(self, B, heads, capacity, device):
-        self.rows, self.missing = torch.zeros(2, B, heads, capacity, dtype=torch.int32, device=device)
-        self.n_missing, self.newest = torch.zeros(2, B, heads, dtype=torch.int32, device=device)
+        zeros = partial(torch.zeros, dtype=torch.int32, device=device)
+        self.rows, self.missing = zeros(2, B, heads, capacity)
+        self.n_missing, self.newest = zeros(2, B, heads)
 
 
 def resolve_ref(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, recent=1):
     """Gives every selected token a row: those held keep their slots, the others take the slots that
     were not used for longest (of equals the first), none of this call's, both in ascending order;
-    the last of them, if slots are too few, overflow rows. Sets `placed`, a Placement, and the maps of
-    r, a Resident.
+    the last of them, if slots are too few, overflow rows. Sets `placed`, a Placement, and the maps
+    of r, a Resident.
 
     chosen: as from select_tokens, of the first KV heads, or of all: indices [B, heads, capacity]
     int32, distinct, of which the first n_tokens [B, heads] count, and counts [B, heads, any], which
@@ -435,10 +244,10 @@ def _count(counts, i, more):
 
 @triton.jit
 def _resolve_kernel(indices, n_tokens, split_counts, seq_lens, slot_token, token_slot, last_used,
-                    clock, counts, rows, missing, n_missing, newest_row, first_row, overflow, capacity,
-                    S, R, sink, recent, HEADS: tl.constexpr, HKV: tl.constexpr, AGES: tl.constexpr,
-                    COUNTERS: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
-                    FORESEEN: tl.constexpr, TILE: tl.constexpr):
+                    clock, counts, rows, missing, n_missing, newest_row, first_row, overflow,
+                    capacity, S, R, sink, recent, HEADS: tl.constexpr, HKV: tl.constexpr,
+                    AGES: tl.constexpr, COUNTERS: tl.constexpr, SPLITS: tl.constexpr,
+                    AHEAD: tl.constexpr, FORESEEN: tl.constexpr, TILE: tl.constexpr):
     given = tl.program_id(0)  # of the rows and heads with tokens
     row = given // HEADS * HKV + given % HEADS  # of all
     n = tl.load(n_tokens + given)
@@ -576,7 +385,8 @@ def fetch_ref(kv, placed, host, newest, indices, seq_lens):
 @triton.jit
 def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, rows, missing, n_missing, newest_row,
                   capacity, S, kv_rows, all_heads, HEADS: tl.constexpr, HKV: tl.constexpr,
-                  ROW: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr, TOKENS: tl.constexpr):
+                  ROW: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr,
+                  TOKENS: tl.constexpr):
     """fetch_ref. The programs share out what is missing, TOKENS rows at a time, one head after the
     other.
 
@@ -606,8 +416,9 @@ def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, rows, missing, n_mi
                 source = host + (base * S + token)[:, None] * ROW + offs[None, :]
                 fetched = tl.load(source, mask=inside, other=0.0)
             else:
-                fetched = _unpacked(host, tops, base * S + token, mask, ROW, BLOCK)
-            tl.store(kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :], fetched, mask=inside)
+                fetched = unpacked(host, tops, base * S + token, mask, ROW, BLOCK)
+            target = kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :]
+            tl.store(target, fetched, mask=inside)
     if newest is not None:
         for begin in range(program * 16, all_heads, programs * 16):
             row = begin + tl.arange(0, 16)
@@ -623,9 +434,9 @@ def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, rows, missing, n_mi
 
 
 def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
-    """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows on
-    their way, which is enough for PCIe. Whatever shares a multiprocessor with loads from the host
-    waits as long as they do. More programs for more heads, which may miss few tokens each."""
+    """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows
+    on their way, which is enough for PCIe. Whatever shares a multiprocessor with loads from the
+    host waits as long as they do. More programs for more heads, which may miss few tokens each."""
     B, heads, capacity = placed.rows.shape
     programs = programs or min(64, max(8, B * heads // 4))
     assert host.kv.is_contiguous() and (newest is None or newest.is_contiguous())
@@ -647,28 +458,29 @@ def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128
 # ---------------------------------------------------------------- the cache
 
 MODES = ("exact", "predicted")
-MIN_AGREEMENT = 0.7  # of tiny's layers all reach it (0.77 to 0.84) but the one predicted from embeddings (0.13)
+MIN_AGREEMENT = 0.7  # all of tiny's reach it (0.77 to 0.84) but one predicted from embeddings (0.13)
 
 
 def predictable_layers(channels, min_agreement, mode):
-    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its
-    file. Raises ValueError for the mode "predicted" if there are none."""
+    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels:
+    its file. Raises ValueError for the mode "predicted" if there are none."""
     with open_tensors(channels) as file:
-        found = [i for i, share in enumerate(file.get_tensor("agreement").tolist()) if i and share >= min_agreement]
+        shares = file.get_tensor("agreement").tolist()
+    found = [i for i, share in enumerate(shares) if i and share >= min_agreement]
     if mode == "predicted" and not found:
         raise ValueError(f"min_agreement={min_agreement:g}: no layer is predicted so well by {channels}; lower it, or take "
                          "--offload_mode exact")
     return found
 
 
-# What a kernel fetches while a layer of a 7B model computes and PCIe idles, and for each token attended to, since choosing them
-# takes the longer the more they are: measured on an H200.
+# What a kernel fetches while a layer of a 7B model computes and PCIe idles, and for each token
+# attended to, since choosing them takes the longer the more they are: measured on an H200.
 IDLE_BYTES, IDLE_BYTES_PER_TOKEN = 14e6, 330
 
 
 def idle_heads(config, batch, tokens, dtype, device, packed=True):
-    """Of how many KV heads so many tokens, none of them resident, are fetched in that time; none on a CPU. At most three of
-    eight: more was not measured."""
+    """Of how many KV heads so many tokens, none of them resident, are fetched in that time; none on
+    a CPU. At most three of eight: more was not measured."""
     if torch.device(device).type == "cpu":
         return 0
     row_bytes = 2 * config.head_dim * dtype.itemsize * (PACKED if packed and packs(config.head_dim, dtype) else 1)
@@ -678,8 +490,8 @@ def idle_heads(config, batch, tokens, dtype, device, packed=True):
 
 @dataclass(kw_only=True)
 class HostLayer(LayerCache):
-    """A layer with K and V in host memory. A step's new K and V come to `newest`, which kv [B, HKV, S, 2, D] shows at every
-    position; `decode` takes them on from there."""
+    """A layer with K and V in host memory. A step's new K and V come to `newest`, which kv [B, HKV,
+    S, 2, D] shows at every position; `decode` takes them on from there."""
 
     host: HostRows
     newest: torch.Tensor  # [B, HKV, 2, D]
@@ -687,37 +499,15 @@ class HostLayer(LayerCache):
     def kv_bytes(self):
         return self.newest.nbytes
 
-    def read_rows(self, b, rows):
-        """Copies sequence b's first tokens to rows [1, HKV, T, 2, D]."""
-        heads, T = rows.shape[1:3]
-        if self.host.tops is None:
-            for h in range(heads):
-                rows[0, h].copy_(self.host.kv[b, h, :T], non_blocking=True)
-        elif self.ds.use_triton(rows):
-            unpack(self.host.sequence(b), rows)
-        else:
-            h, t = (x.flatten() for x in torch.meshgrid(torch.arange(heads), torch.arange(T), indexing="ij"))
-            rows[0, h, t] = unpack_ref(self.host, torch.full_like(h, b), h, t)
-
-    def write_rows(self, b, start, rows):
-        """Copies rows [1, HKV, T, 2, D] to sequence b's tokens from `start` on."""
-        end = start + rows.shape[2]
-        if self.host.tops is None:
-            for h in range(rows.shape[1]):
-                self.host.kv[b, h, start:end].copy_(rows[0, h], non_blocking=True)
-        else:
-            ends = torch.full((1,), end, dtype=torch.int32, device=rows.device)
-            (pack if self.ds.use_triton(rows) else pack_ref)(self.host.sequence(b), rows, ends)
-
     def write(self, k, v, positions, labels=True):
-        assert k.shape[2] == 1, "a cache in host memory is prefilled through prefill_layers and decodes one token per sequence"
+        assert k.shape[2] == 1, "prefill goes through prefill_layers, and a step has one token a row"
         self.newest.copy_(torch.stack([k, v], 3)[:, :, 0])
 
 
 @dataclass
 class Foresight:
-    """What the layers of a cache choose and fetch tokens ahead with. In the mode "exact" both streams
-    are one: a third branch made some of a step's CUDA graphs slower by 4%."""
+    """What the layers of a cache choose and fetch tokens ahead with. In the mode "exact" both
+    streams are one: a third branch made some of a step's CUDA graphs slower by 4%."""
 
     choosing: SideStream
     fetching: SideStream
@@ -746,7 +536,8 @@ class OffloadedLayer(HostLayer):
 
     def resolve(self, placed, chosen, seq_lens, **kind):
         run = resolve if self.ds.use_triton(seq_lens) else resolve_ref
-        run(self.resident, placed, chosen, seq_lens, sink=self.ds.sink, recent=self.ds.recent, **kind)
+        forced = dict(sink=self.ds.sink, recent=self.ds.recent)
+        run(self.resident, placed, chosen, seq_lens, **forced, **kind)
 
     def fetch(self, placed, newest, indices, seq_lens):
         run = fetch if self.ds.use_triton(seq_lens) else fetch_ref
@@ -810,8 +601,8 @@ class OffloadedLayer(HostLayer):
 
 
 class Streaming:
-    """The two GPU buffers that all layers of a dense cache pass through in a step, and the copies on
-    their way."""
+    """The two GPU buffers that all layers of a dense cache pass through in a step, and the copies
+    on their way."""
 
     def __init__(self, hosts, device):
         B, HKV = hosts[0].kv.shape[:2]
@@ -830,8 +621,8 @@ class Streaming:
 
 @dataclass(kw_only=True)
 class StreamedLayer(HostLayer):
-    """A dense layer. What is copied is the allocated length, in one piece, at the full speed of a copy
-    engine: allocate what will be live."""
+    """A dense layer. What is copied is the allocated length, in one piece, at the full speed of a
+    copy engine: allocate what will be live."""
 
     streaming: Streaming
     number: int  # of this layer
@@ -854,20 +645,20 @@ class StreamedLayer(HostLayer):
 
 
 class OffloadCache(KVCache):
-    """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds of all."""
+    """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds
+    of all."""
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None,
-                 resident_tokens=None, prefetch_heads=None, mode="exact", predictable=None, packed=True,
-                 host=None):
-        """resident_tokens: rows on the GPU per sequence, KV head and layer, the overflow rows that the
-        layers share among them; at least, and by default, the tokens that a step attends to: the
-        budget at max_seq_length, and all tokens of rows below ds.dense_below. prefetch_heads: of so
-        many KV heads of each layer what is predicted is fetched ahead, by default idle_heads. mode: of
-        MODES; "predicted" fetches all that is predicted, and attends to it. predictable: numbers of
-        the layers of which anything is predicted, by default all that have a layer before them.
-        packed: K and V are, where they can be (see HostRows). host: tensors to use, of the last
-        layers, [B, HKV, S, 2, D]; what they hold does not count.
-        """
+                 resident_tokens=None, prefetch_heads=None, mode="exact", predictable=None,
+                 packed=True, host=None):
+        """resident_tokens: rows on the GPU per sequence, KV head and layer, the overflow rows that
+        the layers share among them; at least, and by default, the tokens that a step attends to:
+        the budget at max_seq_length, and all tokens of rows below ds.dense_below. prefetch_heads:
+        of so many KV heads of each layer what is predicted is fetched ahead, by default idle_heads.
+        mode: of MODES; "predicted" fetches all that is predicted, and attends to it. predictable:
+        numbers of the layers of which anything is predicted, by default all that have a layer
+        before them. packed: K and V are, where they can be (see HostRows). host: tensors to use, of
+        the last layers, [B, HKV, S, 2, D]; what they hold does not count. """
         if mode not in MODES:
             raise ValueError(f"mode={mode}: must be one of {', '.join(MODES)}")
         device, count = torch.device(device), offloaded_layers(config, ds)
@@ -878,20 +669,22 @@ class OffloadCache(KVCache):
         self.resident_tokens = min(longest, resident_tokens or least)
         if self.resident_tokens < least:
             raise ValueError(
-                f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step "
-                f"may attend to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower "
-                "--dense_below")
+                f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a "
+                f"step may attend to (budget {budget}, dense_below {ds.dense_below}); raise it, or "
+                "lower --dense_below")
         if prefetch_heads is None:
             prefetch_heads = idle_heads(config, batch, budget, dtype, device, packed) if ds else 0
         if prefetch_heads > HKV:
-            raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {HKV}, the model's KV heads")
+            raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {HKV}, the model's "
+                             "KV heads")
         self.n_layers, self.mode = config.n_layers, mode
         self.predictable = range(1, config.n_layers) if predictable is None else predictable
         self.ahead = (HKV if mode == "predicted" else prefetch_heads) if ds else 0
 
         shape = (batch, HKV, max_seq_length, 2, D)
         host = host_layers(count, shape, dtype, device) if host is None else host
-        self.host = [HostRows(kv, device, packed and ds is not None) for kv in host[len(host) - count :]]
+        packed = packed and ds is not None
+        self.host = [HostRows(kv, device, packed) for kv in host[len(host) - count :]]
         self.side = SideStream(device)
         self.streaming = Streaming(self.host, device) if ds is None else None
         if ds is not None:
@@ -952,8 +745,8 @@ class OffloadCache(KVCache):
         return self
 
     def foresee(self, i, x, blocks, cos, sin):
-        """The next layer's tokens are chosen and fetched while layer i runs: once its own have been,
-        or at once if it has none."""
+        """The next layer's tokens are chosen and fetched while layer i runs: once its own have
+        been, or at once if it has none."""
         layer, following = self.layers[i], self.layers[i + 1] if i + 1 < len(self.layers) else None
         if isinstance(following, OffloadedLayer) and following.ahead:
             block = blocks[i + 1]
@@ -977,10 +770,12 @@ class OffloadCache(KVCache):
             layer.resident.forget()
 
     def prefill_layers(self, b, start, end):
-        """As in KVCache; a layer's K and V go to the host while the next layer is prefilled in another buffer."""
+        """As in KVCache; a layer's K and V go to the host while the next layer is prefilled in
+        another buffer."""
         self.begin()
         _, HKV, _, _, D = self.host[0].kv.shape
-        buffers = [torch.empty(1, HKV, end, 2, D, dtype=self.host[0].kv.dtype, device=self.seq_lens.device) for _ in range(2)]
+        like = dict(dtype=self.host[0].kv.dtype, device=self.seq_lens.device)
+        buffers = [torch.empty(1, HKV, end, 2, D, **like) for _ in range(2)]
         copied = [None, None]
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, HostLayer):
@@ -988,11 +783,13 @@ class OffloadCache(KVCache):
                 continue
             buffer = buffers[i % 2]
             self.side.wait(copied[i % 2])
+            kernels = layer.ds is not None and layer.ds.use_triton(buffer)
             if start:
-                layer.read_rows(b, buffer[:, :, :start])
+                layer.host.read(b, buffer[:, :, :start], kernels)
             labels = None if layer.labels is None else layer.labels[b : b + 1]
             yield LayerCache(buffer, layer.window, layer.ds, layer.label_map, labels)
-            copied[i % 2] = self.side.run(partial(layer.write_rows, b, start, buffer[:, :, start:end]))
+            rows = buffer[:, :, start:end]
+            copied[i % 2] = self.side.run(partial(layer.host.write, b, start, rows, kernels))
         for copies in copied:
             self.side.wait(copies)
 
@@ -1017,11 +814,11 @@ class OffloadCache(KVCache):
         return super().gpu_bytes() | {"slot maps": self.slot_map_bytes(), "staging": staging}
 
     def statistics(self):
-        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those
-        fetched ahead, a packed row counted as what those of all live tokens take on average; the
-        share of selected tokens that was resident once the selection was known, and the share of
-        predicted tokens that were among them, in all and by layer; how many selected tokens were cut
-        off; and where K and V lie."""
+        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them
+        those fetched ahead, a packed row counted as what those of all live tokens take on average;
+        the share of selected tokens that was resident once the selection was known, and the share
+        of predicted tokens that were among them, in all and by layer; how many selected tokens were
+        cut off; and where K and V lie."""
         host_bytes = sum(host.kv.nbytes for host in self.host)
         found = {"host_bytes": host_bytes, "slot_map_bytes": self.slot_map_bytes(),
                  "prefetch_heads": self.ahead if self.mode == "exact" else None}

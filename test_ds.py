@@ -61,6 +61,7 @@ import convert_hf
 import ds_attention as ds
 import eval as evaluation
 import generate
+import host_memory
 import items as asked
 import offload
 from ds_attention import DSConfig, LabelMap
@@ -1945,7 +1946,7 @@ def replaced(held, last_used, tokens, now, overflow):
     return slots, misses
 
 
-PACKS = {"torch": offload.pack_ref, "triton": offload.pack}
+PACKS = {"torch": host_memory.pack_ref, "triton": host_memory.pack}
 
 
 def all_rows(host, impl):
@@ -1955,10 +1956,10 @@ def all_rows(host, impl):
     shape = host.kv.shape
     if impl == "torch":
         every = [x.flatten() for x in torch.meshgrid(*map(torch.arange, shape[:3]), indexing="ij")]
-        return offload.unpack_ref(host, *every).view(shape)
+        return host_memory.unpack_ref(host, *every).view(shape)
     rows = torch.empty(shape, dtype=torch.bfloat16, device=host.tops.device)
     for b in range(len(rows)):
-        offload.unpack(host.sequence(b), rows[b : b + 1])
+        host_memory.unpack(host.sequence(b), rows[b : b + 1])
     return rows.cpu()
 
 
@@ -1978,7 +1979,7 @@ def test_residency_is_as_stated(impl, R, packed):
     truth = torch.randn(B, HKV, S, 2, D, generator=generator).to(dtype)
     if packed:
         truth[:, :, ::9, 1, 5] *= 2**-20  # rows that do not pack
-    host = offload.HostRows(offload.host_tensor(truth.shape, dtype, device), device, packed)
+    host = host_memory.HostRows(host_memory.host_tensor(truth.shape, dtype, device), device, packed)
     if packed:
         PACKS[impl](host, truth.to(device), torch.tensor([S] * B, dtype=torch.int32, device=device))
     else:
@@ -2135,7 +2136,8 @@ def test_rows_pack_without_loss(impl):
     """Rows of each kind of exponents, written at first, again, and over others."""
     device = torch.device("cpu" if impl == "torch" else DEVICE)
     for B, HKV, S, D, T in ((2, 2, 70, 16, 9), (1, 2, 64, 24, 40), (1, 1, 50, 128, 20)):
-        host = offload.HostRows(offload.host_tensor((B, HKV, S, 2, D), torch.bfloat16, device), device, True)
+        kv = host_memory.host_tensor((B, HKV, S, 2, D), torch.bfloat16, device)
+        host = host_memory.HostRows(kv, device, True)
         generator = torch.Generator().manual_seed(0)
         truth, ends = torch.zeros(B, HKV, S, 2, D, dtype=torch.bfloat16), [T + 3 * b for b in range(B)]
         for _ in range(3):
