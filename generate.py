@@ -480,9 +480,9 @@ def parse_arguments():
     parser.add_argument("--top_k", type=int, help="sample among the k most likely tokens (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
     add_sparsity_arguments(parser)
-    parser.add_argument("--dense_below", type=int, metavar="TOKENS",
-                        help="attend to everything while the longest sequence is shorter: sparse steps could not be faster "
-                             f"(default {DSConfig.dense_below}; with --offload 0, since all these tokens would be on the GPU)")
+    parser.add_argument("--dense_below", type=int, metavar="TOKENS", default=DSConfig.dense_below,
+                        help="sequences that are shorter attend to everything: sparse steps could not be "
+                             "faster; with --offload so many tokens are on the GPU (default %(default)s)")
     parser.add_argument("--max_seq_length", type=int, metavar="TOKENS",
                         help="cache of each sequence: generation ends where it is full (default: as many as there will be; "
                              "--interactive: all of the model's)")
@@ -490,8 +490,8 @@ def parse_arguments():
                         help="keep K and V in host memory, on the GPU only labels, the dense layers and tokens that recent steps "
                              "attended to; with --sparsity 1 all of K and V is streamed in each step")
     parser.add_argument("--resident_tokens", type=int, metavar="TOKENS",
-                        help="with --offload: tokens per sequence and KV head kept on the GPU (default: the most that a step "
-                             "attends to, dense steps below --dense_below included)")
+                        help="with --offload: tokens per sequence, layer and KV head kept on the GPU "
+                             "(default: those that a step attends to, or --dense_below if that is more)")
     parser.add_argument("--prefetch_heads", type=int, metavar="HEADS",
                         help="with --offload in the exact mode: KV heads of each layer whose tokens are fetched while the layer "
                              "before computes, as its input predicts them (default: as many as PCIe then has time for if none is "
@@ -527,8 +527,6 @@ def parse_arguments():
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value}: must be at least {low}")
-    if args.dense_below is None:
-        args.dense_below = 0 if args.offload else DSConfig.dense_below
     for name in OFFLOAD_OPTIONS:
         if getattr(args, name) != parser.get_default(name) and not args.offload:
             raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add that option")

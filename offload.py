@@ -1,23 +1,34 @@
-"""K and V in host memory (Double Sparsity's offload, arXiv 2408.07092, section 3.3), exact: the tokens attended are
-those that the layer's own query selects, as in the on-GPU cache.
+"""K and V in host memory (Double Sparsity's offload, arXiv 2408.07092, section 3.3), exact: the
+tokens attended are those that the layer's own query selects, as in the on-GPU cache.
 
-On the GPU stay the labels, the first (dense) layers, and of each other layer `resident_tokens` rows: the tokens that
-recent steps selected. A step gives the tokens it selects slots among these rows, fetches those that are missing over
-PCIe and attends to the slots; the host is not asked. Shapes follow the key at the top of ds_attention.py; R resident
-tokens.
+On the GPU stay the labels, the first (dense) layers, and rows of K and V for the tokens that recent
+steps selected: each other layer has R slots, and all of them share overflow rows, for what a step
+selects beyond its slots (N is met on average). A step gives the tokens it selects slots, fetches
+those that are missing over PCIe and attends to their rows; the host is not asked. Shapes follow the
+key at the top of ds_attention.py.
 
-While a layer attends and runs its linear layers, PCIe idles. With `prefetch_heads` the next layer's queries are predicted from
-this layer's input, and what those of so many KV heads select is fetched ahead: a wrong prediction costs time, and changes
-nothing else. (Whole heads: a few tokens of every head would lie in as many pages of host memory as all of them do, and finding
-a page costs the GPU more than a row.) In the mode "predicted" layers attend to what the predicted queries select, all of it
-fetched ahead: the paper's way, which is not exact.
+While a layer attends and runs its linear layers, PCIe idles. With `prefetch_heads` the next layer's
+queries are predicted from this layer's input, and what those of so many KV heads select is fetched
+ahead: a wrong prediction costs time, and changes nothing else. (Whole heads: a few tokens of every
+head would lie in as many pages of host memory as all of them do, and finding a page costs the GPU
+more than a row.) Two streams, time from left to right, layer l fetched ahead beside layer l - 1:
 
-Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention (as FlexGen does): the
-baseline.
+    current  select, resolve l-1 | fetch l-1 | attend, linear layers | select, resolve l | fetch l
+    side                         | choose l  | fetch l ahead ........................... |
+
+  - `choose` waits for the resolve before it: from then on the GPU idles, and PCIe does not.
+  - `fetch ahead` waits for the fetch before it, and so for all attention before that.
+  - Layer l resolves after its choice, which changes the same maps, and fetches after what was
+    fetched ahead, whose slots may be others' by then.
+
+In the mode "predicted" layers attend to what the predicted queries select, all of it fetched ahead:
+the paper's way, which is not exact. Layer l is chosen as soon as layer l - 1 has its input, on a
+third stream, while tokens of layer l - 1 are still on their way. So even and odd layers have their
+own overflow rows and results of a choice.
+
+Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention
+(as FlexGen does): the baseline.
 """
-import math
-import mmap
-import weakref
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -27,41 +38,12 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
-from tqdm import tqdm
 
-from ds_attention import (
-    Workspace, attend, attend_ref, dense_decode, label_newest_ref, live_range, per_head, select_tokens)
+from ds_attention import Workspace, attend, attend_ref, dense_decode, select_tokens, write_labels
+from host_memory import PACKED, HostRows, host_layers, pack, pack_ref, packs, unpack_ref, unpacked
 from model import KVCache, LayerCache, open_tensors
 
-# ---------------------------------------------------------------- host memory
-
-
-def host_tensor(shape, dtype, device):
-    """Zeros in memory of the host that kernels on `device`, too, read and write.
-
-    torch's own pinned allocations are rounded up to powers of two: up to twice the memory.
-    """
-    if device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # no huge pages here: pinning is slower
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
-    if device.type == "cuda":
-        cudart = torch.cuda.cudart()
-        error = cudart.cudaHostRegister(tensor.data_ptr(), nbytes, 0)
-        if int(error):
-            raise OSError(f"{nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {int(error)}); take a shorter "
-                          "--max_seq_length or a smaller batch")
-        weakref.finalize(memory, cudart.cudaHostUnregister, tensor.data_ptr()).atexit = False
-    return tensor
-
-
-def host_layers(count, shape, dtype, device):
-    """K and V of that many layers, a host_tensor each. Pinning takes about 0.6 s per GiB."""
-    bar = tqdm(range(count), desc="pinning host memory", unit="layer", leave=False, delay=2)
-    return [host_tensor(shape, dtype, device) for _ in bar]
+# ---------------------------------------------------------------- what the host does
 
 
 def free_host_bytes():
@@ -77,7 +59,8 @@ def free_host_bytes():
 
 
 def check_host_memory(free, config, batch, max_seq_length, dtype, ds=None):
-    """Raises ValueError, naming what would fit, if `free` bytes of host memory are too few for K and V."""
+    """Raises ValueError, naming what would fit, if `free` bytes of host memory are too few for K
+    and V."""
     layers = offloaded_layers(config, ds)
     token = layers * config.n_kv_heads * 2 * config.head_dim * dtype.itemsize
     need = batch * max_seq_length * token
@@ -102,14 +85,16 @@ def offloaded_layers(config, ds):
 
 
 class SideStream:
-    """Work beside the current stream; on a CPU what is called is done, and nothing runs beside anything."""
+    """Work beside the current stream; on a CPU what is called is done, and nothing runs beside
+    anything."""
 
     def __init__(self, device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, work, after=None):
-        """Calls work(), which the device does after all that the current stream was given and after `after`, the result of
-        another `run`. Returns what `wait` takes. What `work` reads must stay until then, unless `work` itself allocates it."""
+        """Calls work(), which the device does after all that the current stream was given and after
+        `after`, the result of another `run`. Returns what `wait` takes. What `work` reads must stay
+        until then, unless `work` itself allocates it."""
         if self.stream is None:
             work()
             return None
@@ -118,10 +103,6 @@ class SideStream:
             self.wait(after)
             work()
             return self.stream.record_event()
-
-    def copy(self, pairs):
-        """`run` of copies, (to, from) pairs."""
-        return self.run(lambda: [to.copy_(source, non_blocking=True) for to, source in pairs])
 
     def wait(self, done):
         """What the current stream is given from now on comes after that `run`; None: after none."""
@@ -134,191 +115,35 @@ class SideStream:
             torch.cuda.current_stream().wait_stream(self.stream)
 
 
-# ---------------------------------------------------------------- rows in host memory
-
-
-PACKED = 12 / 16  # of its bytes a row takes that is packed
-
-
-def packs(D, dtype):
-    """Whether rows of head dim D can be packed."""
-    return dtype == torch.bfloat16 and D % 8 == 0
-
-
-class HostRows:
-    """K and V of one layer in host memory, kv [B, HKV, S, 2, D], or, of bfloat16, packed, so that fewer bytes go over PCIe.
-
-    Packing loses nothing: 8 bits are sign and mantissa, 4 say by how much an exponent is less than the largest of its row of K or
-    of V. So a token takes 3D / 4 words of 32 bits, the first of the D there is room for: D / 4 of eight values' 4 bits, D / 4 of
-    the 8 bits of the first four of them, D / 4 of the others'. `tops` [B, HKV, S] int16, on the GPU, holds both largest exponents,
-    K's in 7 bits, from 64 on. -1 for a token where that one is out of range, or exponents are too far apart, some 3 in 100 tokens:
-    its row lies there as it is.
-    """
-
-    def __init__(self, kv, device, packed):
-        self.kv, self.tops = kv, None
-        if packed and packs(kv.shape[4], kv.dtype):
-            self.tops = torch.full(kv.shape[:3], -1, dtype=torch.int16, device=device)
-
-    def sequence(self, b):
-        """What there is of one sequence, as a view."""
-        view = copy(self)
-        view.kv, view.tops = self.kv[b : b + 1], self.tops[b : b + 1]
-        return view
-
-    def map_bytes(self):
-        return 0 if self.tops is None else self.tops.nbytes
-
-    def row_bytes(self, seq_lens):
-        """What a token of one KV head is over PCIe, on average over the live ones."""
-        whole = self.kv[0, 0, 0].nbytes
-        if self.tops is None:
-            return whole
-        live = torch.arange(self.tops.shape[2], device=seq_lens.device) < seq_lens[:, None, None]
-        as_is = ((self.tops < 0) & live).sum() / (live.sum() * self.tops.shape[1])
-        return whole * (PACKED + (1 - PACKED) * as_is.item())
-
-
-def pack_ref(host, rows, ends):
-    """Packs rows [B, HKV, T, 2, D], bfloat16, of the T positions before ends [B] int32, into host, HostRows with tops."""
-    B, HKV, T, _, D = rows.shape
-    rows = rows.contiguous()
-    v = rows.view(torch.int16).int() & 0xFFFF
-    exponents = v >> 7 & 255
-    tops = exponents.amax(4)  # [B, HKV, T, 2]
-    codes = tops[..., None] - exponents
-    fit = (codes < 16).all(4).all(3) & (tops[..., 0] >= 64) & (tops[..., 0] < 192)
-    eights, bytes_ = ((x & mask).view(B, HKV, T, D // 4, 8) for x, mask in ((codes, 15), (v >> 8 & 128 | v & 127, 255)))
-    shifts = torch.arange(8, device=v.device)
-    words = torch.cat([(eights << 4 * shifts).sum(4), (bytes_[..., :4] << 8 * shifts[:4]).sum(4),
-                       (bytes_[..., 4:] << 8 * shifts[:4]).sum(4)], 3).to(torch.int32)  # sums of bits: they wrap as int32
-    whole = rows.view(torch.int32).view(B, HKV, T, D)
-    words = torch.where(fit[..., None], torch.cat([words, whole[..., 3 * D // 4 :]], 3), whole)
-    for b in range(B):
-        at = slice(int(ends[b]) - T, int(ends[b]))
-        host.tops[b, :, at] = torch.where(fit[b], (tops[b, ..., 0] - 64 << 8) + tops[b, ..., 1], -1).to(torch.int16)
-        host.kv[b, :, at] = words[b].view(torch.bfloat16).view(HKV, T, 2, D).to(host.kv.device)
-
-
-def unpack_ref(host, b, h, tokens):
-    """Rows [n, 2, D] of tokens [n] int64, of sequences b and KV heads h [n]."""
-    D = host.kv.shape[4]
-    top, rows = host.tops[b, h, tokens].int(), host.kv[b, h, tokens]
-    words = rows.view(torch.int32).view(-1, 4, D // 4)
-    shifts = torch.arange(8, device=words.device)
-    codes = (words[:, 0, :, None] >> 4 * shifts & 15).view(-1, 2, D)
-    bytes_ = (words[:, 1:3, :, None] >> 8 * shifts[:4] & 255).permute(0, 2, 1, 3).reshape(-1, 2, D)
-    exponents = torch.stack([64 + (top >> 8), top & 255], 1)[..., None] - codes
-    v = (bytes_ & 128) << 8 | exponents << 7 | bytes_ & 127
-    return torch.where((top < 0)[:, None, None], rows, v.to(torch.int16).view(torch.bfloat16))
-
-
-@triton.jit
-def _pack_kernel(rows, ends, host, tops, T, S, r_sb, r_sh, r_st, HKV, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    row = tl.program_id(1)
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    offs, g = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 8)
-    at = row.to(tl.int64) * S + tl.load(ends + row // HKV) - T + t
-    rows += (row // HKV).to(tl.int64) * r_sb + (row % HKV).to(tl.int64) * r_sh
-    mask = (t < T)[:, None] & (offs < 2 * D)[None, :]
-    v = tl.load(rows + t.to(tl.int64)[:, None] * r_st + offs[None, :], mask=mask, other=0)
-    bits = v.to(tl.int32) & 0xFFFF
-    exponents = (bits >> 7) & 255
-    of_k = (offs < D)[None, :]
-    top_k = tl.max(tl.where(of_k, exponents, 0), 1)
-    top_v = tl.max(tl.where(of_k, 0, exponents), 1)
-    codes = tl.where(mask, tl.where(of_k, top_k[:, None], top_v[:, None]) - exponents, 0)
-    fit = (tl.max(codes, 1) < 16) & (top_k >= 64) & (top_k < 192)
-    tl.store(tops + at, tl.where(fit, ((top_k - 64) << 8) + top_v, -1).to(tl.int16), mask=t < T)
-    tl.store(host.to(tl.pointer_type(tl.int16), bitcast=True) + (at * 2 * D)[:, None] + offs[None, :], v,
-             mask=mask & (fit == 0)[:, None])
-    byte = (((bits >> 8) & 128) | (bits & 127)) << (8 * (offs % 4))[None, :]
-    codes = (codes & 15) << (4 * (offs % 8))[None, :]
-    first = ((offs % 8) < 4)[None, :]
-    to = host + (at * D)[:, None] + g[None, :]
-    inside = ((t < T) & fit)[:, None] & (g < D // 4)[None, :]
-    tl.store(to, tl.sum(tl.reshape(codes, (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
-    tl.store(to + D // 4, tl.sum(tl.reshape(tl.where(first, byte, 0), (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
-    tl.store(to + D // 2, tl.sum(tl.reshape(tl.where(first, 0, byte), (TOKENS, BLOCK // 8, 8)), 2), mask=inside)
-
-
-def pack(host, rows, ends):
-    """As pack_ref; rows with K and V of a token side by side."""
-    B, HKV, T, _, D = rows.shape
-    assert rows.stride(3) == D and rows.stride(4) == 1
-    tokens = min(16, triton.next_power_of_2(T))
-    _pack_kernel[(triton.cdiv(T, tokens), B * HKV)](
-        rows.view(torch.int16), ends, host.kv.view(torch.int32), host.tops, T, host.kv.shape[2], *rows.stride()[:3], HKV, D,
-        triton.next_power_of_2(2 * D), tokens)
-
-
-@triton.jit
-def _pair(codes, bytes, exponents, N: tl.constexpr):
-    """Values N and N + 1 of eight, as one word."""
-    byte = bytes >> (8 * (N % 4))
-    low = ((byte & 128) << 8) | ((exponents - ((codes >> (4 * N)) & 15)) << 7) | (byte & 127)
-    byte = byte >> 8
-    high = ((byte & 128) << 8) | ((exponents - ((codes >> (4 * N + 4)) & 15)) << 7) | (byte & 127)
-    return low | (high << 16)
-
-
-@triton.jit
-def _unpacked(host, tops, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows at `at`, int64 [any], as words of two values, int32 [any, BLOCK]."""
-    g, offs = tl.arange(0, BLOCK // 4), tl.arange(0, BLOCK)
-    top = tl.load(tops + at, mask=mask, other=0).to(tl.int32)
-    packed = (mask & (top >= 0))[:, None] & (g < D // 4)[None, :]
-    words = host + (at * D)[:, None]
-    codes = tl.load(words + g[None, :], mask=packed, other=0)
-    first = tl.load(words + D // 4 + g[None, :], mask=packed, other=0)
-    second = tl.load(words + D // 2 + g[None, :], mask=packed, other=0)
-    whole = tl.load(words + offs[None, :], mask=(mask & (top < 0))[:, None] & (offs < D)[None, :], other=0)
-    exponents = tl.where((g < D // 8)[None, :], 64 + (top >> 8)[:, None], (top & 255)[:, None])
-    evens = tl.join(_pair(codes, first, exponents, 0), _pair(codes, second, exponents, 4))
-    odds = tl.join(_pair(codes, first, exponents, 2), _pair(codes, second, exponents, 6))
-    return tl.where((top < 0)[:, None], whole, tl.reshape(tl.join(evens, odds), (at.shape[0], BLOCK)))
-
-
-@triton.jit
-def _unpack_kernel(host, tops, rows, T, S, r_sh, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    offs, h = tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    found = _unpacked(host, tops, h * S + t, t < T, D, BLOCK)
-    tl.store(rows + h * r_sh + t[:, None] * D + offs[None, :], found, mask=(t < T)[:, None] & (offs < D)[None, :])
-
-
-def unpack(host, rows):
-    """The first T rows of the one sequence in host, into rows [1, HKV, T, 2, D] with tokens side by side."""
-    _, HKV, T, _, D = rows.shape
-    assert rows.stride(2) == 2 * D and len(host.kv) == 1
-    rows = rows.view(torch.int32)
-    _unpack_kernel[(triton.cdiv(T, 32), HKV)](host.kv.view(torch.int32), host.tops, rows, T, host.kv.shape[2], rows.stride(1), D,
-                                              triton.next_power_of_2(D), 32)
-
-
 # ---------------------------------------------------------------- resident tokens
 
-AGES = 64  # resolves since a slot was last used that replacement tells apart: two a step where tokens are fetched ahead
-# What a Resident counts, of each row and KV head: tokens selected, and of them fetched when that was known, in so many steps;
-# tokens predicted, those selected thereafter, and those fetched ahead. Without the newest token; predicted and confirmed also
-# without the others that are attended in any case.
-COUNTS = ("selected", "fetched", "steps", "predicted", "confirmed", "prefetched")
-SELECTED, FETCHED, STEPS, PREDICTED, CONFIRMED, PREFETCHED = map(tl.constexpr, range(len(COUNTS)))
+# resolves since a slot was last used that replacement tells apart: two a step where tokens are
+# fetched ahead
+AGES = 64
+# What a Resident counts, of each row and KV head: tokens selected, and of them fetched when that
+# was known, in so many steps, and those that were selected and cut off; tokens predicted, those
+# selected thereafter, and those fetched ahead. Without the newest token; predicted and confirmed
+# also without the others that are attended in any case.
+COUNTS = ("selected", "fetched", "steps", "cut", "predicted", "confirmed", "prefetched")
+SELECTED, FETCHED, STEPS, CUT, PREDICTED, CONFIRMED, PREFETCHED = map(tl.constexpr, range(7))
 
 
 class Resident:
-    """Which tokens of one layer are on the GPU, and their K and V: R slots for each row and KV head."""
+    """Which tokens of one layer are on the GPU: R slots for each row and KV head.
 
-    def __init__(self, B, HKV, S, R, D, dtype, device):
+    kv [B, HKV, any, 2, D]: rows of all layers. Slot s is row `first` + s. Tokens that find no slot
+    go to the rows from `overflow` on, which no map remembers: the next layers use them, too. """
+
+    def __init__(self, kv, S, R, first, overflow):
         def table(*shape, dtype=torch.int32):
-            return torch.zeros(*shape, dtype=dtype, device=device)
+            return torch.zeros(*kv.shape[:2], *shape, dtype=dtype, device=kv.device)
 
-        self.kv = table(B, HKV, R, 2, D, dtype=dtype)
-        self.slot_token = table(B, HKV, R)  # the token in a slot, -1 for none
-        self.token_slot = table(B, HKV, S)  # the slot that a token was last put to; whether it is still there, slot_token says
-        self.last_used = table(B, HKV, R)  # by this clock, of resolves since forget()
-        self.clock = table(B, HKV)
-        self.counts = table(len(COUNTS), B, HKV, dtype=torch.int64)
+        self.kv, self.first, self.overflow = kv, first, overflow
+        self.slot_token = table(R)  # the token in a slot, -1 for none
+        self.token_slot = table(S)  # the slot a token was last put to; if still, slot_token says
+        self.last_used = table(R)  # by this clock, of resolves since forget()
+        self.clock = table()
+        self.counts = table(len(COUNTS), dtype=torch.int64)
         self.forget()
 
     def forget(self):
@@ -328,247 +153,304 @@ class Resident:
         self.clock.zero_()
         self.counts.zero_()
 
-    def map_bytes(self):
-        return sum(x.nbytes for x in vars(self).values()) - self.kv.nbytes
+    def maps(self):
+        others = "kv", "first", "overflow"
+        return {name: x for name, x in vars(self).items() if name not in others}
 
-    def first(self, heads):
+    def of_heads(self, heads):
         """What there is of the first so many KV heads, as a view."""
         view = copy(self)
-        vars(view).update((name, x[:, :, :heads] if name == "counts" else x[:, :heads]) for name, x in vars(self).items())
+        vars(view).update((name, x[:, :heads]) for name, x in self.maps().items())
         return view
 
 
 class Placement:
-    """What `resolve` says of the tokens it was given: their slots, in their order, and which of them (as indices) were missing."""
+    """What `resolve` says of the tokens it was given: their rows, in their order, which of them (as
+    indices) were missing, and the newest token's row, -1 if it has none."""
 
-    def __init__(self, B, heads, R, device):
-        self.slots, self.missing = torch.zeros(2, B, heads, R, dtype=torch.int32, device=device)
-        self.n_missing = torch.zeros(B, heads, dtype=torch.int32, device=device)
+    def __init__(self, B, heads, capacity, device):
+        zeros = partial(torch.zeros, dtype=torch.int32, device=device)
+        self.rows, self.missing = zeros(2, B, heads, capacity)
+        self.n_missing, self.newest = zeros(2, B, heads)
 
 
-def resolve_ref(r, placed, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sink=0, recent=1):
-    """Gives every selected token a slot: those held keep theirs, the others take the slots that were not used for longest (of
-    equals the first), none of this call's; both in ascending order. Sets `placed`, a Placement, and the maps of r, a Resident.
+def resolve_ref(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, recent=1):
+    """Gives every selected token a row: those held keep their slots, the others take the slots that
+    were not used for longest (of equals the first), none of this call's, both in ascending order;
+    the last of them, if slots are too few, overflow rows. Sets `placed`, a Placement, and the maps
+    of r, a Resident.
 
-    indices [B, heads, any] int32, distinct tokens of the first KV heads, or of all, of which the first n_tokens [B, heads] count,
-    at most R; seq_lens [B]. ahead: the tokens are a prediction. foreseen: of so many heads the call before was the prediction of
-    this one. sink, recent: see COUNTS.
+    chosen: as from select_tokens, of the first KV heads, or of all: indices [B, heads, capacity]
+    int32, distinct, of which the first n_tokens [B, heads] count, and counts [B, heads, any], which
+    add up to what there was before tokens were cut off. seq_lens [B]. ahead: it is a prediction.
+    foreseen: of so many heads the call before was the prediction of this one. sink, recent: see
+    COUNTS.
     """
-    r = r.first(indices.shape[1])
+    indices, n_tokens, counts = chosen
+    r = r.of_heads(indices.shape[1])
     valid = torch.arange(indices.shape[2], device=indices.device) < n_tokens[..., None]
     tokens = torch.where(valid, indices, 0).long()
     slots = r.token_slot.gather(2, tokens).long()
     hit = valid & (r.slot_token.gather(2, slots) == tokens)
     missed = valid & ~hit
     newest = (seq_lens - 1)[:, None, None]
+
     fetched = (missed & (tokens != newest)).sum(2)
     uncertain = valid & (tokens >= sink) & (tokens <= newest - recent)
     if ahead:
         counted = dict(predicted=uncertain.sum(2), prefetched=fetched)
     else:
-        counted = dict(selected=n_tokens - 1, fetched=fetched, steps=torch.ones_like(n_tokens))
+        counted = dict(selected=n_tokens - 1, fetched=fetched, steps=torch.ones_like(n_tokens),
+                       cut=counts.sum(2) - n_tokens)
     if foreseen:
         latest = r.last_used.gather(2, slots) == r.clock[..., None]
         counted["confirmed"] = (uncertain & hit & latest).sum(2)
         counted["confirmed"][:, foreseen:] = 0
     for name, count in counted.items():
-        r.counts[COUNTS.index(name)] += count
+        r.counts[..., COUNTS.index(name)] += count
+
     r.clock += 1
-    now = r.clock[..., None].expand_as(slots)
+    now = r.clock[..., None]
     r.last_used.scatter_reduce_(2, slots, torch.where(hit, now, -AGES), "amax")
-    placed.n_missing.copy_(missed.sum(2))
-    age = (r.clock[..., None] - r.last_used).clamp(max=AGES - 1)
-    rank = age.sort(dim=2, descending=True, stable=True).indices.argsort(2)  # of each slot among all, the oldest first
-    b, h, slot = (rank < placed.n_missing[..., None]).nonzero(as_tuple=True)  # [misses of all rows]
-    i = missed.nonzero(as_tuple=True)[2]  # as many of each row and head, in the same order
+    free = (r.slot_token.shape[2] - hit.sum(2))[..., None]
+    nth = missed.cumsum(2) - 1  # of the missing ones
+    kept = missed & (nth < free)
+    age = (now - r.last_used).clamp(max=AGES - 1)
+    # of each slot among all, the oldest first
+    rank = age.sort(dim=2, descending=True, stable=True).indices.argsort(2)
+    b, h, slot = (rank < kept.sum(2)[..., None]).nonzero(as_tuple=True)
+    i = kept.nonzero(as_tuple=True)[2]  # as many of each row and head, in the same order
     token = tokens[b, h, i]
     slots[b, h, i] = slot
-    placed.slots[..., : slots.shape[2]] = slots
-    placed.missing[b, h, (missed.cumsum(2) - 1)[b, h, i]] = i.int()
-    r.slot_token[b, h, slot], r.token_slot[b, h, token], r.last_used[b, h, slot] = token.int(), slot.int(), r.clock[b, h]
+    r.slot_token[b, h, slot], r.token_slot[b, h, token] = token.int(), slot.int()
+    r.last_used[b, h, slot] = r.clock[b, h]
+
+    rows = torch.where(missed & ~kept, r.overflow + nth - free, r.first + slots)
+    placed.rows.copy_(rows)
+    slot = r.token_slot.gather(2, newest.expand(-1, slots.shape[1], 1).long()).long()
+    held = r.slot_token.gather(2, slot) == newest
+    listed = torch.where(valid & (tokens == newest), rows, -1).amax(2)
+    placed.newest.copy_(torch.where(held, r.first + slot, listed[..., None])[..., 0])
+    placed.n_missing.copy_(missed.sum(2))
+    b, h, i = missed.nonzero(as_tuple=True)
+    placed.missing[b, h, nth[b, h, i]] = i.int()
 
 
 @triton.jit
-def _count(counts, i, rows, more):
+def _count(counts, i, more):
     """Adds to the i-th of COUNTS."""
-    tl.store(counts + i * rows, tl.load(counts + i * rows) + more)
+    tl.store(counts + i, tl.load(counts + i) + more)
 
 
 @triton.jit
-def _resolve_kernel(indices, n_tokens, seq_lens, slot_token, token_slot, last_used, clock, counts, slots, missing, n_missing,
-                    max_tokens, S, R, rows, sink, recent, HEADS: tl.constexpr, HKV: tl.constexpr, AGES: tl.constexpr,
+def _resolve_kernel(indices, n_tokens, split_counts, seq_lens, slot_token, token_slot, last_used,
+                    clock, counts, rows, missing, n_missing, newest_row, first_row, overflow,
+                    capacity, S, R, sink, recent, HEADS: tl.constexpr, HKV: tl.constexpr,
+                    AGES: tl.constexpr, COUNTERS: tl.constexpr, SPLITS: tl.constexpr,
                     AHEAD: tl.constexpr, FORESEEN: tl.constexpr, TILE: tl.constexpr):
-    given = tl.program_id(0)  # of the rows with tokens
+    given = tl.program_id(0)  # of the rows and heads with tokens
     row = given // HEADS * HKV + given % HEADS  # of all
     n = tl.load(n_tokens + given)
     newest = tl.load(seq_lens + row // HKV) - 1
     now = tl.load(clock + row) + 1
     base = row.to(tl.int64)
-    indices += given.to(tl.int64) * max_tokens
+    indices += given.to(tl.int64) * capacity
     token_slot += base * S
     slot_token += base * R
     last_used += base * R
-    slots += given.to(tl.int64) * R
-    missing += given.to(tl.int64) * R
-    counts += row
+    rows += given.to(tl.int64) * capacity
+    missing += given.to(tl.int64) * capacity
+    counts += row * COUNTERS
+
     misses = 0
     fetched = 0
     predicted = 0
     confirmed = 0
-    for first in range(0, n, TILE):
-        i = first + tl.arange(0, TILE)
-        token = tl.load(indices + i, mask=i < n, other=0)
+    newest_at = -1
+    for begin in range(0, n, TILE):
+        i = begin + tl.arange(0, TILE)
+        token = tl.load(indices + i, mask=i < n, other=-1)
         slot = tl.load(token_slot + token, mask=i < n, other=0)
         hit = (i < n) & (tl.load(slot_token + slot, mask=i < n, other=-1) == token)
         uncertain = (i < n) & (token >= sink) & (token <= newest - recent)
         predicted += tl.sum(uncertain.to(tl.int32), 0)
+        newest_at = tl.maximum(newest_at, tl.max(tl.where(token == newest, i, -1), 0))
         if FORESEEN > 0:
-            latest = (tl.load(last_used + slot, mask=hit, other=0) == now - 1) & (row % HKV < FORESEEN)
+            latest = tl.load(last_used + slot, mask=hit, other=0) == now - 1
+            latest = latest & (row % HKV < FORESEEN)
             confirmed += tl.sum((uncertain & hit & latest).to(tl.int32), 0)
-        tl.store(slots + i, slot, mask=hit)
+        tl.store(rows + i, first_row + slot, mask=hit)
         tl.store(last_used + slot, now, mask=hit)
         missed = ((i < n) & (hit == 0)).to(tl.int32)
         tl.store(missing + misses + tl.cumsum(missed, 0) - missed, i, mask=missed > 0)
         misses += tl.sum(missed, 0)
         fetched += tl.sum(tl.where(token == newest, 0, missed), 0)
     tl.debug_barrier()
-    if misses > 0:
+
+    kept = tl.minimum(misses, R - (n - misses))  # tokens for which there are slots
+    if kept > 0:
         bins = tl.arange(0, AGES)
         ages = tl.zeros([AGES], tl.int32)  # how many slots have each age
-        for first in range(0, R, TILE):
-            slot = first + tl.arange(0, TILE)
-            age = tl.minimum(now - tl.load(last_used + slot, mask=slot < R, other=now), AGES - 1)
-            ages += tl.histogram(age, AGES)
+        for begin in range(0, R, TILE):
+            slot = begin + tl.arange(0, TILE)
+            age = now - tl.load(last_used + slot, mask=slot < R, other=now)
+            ages += tl.histogram(tl.minimum(age, AGES - 1), AGES)
         as_old = tl.sum(ages, 0) - tl.cumsum(ages, 0) + ages
-        oldest = tl.max(tl.where((as_old >= misses) & (bins > 0), bins, 0), 0)  # all older slots are taken, of this age some
-        room = misses - tl.sum(tl.where(bins > oldest, ages, 0), 0)
+        # all older slots are taken, of this age some
+        oldest = tl.max(tl.where((as_old >= kept) & (bins > 0), bins, 0), 0)
+        room = kept - tl.sum(tl.where(bins > oldest, ages, 0), 0)
         taken = 0
         tied = 0
-        for first in range(0, R, TILE):
-            slot = first + tl.arange(0, TILE)
-            age = tl.minimum(now - tl.load(last_used + slot, mask=slot < R, other=now), AGES - 1)
+        for begin in range(0, R, TILE):
+            slot = begin + tl.arange(0, TILE)
+            age = now - tl.load(last_used + slot, mask=slot < R, other=now)
+            age = tl.minimum(age, AGES - 1)
             tie = (age == oldest).to(tl.int32)
-            take = ((age > oldest) | ((age == oldest) & (tied + tl.cumsum(tie, 0) <= room))).to(tl.int32)
-            i = tl.load(missing + taken + tl.cumsum(take, 0) - take, mask=take > 0, other=0)
-            token = tl.load(indices + i, mask=take > 0, other=0)
-            tl.store(slots + i, slot, mask=take > 0)
-            tl.store(slot_token + slot, token, mask=take > 0)
-            tl.store(token_slot + token, slot, mask=take > 0)
-            tl.store(last_used + slot, now, mask=take > 0)
-            taken += tl.sum(take, 0)
+            take = (age > oldest) | ((age == oldest) & (tied + tl.cumsum(tie, 0) <= room))
+            nth = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+            i = tl.load(missing + nth, mask=take, other=0)
+            token = tl.load(indices + i, mask=take, other=0)
+            tl.store(rows + i, first_row + slot, mask=take)
+            tl.store(slot_token + slot, token, mask=take)
+            tl.store(token_slot + token, slot, mask=take)
+            tl.store(last_used + slot, now, mask=take)
+            taken += tl.sum(take.to(tl.int32), 0)
             tied += tl.sum(tie, 0)
+    for begin in range(kept, misses, TILE):
+        nth = begin + tl.arange(0, TILE)
+        i = tl.load(missing + nth, mask=nth < misses, other=0)
+        tl.store(rows + i, overflow + nth - kept, mask=nth < misses)
+    tl.debug_barrier()
+
+    to = tl.load(rows + newest_at, mask=newest_at >= 0, other=-1)
+    slot = tl.load(token_slot + newest)  # of a prediction, where the selection lacks the token
+    to = tl.where(tl.load(slot_token + slot) == newest, first_row + slot, to)
+    tl.store(newest_row + given, to)
     tl.store(n_missing + given, misses)
     tl.store(clock + row, now)
     if AHEAD:
-        _count(counts, PREDICTED, rows, predicted)
-        _count(counts, PREFETCHED, rows, fetched)
+        _count(counts, PREDICTED, predicted)
+        _count(counts, PREFETCHED, fetched)
     else:
-        _count(counts, SELECTED, rows, n - 1)
-        _count(counts, FETCHED, rows, fetched)
-        _count(counts, STEPS, rows, 1)
+        chosen = tl.sum(tl.load(split_counts + given * SPLITS + tl.arange(0, SPLITS)), 0)
+        _count(counts, SELECTED, n - 1)
+        _count(counts, FETCHED, fetched)
+        _count(counts, STEPS, 1)
+        _count(counts, CUT, chosen - n)
     if FORESEEN > 0:
-        _count(counts, CONFIRMED, rows, confirmed)
+        _count(counts, CONFIRMED, confirmed)
 
 
-def resolve(r, placed, indices, n_tokens, seq_lens, ahead=False, foreseen=0, sink=0, recent=1, tile=None):
-    """As resolve_ref, in one launch; all tensors contiguous. tile: tokens or slots that a row's program looks at at once."""
-    (B, HKV, R), heads = r.slot_token.shape, indices.shape[1]
+def resolve(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, recent=1, tile=None):
+    """As resolve_ref, in one launch; all tensors contiguous. tile: tokens or slots that a row's
+    program looks at at once."""
+    indices, n_tokens, counts = chosen
+    (B, HKV, R), (heads, capacity) = r.slot_token.shape, indices.shape[1:]
     tile = tile or min(4096, triton.next_power_of_2(R))
-    assert indices.is_contiguous() and n_tokens.is_contiguous() and placed.slots.shape == (B, heads, R)
+    assert all(t.is_contiguous() for t in chosen) and placed.rows.shape == indices.shape
     _resolve_kernel[(B * heads,)](
-        indices, n_tokens, seq_lens, r.slot_token, r.token_slot, r.last_used, r.clock, r.counts, placed.slots, placed.missing,
-        placed.n_missing, indices.shape[2], r.token_slot.shape[2], R, B * HKV, sink, recent, heads, HKV, AGES, ahead, foreseen,
-        tile, num_warps=max(1, tile // 256))  # PCIe waits for the last of the programs: each is as wide as fits a multiprocessor
+        indices=indices, n_tokens=n_tokens, split_counts=counts, seq_lens=seq_lens,
+        slot_token=r.slot_token, token_slot=r.token_slot, last_used=r.last_used, clock=r.clock,
+        counts=r.counts, rows=placed.rows, missing=placed.missing, n_missing=placed.n_missing,
+        newest_row=placed.newest, first_row=r.first, overflow=r.overflow, capacity=capacity,
+        S=r.token_slot.shape[2], R=R, sink=sink, recent=recent, HEADS=heads, HKV=HKV, AGES=AGES,
+        COUNTERS=len(COUNTS), SPLITS=counts.shape[2], AHEAD=ahead, FORESEEN=foreseen, TILE=tile,
+        num_warps=max(1, tile // 256))  # PCIe waits for the last program: each has what fits a core
 
 
-def fetch_ref(r, placed, host, newest, indices, seq_lens):
-    """Copies what `resolve` found missing of indices from host, HostRows, to its slots, and the newest tokens' K and V, newest
-    [B, HKV, 2, D], to theirs and to the host. newest None: they are not known yet, and their slots stay as they are."""
-    R = placed.missing.shape[2]
-    b, h, j = (torch.arange(R, device=indices.device) < placed.n_missing[..., None]).nonzero(as_tuple=True)
-    i = placed.missing[b, h, j].long()
+def fetch_ref(kv, placed, host, newest, indices, seq_lens):
+    """Copies what `resolve` found missing of indices from host, HostRows, to its rows of
+    kv [B, HKV, any, 2, D], and the newest tokens' K and V, newest [B, HKV, 2, D], to theirs and to
+    the host. newest None: they are not known yet. indices None: nothing is missing any more."""
     last = (seq_lens - 1).long()
-    known = indices[b, h, i] != last[b]
-    b, h, i = b[known], h[known], i[known]
-    tokens = indices[b, h, i].long()
-    r.kv[b, h, placed.slots[b, h, i].long()] = host.kv[b, h, tokens] if host.tops is None else unpack_ref(host, b, h, tokens)
+    if indices is not None:
+        nth = torch.arange(indices.shape[2], device=indices.device)
+        b, h, j = (nth < placed.n_missing[..., None]).nonzero(as_tuple=True)
+        i = placed.missing[b, h, j].long()
+        known = indices[b, h, i] != last[b]
+        b, h, i = b[known], h[known], i[known]
+        tokens = indices[b, h, i].long()
+        found = host.kv[b, h, tokens] if host.tops is None else unpack_ref(host, b, h, tokens)
+        kv[b, h, placed.rows[b, h, i].long()] = found
     if newest is None:
         return
-    last = last[:, None, None].expand(-1, newest.shape[1], 1)  # [B, HKV, 1]
-    fresh = newest[:, :, None]  # [B, HKV, 1, 2, D]
-
-    def write(rows, at):
-        rows.scatter_(2, at[..., None, None].expand(fresh.shape), fresh)
-
-    write(r.kv, r.token_slot.gather(2, last).long())
+    b, h = (placed.newest >= 0).nonzero(as_tuple=True)
+    kv[b, h, placed.newest[b, h].long()] = newest[b, h]
     if host.tops is None:
-        write(host.kv, last)
+        host.kv[torch.arange(len(last)), :, last] = newest
     else:
-        pack_ref(host, fresh, seq_lens)
+        pack_ref(host, newest[:, :, None], seq_lens)
 
 
 @triton.jit
-def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, slots, missing, n_missing, token_slot, max_tokens, S, R, rows,
-                  HEADS: tl.constexpr, HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, rows, missing, n_missing, newest_row,
+                  capacity, S, kv_rows, all_heads, HEADS: tl.constexpr, HKV: tl.constexpr,
+                  ROW: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr,
                   TOKENS: tl.constexpr):
-    """A token's row is its K and V, ROW elements; with `tops` (see HostRows) ROW words of two values, and the newest rows stay to
-    be packed. Without `missing`: kv is all of a layer's, as host is. Without `newest`: those are not there yet. The programs share
-    out what is missing, TOKENS rows at a time, one head after the other."""
+    """fetch_ref. The programs share out what is missing, TOKENS rows at a time, one head after the
+    other.
+
+    A token's row is its K and V, ROW elements; with `tops` (see HostRows) ROW words of two values,
+    and the newest rows stay to be packed.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    offs, each = tl.arange(0, BLOCK), tl.arange(0, ROWS)
-    if missing is not None:
-        count = tl.load(n_missing + each, mask=each < rows // HKV * HEADS, other=0)
+    offs, each = tl.arange(0, BLOCK), tl.arange(0, GIVEN)
+    if indices is not None:
+        count = tl.load(n_missing + each, mask=each < all_heads // HKV * HEADS, other=0)
         parts = tl.cdiv(count, TOKENS)
         end = tl.cumsum(parts, 0)
         for part in range(program, tl.sum(parts), programs):
-            given = tl.sum((end <= part).to(tl.int32))  # of the rows with tokens
+            given = tl.sum((end <= part).to(tl.int32))  # of the rows and heads with tokens
             of_row = part - tl.sum(tl.where(each == given, end - parts, 0))
             nth = of_row * TOKENS + tl.arange(0, TOKENS)
             mask = nth < tl.sum(tl.where(each == given, count, 0))
             row = given // HEADS * HKV + given % HEADS  # of all
             last = tl.load(seq_lens + row // HKV) - 1
-            base, given = row.to(tl.int64), given.to(tl.int64)
-            i = tl.load(missing + given * R + nth, mask=mask, other=0)
-            token = tl.load(indices + given * max_tokens + i, mask=mask, other=0)
-            to = tl.load(slots + given * R + i, mask=mask, other=0)
+            base, first = row.to(tl.int64), given.to(tl.int64) * capacity
+            i = tl.load(missing + first + nth, mask=mask, other=0)
+            token = tl.load(indices + first + i, mask=mask, other=0)
+            to = tl.load(rows + first + i, mask=mask, other=0)
             mask = mask & (token != last)
             inside = mask[:, None] & (offs < ROW)[None, :]
             if tops is None:
-                fetched = tl.load(host + (base * S + token)[:, None] * ROW + offs[None, :], mask=inside, other=0.0)
+                source = host + (base * S + token)[:, None] * ROW + offs[None, :]
+                fetched = tl.load(source, mask=inside, other=0.0)
             else:
-                fetched = _unpacked(host, tops, base * S + token, mask, ROW, BLOCK)
-            tl.store(kv + (base * R + to)[:, None] * ROW + offs[None, :], fetched, mask=inside)
+                fetched = unpacked(host, tops, base * S + token, mask, ROW, BLOCK)
+            target = kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :]
+            tl.store(target, fetched, mask=inside)
     if newest is not None:
-        for first in range(program * 16, rows, programs * 16):
-            row = first + tl.arange(0, 16)
+        for begin in range(program * 16, all_heads, programs * 16):
+            row = begin + tl.arange(0, 16)
             base = row.to(tl.int64)
-            last = tl.load(seq_lens + row // HKV, mask=row < rows, other=1) - 1
-            slot = last
-            if missing is not None:
-                slot = tl.load(token_slot + base * S + last, mask=row < rows, other=0)
-            mask = (row < rows)[:, None] & (offs < ROW)[None, :]
+            last = tl.load(seq_lens + row // HKV, mask=row < all_heads, other=1) - 1
+            to = tl.load(newest_row + base, mask=row < all_heads, other=-1)
+            mask = (row < all_heads)[:, None] & (offs < ROW)[None, :]
             fresh = tl.load(newest + base[:, None] * ROW + offs[None, :], mask=mask, other=0)
-            tl.store(kv + (base * R + slot)[:, None] * ROW + offs[None, :], fresh, mask=mask)
+            tl.store(kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :], fresh,
+                     mask=mask & (to >= 0)[:, None])
             if tops is None:
                 tl.store(host + (base * S + last)[:, None] * ROW + offs[None, :], fresh, mask=mask)
 
 
-def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
-    """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows on their way, which is
-    enough for PCIe. Whatever shares a multiprocessor with loads from the host waits as long as they do. More programs for
-    more heads, which may miss few tokens each."""
-    (B, HKV, R), heads = r.slot_token.shape, indices.shape[1]
+def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
+    """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows
+    on their way, which is enough for PCIe. Whatever shares a multiprocessor with loads from the
+    host waits as long as they do. More programs for more heads, which may miss few tokens each."""
+    B, heads, capacity = placed.rows.shape
     programs = programs or min(64, max(8, B * heads // 4))
-    assert host.kv.is_contiguous() and indices.is_contiguous() and (newest is None or newest.is_contiguous())
-    assert placed.slots.shape == (B, heads, R)
-    whole, fresh, kv = host.kv, newest, r.kv
+    assert host.kv.is_contiguous() and (newest is None or newest.is_contiguous())
+    assert indices is None or indices.is_contiguous() and indices.shape == placed.rows.shape
+    whole, fresh = host.kv, newest
     if host.tops is not None:
         whole, fresh, kv = (x if x is None else x.view(torch.int32) for x in (whole, fresh, kv))
-    S, ROW = whole.shape[2], 2 * whole.shape[4]
+    _, HKV, S, _, D = whole.shape
     _fetch_kernel[(programs,)](
-        whole, host.tops, fresh, kv, seq_lens, indices, placed.slots, placed.missing, placed.n_missing, r.token_slot,
-        indices.shape[2], S, R, B * HKV, heads, HKV, ROW, triton.next_power_of_2(ROW), triton.next_power_of_2(B * heads), tokens,
-        num_warps=num_warps)
+        host=whole, tops=host.tops, newest=fresh, kv=kv, seq_lens=seq_lens, indices=indices,
+        rows=placed.rows, missing=placed.missing, n_missing=placed.n_missing,
+        newest_row=placed.newest, capacity=capacity, S=S, kv_rows=kv.shape[2], all_heads=B * HKV,
+        HEADS=heads, HKV=HKV, ROW=2 * D, BLOCK=triton.next_power_of_2(2 * D),
+        GIVEN=triton.next_power_of_2(B * heads), TOKENS=tokens, num_warps=num_warps)
     if host.tops is not None and newest is not None:
         pack(host, newest[:, :, None], seq_lens)
 
@@ -576,28 +458,29 @@ def fetch(r, placed, host, newest, indices, seq_lens, programs=None, tokens=128,
 # ---------------------------------------------------------------- the cache
 
 MODES = ("exact", "predicted")
-MIN_AGREEMENT = 0.7  # of tiny's layers all reach it (0.77 to 0.84) but the one predicted from embeddings (0.13)
+MIN_AGREEMENT = 0.7  # all of tiny's reach it (0.77 to 0.84) but one predicted from embeddings (0.13)
 
 
 def predictable_layers(channels, min_agreement, mode):
-    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels: its
-    file. Raises ValueError for the mode "predicted" if there are none."""
+    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels:
+    its file. Raises ValueError for the mode "predicted" if there are none."""
     with open_tensors(channels) as file:
-        found = [i for i, share in enumerate(file.get_tensor("agreement").tolist()) if i and share >= min_agreement]
+        shares = file.get_tensor("agreement").tolist()
+    found = [i for i, share in enumerate(shares) if i and share >= min_agreement]
     if mode == "predicted" and not found:
         raise ValueError(f"min_agreement={min_agreement:g}: no layer is predicted so well by {channels}; lower it, or take "
                          "--offload_mode exact")
     return found
 
 
-# What a kernel fetches while a layer of a 7B model computes and PCIe idles, and for each token attended to, since choosing them
-# takes the longer the more they are: measured on an H200.
+# What a kernel fetches while a layer of a 7B model computes and PCIe idles, and for each token
+# attended to, since choosing them takes the longer the more they are: measured on an H200.
 IDLE_BYTES, IDLE_BYTES_PER_TOKEN = 14e6, 330
 
 
 def idle_heads(config, batch, tokens, dtype, device, packed=True):
-    """Of how many KV heads so many tokens, none of them resident, are fetched in that time; none on a CPU. At most three of
-    eight: more was not measured."""
+    """Of how many KV heads so many tokens, none of them resident, are fetched in that time; none on
+    a CPU. At most three of eight: more was not measured."""
     if torch.device(device).type == "cpu":
         return 0
     row_bytes = 2 * config.head_dim * dtype.itemsize * (PACKED if packed and packs(config.head_dim, dtype) else 1)
@@ -607,273 +490,292 @@ def idle_heads(config, batch, tokens, dtype, device, packed=True):
 
 @dataclass(kw_only=True)
 class HostLayer(LayerCache):
-    """A layer with K and V in host memory. A step's new K and V come to `newest`, which kv [B, HKV, S, 2, D] shows at every
-    position; `decode` takes them on from there."""
+    """A layer with K and V in host memory. A step's new K and V come to `newest`, which kv [B, HKV,
+    S, 2, D] shows at every position; `decode` takes them on from there."""
 
     host: HostRows
     newest: torch.Tensor  # [B, HKV, 2, D]
 
-    def read_rows(self, b, rows):
-        """Copies sequence b's first tokens to rows [1, HKV, T, 2, D]."""
-        heads, T = rows.shape[1:3]
-        if self.host.tops is None:
-            for h in range(heads):
-                rows[0, h].copy_(self.host.kv[b, h, :T], non_blocking=True)
-        elif self.ds.use_triton(rows):
-            unpack(self.host.sequence(b), rows)
-        else:
-            h, t = (x.flatten() for x in torch.meshgrid(torch.arange(heads), torch.arange(T), indexing="ij"))
-            rows[0, h, t] = unpack_ref(self.host, torch.full_like(h, b), h, t)
-
-    def write_rows(self, b, start, rows):
-        """Copies rows [1, HKV, T, 2, D] to sequence b's tokens from `start` on."""
-        end = start + rows.shape[2]
-        if self.host.tops is None:
-            for h in range(rows.shape[1]):
-                self.host.kv[b, h, start:end].copy_(rows[0, h], non_blocking=True)
-        else:
-            ends = torch.full((1,), end, dtype=torch.int32, device=rows.device)
-            (pack if self.ds.use_triton(rows) else pack_ref)(self.host.sequence(b), rows, ends)
+    def kv_bytes(self):
+        return self.newest.nbytes
 
     def write(self, k, v, positions, labels=True):
-        assert k.shape[2] == 1, "a cache in host memory is prefilled through prefill_layers and decodes one token per sequence"
+        assert k.shape[2] == 1, "prefill goes through prefill_layers, and a step has one token a row"
         self.newest.copy_(torch.stack([k, v], 3)[:, :, 0])
 
 
 @dataclass
 class Foresight:
-    """What the layers of a cache choose and fetch tokens ahead with.
-
-    In the mode "exact" both streams are one: a third branch made some of a step's CUDA graphs slower by 4%. In "predicted" they
-    are two, so that one layer's tokens are chosen while those of the layer before are still on their way, and a prediction is
-    read while the next one is made: hence workspaces of select_tokens, and Placements, of even and of odd layers.
-    """
+    """What the layers of a cache choose and fetch tokens ahead with. In the mode "exact" both
+    streams are one: a third branch made some of a step's CUDA graphs slower by 4%."""
 
     choosing: SideStream
     fetching: SideStream
-    workspaces: list
-    placements: list
+    workspaces: list  # of select_tokens in even and in odd layers
+    placements: list  # likewise
 
 
 @dataclass(kw_only=True)
 class OffloadedLayer(HostLayer):
     resident: Resident
-    placed: Placement  # of what is selected; layers share it
+    placed: Placement  # of what is selected; layers share it, and the scratch of attention
+    attending: Workspace | None
     foresight: Foresight
     number: int  # of this layer
     ahead: int  # KV heads, the first ones, whose tokens are chosen and fetched ahead
     predicted: bool  # what was chosen ahead is attended to
     following: "OffloadedLayer | None" = None
     # of the latest prediction
-    foreseen: tuple | None = None  # what it is made of, see choose_ahead; held while another stream reads it
-    chosen: tuple | None = None  # what select_tokens returned, until `decode` has come
+    foreseen: tuple | None = None  # what it is made of, see choose_ahead
+    chosen: tuple | None = None  # what select_tokens returned
     slots_known: torch.cuda.Event | None = None
     rows_there: torch.cuda.Event | None = None
 
-    def kv_bytes(self):
-        return self.resident.kv.nbytes + self.newest.nbytes
+    def forget_prediction(self):
+        self.foreseen = self.chosen = self.slots_known = self.rows_there = None
 
-    def selected(self, q, seq_lens):
-        """As from select_tokens; the newest of all tokens, as many as there are slots, for all_tokens."""
-        if not self.all_tokens:
-            return select_tokens(q, self.labels, self.label_map, seq_lens, self.ds, self.window, self.workspace)
-        B, HKV, R = self.resident.slot_token.shape
-        n = live_range(seq_lens, self.window)[1].clamp(max=R)
-        positions = (seq_lens - n)[:, None] + torch.arange(R, device=q.device, dtype=torch.int32)
-        return positions[:, None].expand(B, HKV, R).contiguous(), per_head(n, HKV).contiguous()
-
-    def resolve(self, placed, indices, n_tokens, seq_lens, **kind):
+    def resolve(self, placed, chosen, seq_lens, **kind):
         run = resolve if self.ds.use_triton(seq_lens) else resolve_ref
-        run(self.resident, placed, indices, n_tokens, seq_lens, sink=self.ds.sink, recent=self.ds.recent, **kind)
+        forced = dict(sink=self.ds.sink, recent=self.ds.recent)
+        run(self.resident, placed, chosen, seq_lens, **forced, **kind)
 
     def fetch(self, placed, newest, indices, seq_lens):
         run = fetch if self.ds.use_triton(seq_lens) else fetch_ref
-        run(self.resident, placed, self.host, newest, indices, seq_lens)
+        run(self.resident.kv, placed, self.host, newest, indices, seq_lens)
 
     def choose_ahead(self, seq_lens):
-        """Predicts this layer's queries and gives slots to what they select. foreseen: this layer's block of the model, the input
-        of the layer before after this block's norm [B, 1, dim], and cos, sin [B, 1, 1, D / 2] of the newest positions."""
+        """Predicts this layer's queries and gives rows to what they select. foreseen: this layer's
+        block of the model, the input of the layer before after this block's norm [B, 1, dim], and
+        cos, sin [B, 1, 1, D / 2] of the newest positions."""
         block, x, cos, sin = self.foreseen
-        workspace, placed = self.foresight.workspaces[self.number % 2], self.foresight.placements[self.number % 2]
+        workspace, placed = (both[self.number % 2] for both in
+                             (self.foresight.workspaces, self.foresight.placements))
 
         def choose():
             q = block.attn.queries(x, cos, sin, self.ahead).squeeze(2)  # [B, HQ of these heads, D]
             labels, label_map = self.labels[:, : self.ahead], self.label_map.first(self.ahead)
-            self.chosen = select_tokens(q, labels, label_map, seq_lens, self.ds, self.window, workspace)
-            self.resolve(placed, *self.chosen, seq_lens, ahead=True)
+            self.chosen = select_tokens(q, None, labels, label_map, seq_lens, self.ds, self.window,
+                                        workspace, placed.rows.shape[2])
+            self.resolve(placed, self.chosen, seq_lens, ahead=not self.predicted)
 
         self.slots_known = self.foresight.choosing.run(choose)
 
     def fetch_ahead(self, seq_lens):
-        """Fetches what was chosen, once the current stream has done what it was given: until then PCIe is another layer's."""
-        (indices, _), placed = self.chosen, self.foresight.placements[self.number % 2]
-        self.rows_there = self.foresight.fetching.run(lambda: self.fetch(placed, None, indices, seq_lens), after=self.slots_known)
+        """Fetches what was chosen, once the current stream has done what it was given."""
+        indices, placed = self.chosen[0], self.foresight.placements[self.number % 2]
+        self.rows_there = self.foresight.fetching.run(
+            lambda: self.fetch(placed, None, indices, seq_lens), after=self.slots_known)
 
     def decode(self, q, seq_lens):
-        """As of any layer, over the resident tokens once those selected are among them; then the next layer's may be fetched."""
-        k, v = self.resident.kv.unbind(3)
-        newest_k = self.kv[..., 0, :]
-        by_kernels = self.ds.use_triton(q)
-        if not by_kernels:
-            label_newest_ref(newest_k, seq_lens, self.labels, self.label_map)
-        chosen, self.chosen = self.chosen, None
-        indices, n_tokens = chosen if chosen and self.predicted else self.selected(q, seq_lens)
-        if chosen:
-            self.foresight.choosing.wait(self.slots_known)
-        self.resolve(self.placed, indices, n_tokens, seq_lens, foreseen=self.ahead if chosen and not self.predicted else 0)
+        """As of any layer, over the tokens' rows; the next layer's may be chosen and fetched."""
+        foresight = self.foresight
+        foresight.choosing.wait(self.slots_known)
+        if self.predicted:
+            placed, chosen, indices = foresight.placements[self.number % 2], self.chosen, None
+            newest_k, position = self.newest[:, :, None, 0], (seq_lens - 1)[:, None]
+            write_labels(newest_k, position, self.labels, self.label_map, self.ds)
+        else:
+            placed = self.placed
+            chosen = select_tokens(q, self.kv[..., 0, :], self.labels, self.label_map, seq_lens,
+                                   self.ds, self.window, self.workspace, placed.rows.shape[2])
+            self.resolve(placed, chosen, seq_lens, foreseen=self.ahead if self.chosen else 0)
+            indices = chosen[0]
+
         following = self.following if self.following and self.following.foreseen else None
-        if following and not following.chosen:  # beside this layer's fetch, which it would delay if it were earlier
+        if following and not following.chosen:
             following.choose_ahead(seq_lens)
-        if chosen:  # some of the slots may be those that rows are being fetched to
-            self.foresight.fetching.wait(self.rows_there)
-            self.foreseen = None
-        self.fetch(self.placed, self.newest, indices, seq_lens)
+        foresight.fetching.wait(self.rows_there)
+        self.fetch(placed, self.newest, indices, seq_lens)
+        self.forget_prediction()
         if following:
             following.fetch_ahead(seq_lens)
-        if not by_kernels:
-            return attend_ref(q, k, v, seq_lens, self.placed.slots, n_tokens)
-        return attend(q, k, v, seq_lens, self.placed.slots, n_tokens, self.window, self.workspace, self.labels, self.label_map,
-                      newest_k)
+
+        kv, (_, n_tokens, counts) = self.resident.kv, chosen
+        if self.ds.use_triton(q):
+            k, v = kv.unbind(3)
+            return attend(q, k, v, seq_lens, placed.rows, counts, workspace=self.attending)
+        rows = placed.rows.long()[..., None, None].expand(-1, -1, -1, *kv.shape[3:])
+        k, v = kv.gather(2, rows).unbind(3)
+        nth = torch.arange(k.shape[2], device=q.device)
+        return attend_ref(q, k, v, seq_lens, nth < n_tokens[..., None])
 
 
 class Streaming:
-    """The two GPU buffers that all layers of a dense cache pass through in a step, and the copies on their way."""
+    """The two GPU buffers that all layers of a dense cache pass through in a step, and the copies
+    on their way."""
 
-    def __init__(self, hosts, device, side):
-        self.hosts, self.side = hosts, side
-        self.buffers = [torch.empty(hosts[0].shape, dtype=hosts[0].dtype, device=device) for _ in range(2)]
+    def __init__(self, hosts, device):
+        B, HKV = hosts[0].kv.shape[:2]
+        self.hosts, self.side = hosts, SideStream(device)
+        self.buffers = [torch.empty_like(hosts[0].kv, device=device) for _ in range(2)]
+        self.placed = Placement(B, HKV, 1, device)  # of the newest tokens alone
         self.copied = [None] * len(hosts)
 
     def begin(self, layer):
-        """Copies a layer's K and V, if there is one, to the buffer that the layer two before it has left."""
+        """Copies a layer's K and V, if there is one, to the buffer that the layer two before it has
+        left."""
         if layer < len(self.hosts):
-            self.copied[layer] = self.side.copy([(self.buffers[layer % 2], self.hosts[layer])])
+            to, source = self.buffers[layer % 2], self.hosts[layer].kv
+            self.copied[layer] = self.side.run(lambda: to.copy_(source, non_blocking=True))
 
 
 @dataclass(kw_only=True)
 class StreamedLayer(HostLayer):
-    """A dense layer. What is copied is the allocated length, in one piece, at the full speed of a copy engine: allocate what
-    will be live."""
+    """A dense layer. What is copied is the allocated length, in one piece, at the full speed of a
+    copy engine: allocate what will be live."""
 
     streaming: Streaming
     number: int  # of this layer
 
-    def kv_bytes(self):
-        return self.newest.nbytes
-
     def decode(self, q, seq_lens):
-        """As of any dense layer, over the buffer that its K and V were streamed to, while the next layer's are on their way."""
-        stream, (B, HKV, S, _, D) = self.streaming, self.host.kv.shape
+        """As of any dense layer, over the buffer that its K and V were streamed to, while the next
+        layer's are on their way."""
+        stream = self.streaming
         if self.number == 0:
+            stream.placed.newest.copy_((seq_lens - 1)[:, None].expand_as(stream.placed.newest))
             stream.begin(0)
             stream.begin(1)
         stream.side.wait(stream.copied[self.number])
         buffer = stream.buffers[self.number % 2]
-        if q.is_cuda:
-            _fetch_kernel[(triton.cdiv(B * HKV, 16),)](
-                self.host.kv, None, self.newest, buffer, seq_lens, None, None, None, None, None, 0, S, S, B * HKV, HKV, HKV, 2 * D,
-                triton.next_power_of_2(2 * D), 1, 1)
-        else:
-            for rows in (self.host.kv, buffer):
-                rows[torch.arange(B), :, (seq_lens - 1).long()] = self.newest
+        run = fetch if q.is_cuda else fetch_ref
+        run(buffer, stream.placed, self.host, self.newest, None, seq_lens)
         out = dense_decode(q, *buffer.unbind(3), seq_lens, self.window, workspace=self.workspace)
         stream.begin(self.number + 2)
         return out
 
 
 class OffloadCache(KVCache):
-    """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds of all."""
+    """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds
+    of all."""
 
-    def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None, resident_tokens=None,
-                 prefetch_heads=None, mode="exact", predictable=None, packed=True, host=None):
-        """resident_tokens: GPU rows per sequence and KV head, at least what a step may attend to: the budget at max_seq_length,
-        and ds.dense_below for the dense steps before; by default as many. prefetch_heads: of so many KV heads of each layer what
-        is predicted is fetched ahead, by default idle_heads. mode: of MODES; "predicted" fetches all that is predicted, and attends
-        to it. predictable: numbers of the layers of which anything is predicted, by default all that have a layer before them.
-        packed: K and V are, where they can be (see HostRows). host: tensors to use, of the last layers, [B, HKV, S, 2, D]; what
-        they hold does not count.
-        """
+    def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None,
+                 resident_tokens=None, prefetch_heads=None, mode="exact", predictable=None,
+                 packed=True, host=None):
+        """resident_tokens: rows on the GPU per sequence, KV head and layer, the overflow rows that
+        the layers share among them; at least, and by default, the tokens that a step attends to:
+        the budget at max_seq_length, and all tokens of rows below ds.dense_below. prefetch_heads:
+        of so many KV heads of each layer what is predicted is fetched ahead, by default idle_heads.
+        mode: of MODES; "predicted" fetches all that is predicted, and attends to it. predictable:
+        numbers of the layers of which anything is predicted, by default all that have a layer
+        before them. packed: K and V are, where they can be (see HostRows). host: tensors to use, of
+        the last layers, [B, HKV, S, 2, D]; what they hold does not count. """
         if mode not in MODES:
             raise ValueError(f"mode={mode}: must be one of {', '.join(MODES)}")
         device, count = torch.device(device), offloaded_layers(config, ds)
+        HKV, D = config.n_kv_heads, config.head_dim
         longest = min(max_seq_length, config.longest_window or max_seq_length)
         budget, dense = (ds.budget(longest), min(longest, ds.dense_below)) if ds else (0, 0)
         least = max(budget, dense)
         self.resident_tokens = min(longest, resident_tokens or least)
         if self.resident_tokens < least:
-            raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a step may attend "
-                             f"to (budget {budget}, dense_below {ds.dense_below}); raise it, or lower --dense_below")
+            raise ValueError(
+                f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a "
+                f"step may attend to (budget {budget}, dense_below {ds.dense_below}); raise it, or "
+                "lower --dense_below")
         if prefetch_heads is None:
             prefetch_heads = idle_heads(config, batch, budget, dtype, device, packed) if ds else 0
-        if prefetch_heads > config.n_kv_heads:
-            raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {config.n_kv_heads}, the model's KV heads")
-        self.ahead = (config.n_kv_heads if mode == "predicted" else prefetch_heads) if ds else 0
+        if prefetch_heads > HKV:
+            raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {HKV}, the model's "
+                             "KV heads")
         self.n_layers, self.mode = config.n_layers, mode
         self.predictable = range(1, config.n_layers) if predictable is None else predictable
-        self.placed, *ahead = [Placement(batch, heads, self.resident_tokens, device)
-                               for heads in (config.n_kv_heads if ds else 0, self.ahead, self.ahead)]
-        fetching = SideStream(device)
-        choosing = SideStream(device) if mode == "predicted" else fetching
-        self.foresight = Foresight(choosing, fetching, [None, None], ahead)
-        if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
-            heads = self.ahead * config.n_heads // config.n_kv_heads
-            even = Workspace(batch, heads, self.ahead, config.head_dim, max_seq_length, device, ds, config.longest_window)
-            odd = copy(even)  # all but what comes out is scratch of one stream
-            odd.indices, odd.n_tokens = torch.empty_like(even.indices), torch.empty_like(even.n_tokens)
-            self.foresight.workspaces = [even, odd]
-        shape = (batch, config.n_kv_heads, max_seq_length, 2, config.head_dim)
+        self.ahead = (HKV if mode == "predicted" else prefetch_heads) if ds else 0
+
+        shape = (batch, HKV, max_seq_length, 2, D)
         host = host_layers(count, shape, dtype, device) if host is None else host
-        self.host = [HostRows(kv, device, packed and ds is not None) for kv in host[len(host) - count :]]
+        packed = packed and ds is not None
+        self.host = [HostRows(kv, device, packed) for kv in host[len(host) - count :]]
         self.side = SideStream(device)
-        self.streaming = Streaming([host.kv for host in self.host], device, self.side) if ds is None else None
+        self.streaming = Streaming(self.host, device) if ds is None else None
+        if ds is not None:
+            self.make_room(count, shape, dtype, device, config, ds)
         super().__init__(config, batch, max_seq_length, device, dtype, ds, label_maps)
 
+    def make_room(self, count, shape, dtype, device, config, ds):
+        """The rows that `count` layers have on the GPU, and what they choose and attend with."""
+        B, HKV, S, _, D = shape
+        # R slots for each layer and, with one area for all of them, about as many overflow rows
+        rows, areas = count * self.resident_tokens, min(count, 2 if self.mode == "predicted" else 1)
+        self.slots = triton.cdiv(rows, count + 1)
+        self.spare = (rows - count * self.slots) // areas
+        self.overflow = [count * self.slots + i % areas * self.spare for i in range(2)]
+        self.kv = torch.zeros(B, HKV, rows, 2, D, dtype=dtype, device=device)
+
+        capacity = min(self.slots + self.spare, S)
+        ahead = capacity if self.mode == "predicted" else self.slots
+        self.placed = Placement(B, HKV, capacity, device)
+        fetching = SideStream(device)
+        choosing = SideStream(device) if self.mode == "predicted" else fetching
+        self.foresight = Foresight(choosing, fetching, [None, None],
+                                   [Placement(B, self.ahead, ahead, device) for _ in range(2)])
+        self.attending = None
+        if device.type != "cpu":
+            self.attending = Workspace(B, config.n_heads, HKV, D, rows, device)
+        if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
+            heads = self.ahead * config.n_heads // HKV
+            even = Workspace(B, heads, self.ahead, D, S, device, ds)
+            odd = copy(even)  # all but what comes out is scratch of one stream
+            odd.counts = torch.empty_like(even.counts)
+            self.foresight.workspaces = [even, odd]
+
     def make_layer(self, shape, dtype, device, settings):
-        """As in KVCache; a layer with K and V in host memory, unless it is one of the first, dense ones."""
+        """As in KVCache; a layer with K and V in host memory, unless it is one of the first, dense
+        ones."""
         if self.ds is not None and "ds" not in settings:
             return super().make_layer(shape, dtype, device, settings)
         B, HKV, S, _, D = shape
         newest = torch.zeros(B, HKV, 2, D, dtype=dtype, device=device)
         number = len(self.layers)
-        host = self.host[number - self.n_layers]
-        settings |= dict(kv=newest[:, :, None].expand(shape), host=host, newest=newest, number=number)
+        nth = number - self.n_layers + len(self.host)  # of those in host memory
+        settings |= dict(kv=newest[:, :, None].expand(shape), host=self.host[nth], newest=newest,
+                         number=number)
         if self.ds is None:
             return StreamedLayer(**settings, streaming=self.streaming)
         ahead = self.ahead if number in self.predictable else 0
         layer = OffloadedLayer(
-            **settings, resident=Resident(B, HKV, S, self.resident_tokens, D, dtype, device), placed=self.placed,
-            foresight=self.foresight, ahead=ahead, predicted=ahead > 0 and self.mode == "predicted")
+            **settings, placed=self.placed, attending=self.attending, foresight=self.foresight,
+            resident=Resident(self.kv, S, self.slots, nth * self.slots, self.overflow[number % 2]),
+            ahead=ahead, predicted=ahead > 0 and self.mode == "predicted")
         if number and isinstance(self.layers[-1], OffloadedLayer):
             self.layers[-1].following = layer
         return layer
 
+    def all_tokens(self):
+        """The same cache: a row that is to attend to everything does so by its threshold."""
+        return self
+
     def foresee(self, i, x, blocks, cos, sin):
-        """The next layer's tokens are chosen and fetched while layer i runs: once its own have been, or at once if it has none."""
+        """The next layer's tokens are chosen and fetched while layer i runs: once its own have
+        been, or at once if it has none."""
         layer, following = self.layers[i], self.layers[i + 1] if i + 1 < len(self.layers) else None
-        if isinstance(following, OffloadedLayer) and following.ahead and not following.all_tokens:
+        if isinstance(following, OffloadedLayer) and following.ahead:
             block = blocks[i + 1]
-            following.foreseen = block, block.attn_norm(x), cos, sin  # the norm here: layer i changes x in place
+            # the norm here: layer i changes x in place
+            following.foreseen = block, block.attn_norm(x), cos, sin
             if following.predicted or not isinstance(layer, OffloadedLayer):
                 following.choose_ahead(self.seq_lens)
             if not isinstance(layer, OffloadedLayer):
                 following.fetch_ahead(self.seq_lens)
 
-    def residents(self):
-        return [layer.resident for layer in self.layers if isinstance(layer, OffloadedLayer)]
+    def offloaded(self):
+        return [layer for layer in self.layers if isinstance(layer, OffloadedLayer)]
 
     def begin(self):
+        if self.ds is None:
+            return
         for side in (self.foresight.choosing, self.foresight.fetching):
             side.join()  # a step that did not end may have left work, and predictions
-        for layer in self.layers:
-            if isinstance(layer, OffloadedLayer):
-                layer.foreseen = layer.chosen = None
-                layer.resident.forget()
+        for layer in self.offloaded():
+            layer.forget_prediction()
+            layer.resident.forget()
 
     def prefill_layers(self, b, start, end):
-        """As in KVCache; a layer's K and V go to the host while the next layer is prefilled in another buffer."""
+        """As in KVCache; a layer's K and V go to the host while the next layer is prefilled in
+        another buffer."""
         self.begin()
         _, HKV, _, _, D = self.host[0].kv.shape
-        buffers = [torch.empty(1, HKV, end, 2, D, dtype=self.host[0].kv.dtype, device=self.seq_lens.device) for _ in range(2)]
+        like = dict(dtype=self.host[0].kv.dtype, device=self.seq_lens.device)
+        buffers = [torch.empty(1, HKV, end, 2, D, **like) for _ in range(2)]
         copied = [None, None]
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, HostLayer):
@@ -881,21 +783,29 @@ class OffloadCache(KVCache):
                 continue
             buffer = buffers[i % 2]
             self.side.wait(copied[i % 2])
+            kernels = layer.ds is not None and layer.ds.use_triton(buffer)
             if start:
-                layer.read_rows(b, buffer[:, :, :start])
+                layer.host.read(b, buffer[:, :, :start], kernels)
             labels = None if layer.labels is None else layer.labels[b : b + 1]
             yield LayerCache(buffer, layer.window, layer.ds, layer.label_map, labels)
-            copied[i % 2] = self.side.run(partial(layer.write_rows, b, start, buffer[:, :, start:end]))
+            rows = buffer[:, :, start:end]
+            copied[i % 2] = self.side.run(partial(layer.host.write, b, start, rows, kernels))
         for copies in copied:
             self.side.wait(copies)
 
+    def kv_bytes(self):
+        return super().kv_bytes() + (self.kv.nbytes if self.ds else 0)
+
     def workspaces(self):
-        return super().workspaces() + [workspace for workspace in self.foresight.workspaces if workspace]
+        more = [self.attending, *self.foresight.workspaces] if self.ds else []
+        return super().workspaces() + [workspace for workspace in more if workspace]
 
     def slot_map_bytes(self):
-        placements = [self.placed, *self.foresight.placements]
-        return (sum(x.map_bytes() for x in self.residents() + self.host)
-                + sum(x.nbytes for placed in placements for x in vars(placed).values()))
+        maps = [layer.resident.maps() for layer in self.offloaded()]
+        if self.ds:
+            maps += [vars(placed) for placed in (self.placed, *self.foresight.placements)]
+        return (sum(host.map_bytes() for host in self.host)
+                + sum(x.nbytes for of_one in maps for x in of_one.values()))
 
     def gpu_bytes(self):
         staging = 2 * self.host[0].kv[0].nbytes  # prefill's
@@ -904,31 +814,36 @@ class OffloadCache(KVCache):
         return super().gpu_bytes() | {"slot maps": self.slot_map_bytes(), "staging": staging}
 
     def statistics(self):
-        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them those fetched ahead, a packed
-        row counted as what those of all live tokens take on average; the share of selected tokens that was resident once the
-        selection was known, and the share of predicted tokens that were among them, in all and by layer; and where K and V lie."""
+        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them
+        those fetched ahead, a packed row counted as what those of all live tokens take on average;
+        the share of selected tokens that was resident once the selection was known, and the share
+        of predicted tokens that were among them, in all and by layer; how many selected tokens were
+        cut off; and where K and V lie."""
         host_bytes = sum(host.kv.nbytes for host in self.host)
         found = {"host_bytes": host_bytes, "slot_map_bytes": self.slot_map_bytes(),
                  "prefetch_heads": self.ahead if self.mode == "exact" else None}
         if self.streaming:
             return found | {"pcie_bytes_per_step": host_bytes}
-        counts = torch.stack([r.counts for r in self.residents()]).sum((2, 3)).double().cpu()  # [layers, COUNTS]
-        rows = self.residents()[0].clock.numel()
-        for r in self.residents():
-            r.counts.zero_()
+        layers = self.offloaded()
+        counts = torch.stack([layer.resident.counts for layer in layers]).sum((1, 2)).double().cpu()
+        for layer in layers:
+            layer.resident.counts.zero_()
         c = dict(zip(COUNTS, counts.T))  # [layers] each
-        steps = (c["steps"][0] / rows).clamp(min=1)
-        row_bytes = torch.tensor([host.row_bytes(self.seq_lens) for host in self.host], dtype=torch.float64)
-        predicted = torch.tensor([layer.predicted for layer in self.layers if isinstance(layer, OffloadedLayer)])
-        missed = c["fetched"] + c["prefetched"] * predicted  # no selection tells which of these were wanted
+        steps = (c["steps"][0] / layers[0].resident.clock.numel()).clamp(min=1)
+        row_bytes = [host.row_bytes(self.seq_lens) for host in self.host]
+        bytes_per_row = torch.tensor(row_bytes, dtype=torch.float64) / steps
+        predicted = torch.tensor([layer.predicted for layer in layers])
+        ahead = torch.where(predicted, c["fetched"], c["prefetched"])
 
         def share(part, whole):
             return (part.sum() / whole.sum()).item() if whole.sum() else None, [
                 (a / b).item() if b else None for a, b in zip(part, whole)]
 
-        hit_rate, hits_by_layer = share(c["selected"] - missed, c["selected"])
-        agreement, agreement_by_layer = share(c["confirmed"], c["predicted"] * ~predicted)
-        return found | {"pcie_bytes_per_step": (((c["fetched"] + c["prefetched"]) * row_bytes).sum() / steps).item(),
-                        "prefetched_bytes_per_step": ((c["prefetched"] * row_bytes).sum() / steps).item(),
-                        "hit_rate": hit_rate, "hit_rate_by_layer": hits_by_layer, "agreement": agreement,
-                        "agreement_by_layer": agreement_by_layer, "predicted_layers": int(predicted.sum())}
+        hit_rate, hits_by_layer = share(c["selected"] - c["fetched"], c["selected"])
+        agreement, agreement_by_layer = share(c["confirmed"], c["predicted"])
+        fetched = c["fetched"] + c["prefetched"]
+        return found | {"pcie_bytes_per_step": (fetched * bytes_per_row).sum().item(),
+                        "prefetched_bytes_per_step": (ahead * bytes_per_row).sum().item(),
+                        "hit_rate": hit_rate, "hit_rate_by_layer": hits_by_layer,
+                        "agreement": agreement, "agreement_by_layer": agreement_by_layer,
+                        "cut": int(c["cut"].sum()), "predicted_layers": int(predicted.sum())}

@@ -1,0 +1,241 @@
+"""Host memory that the GPU reads and writes, and a layer's K and V in it, as they are or packed.
+
+Plain torch functions named _ref are the specification; kernels do the same on a GPU and, with
+TRITON_INTERPRET=1, on a CPU. Shapes follow the key at the top of ds_attention.py.
+"""
+import math
+import mmap
+import weakref
+from contextlib import suppress
+from copy import copy
+
+import torch
+import triton
+import triton.language as tl
+from tqdm import tqdm
+
+
+def host_tensor(shape, dtype, device):
+    """Zeros in memory of the host that kernels on `device`, too, read and write.
+
+    torch's own pinned allocations are rounded up to powers of two: up to twice the memory.
+    """
+    if device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # no huge pages here: pinning is slower
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
+    if device.type == "cuda":
+        cudart = torch.cuda.cudart()
+        error = cudart.cudaHostRegister(tensor.data_ptr(), nbytes, 0)
+        if int(error):
+            raise OSError(f"{nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error "
+                          f"{int(error)}); take a shorter --max_seq_length or a smaller batch")
+        weakref.finalize(memory, cudart.cudaHostUnregister, tensor.data_ptr()).atexit = False
+    return tensor
+
+
+def host_layers(count, shape, dtype, device):
+    """K and V of that many layers, a host_tensor each. Pinning takes about 0.6 s per GiB."""
+    bar = tqdm(range(count), desc="pinning host memory", unit="layer", leave=False, delay=2)
+    return [host_tensor(shape, dtype, device) for _ in bar]
+
+
+PACKED = 12 / 16  # of its bytes a row takes that is packed
+
+
+def packs(D, dtype):
+    """Whether rows of head dim D can be packed."""
+    return dtype == torch.bfloat16 and D % 8 == 0
+
+
+class HostRows:
+    """K and V of one layer in host memory, kv [B, HKV, S, 2, D], or, of bfloat16, packed, so that
+    fewer bytes go over PCIe.
+
+    Packing loses nothing: 8 bits are sign and mantissa, 4 say by how much an exponent is less than
+    the largest of its row of K or of V. So a token takes 3D / 4 words of 32 bits, the first of the
+    D there is room for: D / 4 of eight values' 4 bits, D / 4 of the 8 bits of the first four of
+    them, D / 4 of the others'. `tops` [B, HKV, S] int16, on the GPU, holds both largest exponents,
+    K's in 7 bits, from 64 on. -1 for a token where that one is out of range, or exponents are too
+    far apart, some 3 in 100 tokens: its row lies there as it is. """
+
+    def __init__(self, kv, device, packed):
+        self.kv, self.tops = kv, None
+        if packed and packs(kv.shape[4], kv.dtype):
+            self.tops = torch.full(kv.shape[:3], -1, dtype=torch.int16, device=device)
+
+    def sequence(self, b):
+        """What there is of one sequence, as a view."""
+        view = copy(self)
+        view.kv, view.tops = self.kv[b : b + 1], self.tops[b : b + 1]
+        return view
+
+    def read(self, b, rows, kernels):
+        """Copies sequence b's first tokens to rows [1, HKV, T, 2, D]. kernels: if packed, by
+        them."""
+        heads, T = rows.shape[1:3]
+        if self.tops is None:
+            for h in range(heads):
+                rows[0, h].copy_(self.kv[b, h, :T], non_blocking=True)
+        elif kernels:
+            unpack(self.sequence(b), rows)
+        else:
+            every = torch.meshgrid(torch.arange(heads), torch.arange(T), indexing="ij")
+            h, t = (x.flatten() for x in every)
+            rows[0, h, t] = unpack_ref(self, torch.full_like(h, b), h, t)
+
+    def write(self, b, start, rows, kernels):
+        """Copies rows [1, HKV, T, 2, D] to sequence b's tokens from `start` on; kernels: as in
+        read."""
+        end = start + rows.shape[2]
+        if self.tops is None:
+            for h in range(rows.shape[1]):
+                self.kv[b, h, start:end].copy_(rows[0, h], non_blocking=True)
+        else:
+            ends = torch.full((1,), end, dtype=torch.int32, device=rows.device)
+            (pack if kernels else pack_ref)(self.sequence(b), rows, ends)
+
+    def map_bytes(self):
+        return 0 if self.tops is None else self.tops.nbytes
+
+    def row_bytes(self, seq_lens):
+        """What a token of one KV head is over PCIe, on average over the live ones."""
+        whole = self.kv[0, 0, 0].nbytes
+        if self.tops is None:
+            return whole
+        live = torch.arange(self.tops.shape[2], device=seq_lens.device) < seq_lens[:, None, None]
+        as_is = ((self.tops < 0) & live).sum() / (live.sum() * self.tops.shape[1])
+        return whole * (PACKED + (1 - PACKED) * as_is.item())
+
+
+def pack_ref(host, rows, ends):
+    """Packs rows [B, HKV, T, 2, D], bfloat16, of the T positions before ends [B] int32, into host,
+    HostRows with tops."""
+    B, HKV, T, _, D = rows.shape
+    rows = rows.contiguous()
+    v = rows.view(torch.int16).int() & 0xFFFF
+    exponents = v >> 7 & 255
+    tops = exponents.amax(4)  # [B, HKV, T, 2]
+    codes = tops[..., None] - exponents
+    fit = (codes < 16).all(4).all(3) & (tops[..., 0] >= 64) & (tops[..., 0] < 192)
+    eights, bytes_ = (x.view(B, HKV, T, D // 4, 8) for x in (codes & 15, v >> 8 & 128 | v & 127))
+    shifts = torch.arange(8, device=v.device)
+    halves = bytes_.unflatten(4, (2, 4)) << 8 * shifts[:4]
+    parts = eights << 4 * shifts, halves[..., 0, :], halves[..., 1, :]
+    # sums of bits: they wrap as int32
+    words = torch.cat([part.sum(4) for part in parts], 3).to(torch.int32)
+    whole = rows.view(torch.int32).view(B, HKV, T, D)
+    words = torch.where(fit[..., None], torch.cat([words, whole[..., 3 * D // 4 :]], 3), whole)
+    for b in range(B):
+        at = slice(int(ends[b]) - T, int(ends[b]))
+        both = (tops[b, ..., 0] - 64 << 8) + tops[b, ..., 1]
+        host.tops[b, :, at] = torch.where(fit[b], both, -1).to(torch.int16)
+        host.kv[b, :, at] = words[b].view(torch.bfloat16).view(HKV, T, 2, D).to(host.kv.device)
+
+
+def unpack_ref(host, b, h, tokens):
+    """Rows [n, 2, D] of tokens [n] int64, of sequences b and KV heads h [n]."""
+    D = host.kv.shape[4]
+    top, rows = host.tops[b, h, tokens].int(), host.kv[b, h, tokens]
+    words = rows.view(torch.int32).view(-1, 4, D // 4)
+    shifts = torch.arange(8, device=words.device)
+    codes = (words[:, 0, :, None] >> 4 * shifts & 15).view(-1, 2, D)
+    bytes_ = (words[:, 1:3, :, None] >> 8 * shifts[:4] & 255).permute(0, 2, 1, 3).reshape(-1, 2, D)
+    exponents = torch.stack([64 + (top >> 8), top & 255], 1)[..., None] - codes
+    v = (bytes_ & 128) << 8 | exponents << 7 | bytes_ & 127
+    return torch.where((top < 0)[:, None, None], rows, v.to(torch.int16).view(torch.bfloat16))
+
+
+@triton.jit
+def _pack_kernel(rows, ends, host, tops, T, S, r_sb, r_sh, r_st, HKV, D: tl.constexpr,
+                 BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    row = tl.program_id(1)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    offs, g = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 8)
+    at = row.to(tl.int64) * S + tl.load(ends + row // HKV) - T + t
+    rows += (row // HKV).to(tl.int64) * r_sb + (row % HKV).to(tl.int64) * r_sh
+    mask = (t < T)[:, None] & (offs < 2 * D)[None, :]
+    v = tl.load(rows + t.to(tl.int64)[:, None] * r_st + offs[None, :], mask=mask, other=0)
+    bits = v.to(tl.int32) & 0xFFFF
+    exponents = (bits >> 7) & 255
+    of_k = (offs < D)[None, :]
+    top_k = tl.max(tl.where(of_k, exponents, 0), 1)
+    top_v = tl.max(tl.where(of_k, 0, exponents), 1)
+    codes = tl.where(mask, tl.where(of_k, top_k[:, None], top_v[:, None]) - exponents, 0)
+    fit = (tl.max(codes, 1) < 16) & (top_k >= 64) & (top_k < 192)
+    tl.store(tops + at, tl.where(fit, ((top_k - 64) << 8) + top_v, -1).to(tl.int16), mask=t < T)
+    whole = host.to(tl.pointer_type(tl.int16), bitcast=True) + (at * 2 * D)[:, None] + offs[None, :]
+    tl.store(whole, v, mask=mask & (fit == 0)[:, None])
+    byte = (((bits >> 8) & 128) | (bits & 127)) << (8 * (offs % 4))[None, :]
+    codes = (codes & 15) << (4 * (offs % 8))[None, :]
+    first = ((offs % 8) < 4)[None, :]
+    to = host + (at * D)[:, None] + g[None, :]
+    inside = ((t < T) & fit)[:, None] & (g < D // 4)[None, :]
+    EIGHTS: tl.constexpr = (TOKENS, BLOCK // 8, 8)
+    tl.store(to, tl.sum(tl.reshape(codes, EIGHTS), 2), mask=inside)
+    tl.store(to + D // 4, tl.sum(tl.reshape(tl.where(first, byte, 0), EIGHTS), 2), mask=inside)
+    tl.store(to + D // 2, tl.sum(tl.reshape(tl.where(first, 0, byte), EIGHTS), 2), mask=inside)
+
+
+def pack(host, rows, ends):
+    """As pack_ref; rows with K and V of a token side by side."""
+    B, HKV, T, _, D = rows.shape
+    assert rows.stride(3) == D and rows.stride(4) == 1
+    tokens = min(16, triton.next_power_of_2(T))
+    _pack_kernel[(triton.cdiv(T, tokens), B * HKV)](
+        rows=rows.view(torch.int16), ends=ends, host=host.kv.view(torch.int32), tops=host.tops, T=T,
+        S=host.kv.shape[2], r_sb=rows.stride(0), r_sh=rows.stride(1), r_st=rows.stride(2), HKV=HKV,
+        D=D, BLOCK=triton.next_power_of_2(2 * D), TOKENS=tokens)
+
+
+@triton.jit
+def _pair(codes, bytes, exponents, N: tl.constexpr):
+    """Values N and N + 1 of eight, as one word."""
+    byte = bytes >> (8 * (N % 4))
+    low = ((byte & 128) << 8) | ((exponents - ((codes >> (4 * N)) & 15)) << 7) | (byte & 127)
+    byte = byte >> 8
+    high = ((byte & 128) << 8) | ((exponents - ((codes >> (4 * N + 4)) & 15)) << 7) | (byte & 127)
+    return low | (high << 16)
+
+
+@triton.jit
+def unpacked(host, tops, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows at `at`, int64 [any], as words of two values, int32 [any, BLOCK]."""
+    g, offs = tl.arange(0, BLOCK // 4), tl.arange(0, BLOCK)
+    top = tl.load(tops + at, mask=mask, other=0).to(tl.int32)
+    packed = (mask & (top >= 0))[:, None] & (g < D // 4)[None, :]
+    words = host + (at * D)[:, None]
+    codes = tl.load(words + g[None, :], mask=packed, other=0)
+    first = tl.load(words + D // 4 + g[None, :], mask=packed, other=0)
+    second = tl.load(words + D // 2 + g[None, :], mask=packed, other=0)
+    as_is = (mask & (top < 0))[:, None] & (offs < D)[None, :]
+    whole = tl.load(words + offs[None, :], mask=as_is, other=0)
+    exponents = tl.where((g < D // 8)[None, :], 64 + (top >> 8)[:, None], (top & 255)[:, None])
+    evens = tl.join(_pair(codes, first, exponents, 0), _pair(codes, second, exponents, 4))
+    odds = tl.join(_pair(codes, first, exponents, 2), _pair(codes, second, exponents, 6))
+    values = tl.reshape(tl.join(evens, odds), (at.shape[0], BLOCK))
+    return tl.where((top < 0)[:, None], whole, values)
+
+
+@triton.jit
+def _unpack_kernel(host, tops, rows, T, S, r_sh, D: tl.constexpr, BLOCK: tl.constexpr,
+                   TOKENS: tl.constexpr):
+    offs, h = tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    found = unpacked(host, tops, h * S + t, t < T, D, BLOCK)
+    to = rows + h * r_sh + t[:, None] * D + offs[None, :]
+    tl.store(to, found, mask=(t < T)[:, None] & (offs < D)[None, :])
+
+
+def unpack(host, rows):
+    """The first T rows of the one sequence in host, into rows [1, HKV, T, 2, D] with tokens side by
+    side."""
+    _, HKV, T, _, D = rows.shape
+    assert rows.stride(2) == 2 * D and len(host.kv) == 1
+    rows = rows.view(torch.int32)
+    _unpack_kernel[(triton.cdiv(T, 32), HKV)](
+        host=host.kv.view(torch.int32), tops=host.tops, rows=rows, T=T, S=host.kv.shape[2],
+        r_sh=rows.stride(1), D=D, BLOCK=triton.next_power_of_2(D), TOKENS=32)
