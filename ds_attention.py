@@ -746,16 +746,8 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
 
 
 @triton.jit
-def _nothing(BLOCK_G: tl.constexpr, D: tl.constexpr):
-    """What _attend returns of no tokens."""
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    acc = tl.zeros([BLOCK_G, triton.next_power_of_2(D)], tl.float32)
-    return top, tl.zeros([BLOCK_G], tl.float32), acc
-
-
-@triton.jit
-def _attend(query, k, v, tokens, begin, end, top, mass, acc, k_ss, scale_log2, D: tl.constexpr,
-            BLOCK_N: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr):
+def _attend(query, k, v, tokens, begin, end, k_ss, scale_log2, D: tl.constexpr,
+            BLOCK_N: tl.constexpr, LISTED: tl.constexpr):
     """Attention over tokens[begin:end], or if not LISTED over positions from begin to end.
 
     query [BLOCK_G, BLOCK_D]. Returns (largest logit and sum of weights [BLOCK_G], sum of weighted
@@ -763,10 +755,13 @@ def _attend(query, k, v, tokens, begin, end, top, mass, acc, k_ss, scale_log2, D
     """
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    top = tl.full([query.shape[0]], float("-inf"), tl.float32)
+    mass = tl.zeros([query.shape[0]], tl.float32)
+    acc = tl.zeros([query.shape[0], BLOCK_D], tl.float32)
     token = begin + offs_n
     if LISTED:
         token = tl.load(tokens + token, mask=token < end, other=0)
-    for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    for n in tl.range(begin, end, BLOCK_N, num_stages=2):
         inside = n + offs_n < end
         rows = token.to(tl.int64)[:, None] * k_ss + offs_d[None, :]
         mask = inside[:, None] & (offs_d < D)[None, :]
@@ -874,16 +869,13 @@ def _attend_kernel(q, k, v, seq_lens, indices, counts, labels, channels, lo, ste
         share = tl.cdiv(seq_len - begin, SPLITS * BLOCK_N) * BLOCK_N
         begin += split * share
         end = tl.minimum(begin + share, seq_len)
-    top, mass, acc = _nothing(BLOCK_G, D)
     top, mass, acc = _attend(query, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, indices, begin,
-                             end, top, mass, acc, k_ss, scale_log2, D, BLOCK_N, indices is not None,
-                             2)
+                             end, k_ss, scale_log2, D, BLOCK_N, indices is not None)
     _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G, BLOCK_G, D, SPLITS,
              BLOCK_N, PDL)
 
 
-CHUNKED = tl.constexpr(os.environ.get("CHUNKED") == "1")
-STRIPE = tl.constexpr(int(os.environ.get("STRIPE", 128)))  # tokens side by side that one program scores: selections cluster
+STRIPE = tl.constexpr(32)  # tokens side by side that one program scores: selections cluster
 
 
 @triton.jit
@@ -930,11 +922,6 @@ def _score_attend_kernel(q, k, v, labels, channels, lo, step, seq_lens, query, t
     lists += (row.to(tl.int64) * SPLITS + split) * room
 
     total = 0
-    if ATTEND:
-        k += b * k_sb + h * k_sh
-        v += b * k_sb + h * k_sh
-        top, mass, acc = _nothing(BLOCK_G, D)
-        done = 0
     for s in range(first, seq_len, STEP):
         following = _load_words(labels, s + STEP + at, seq_len, l_sw, WIDTHS)
         keys = _token_scores(words, query, G, WIDTHS)
@@ -956,18 +943,12 @@ def _score_attend_kernel(q, k, v, labels, channels, lo, step, seq_lens, query, t
         tl.store(slot + (keep_0 + keep_1 + keep_2), token + 3, mask=keep_3 > 0)
         total += tl.sum(count, 0)
         words = following
-        if ATTEND and CHUNKED:
-            tl.debug_barrier()
-            upto = total // BLOCK_N * BLOCK_N
-            top, mass, acc = _attend(group, k, v, lists, done, upto, top, mass, acc, k_ss,
-                                     scale_log2, D, BLOCK_N, True, 1)
-            done = upto
     tl.store(counts + row * SPLITS + split, total)
 
     if ATTEND:
         tl.debug_barrier()  # the list is read back in another order
-        top, mass, acc = _attend(group, k, v, lists, done, total, top, mass, acc, k_ss, scale_log2, D,
-                                 BLOCK_N, True, 1 if CHUNKED else 2)
+        top, mass, acc = _attend(group, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, lists, 0,
+                                 total, k_ss, scale_log2, D, BLOCK_N, True)
         if _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G, BLOCK_G, D,
                     SPLITS, BLOCK_N, PDL):
             of_row = tl.load(counts + row * SPLITS + tl.arange(0, SPLITS), cache_modifier=".cg")
@@ -999,8 +980,8 @@ def _gather_kernel(lists, counts, attended, indices, n_tokens, room, capacity, S
 # ---------------------------------------------------------------- launches
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
-PROGRAMS = 1024  # that fill the GPU: fewer rows are shared by so many
-BLOCK_S = 512  # tokens that a program scores at a time
+PROGRAMS = 512  # that fill the GPU: fewer rows are shared by so many, in dense decode by twice as many
+BLOCK_S = 1024  # tokens that a program scores at a time
 
 
 def pdl(tensor):
@@ -1025,8 +1006,8 @@ class Workspace:
 
         self.shape = (B, HQ, HKV, D, S)
         self.splits = splits or min(64, triton.next_power_of_2(triton.cdiv(PROGRAMS, B * HKV)))
-        self.partial = scratch(B * HQ, self.splits, D, dtype=torch.float32)
-        self.partial_lse = scratch(B * HQ, self.splits, dtype=torch.float32)
+        self.partial = scratch(B * HQ, 2 * self.splits, D, dtype=torch.float32)
+        self.partial_lse = scratch(B * HQ, 2 * self.splits, dtype=torch.float32)
         self.arrived = torch.zeros(B * HKV, dtype=torch.int32, device=device)
         if config is not None:
             self.widths = config.widths(D)
@@ -1074,7 +1055,7 @@ def geometry(q, labels, label_map, config, window):
                 D=q.shape[2], WIDTHS=label_map.widths)
 
 
-def bracket(q, labels, label_map, seq_lens, config, window, workspace, num_warps=None):
+def bracket(q, labels, label_map, seq_lens, config, window, workspace):
     """The first launch: query codes, log weights and thresholds, into the workspace."""
     ws, m = workspace, label_map
     assert q.is_contiguous() and labels.stride(3) == 1
@@ -1084,12 +1065,12 @@ def bracket(q, labels, label_map, seq_lens, config, window, workspace, num_warps
            seq_lens=seq_lens, query=ws.query, threshold=ws.threshold,
            budget=(config.n_tokens or 0, config.min_tokens, *config.share(), config.dense_below),
            unit=1 / 127 / math.sqrt(q.shape[2]), **geometry(q, labels, m, config, window),
-           num_warps=num_warps or 8,
+           num_warps=4 if rows == len(q) * q.shape[1] else 8,  # heads of a group: more registers
            enable_fp_fusion=False)  # codes round as the reference's do: ties between two are common
 
 
 def score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace, label_newest=True,
-                 attending=True, block_n=32, num_warps=1):
+                 attending=True):
     """The second launch: lists of chosen tokens, into the workspace, and attention over them.
 
     k, v: of them only the newest key is read if not attending; v may then be None.
@@ -1103,13 +1084,13 @@ def score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace
            counts=ws.counts, attended=ws.attended, partial=ws.partial, partial_lse=ws.partial_lse,
            arrived=ws.arrived, out=out, k_strides=k.stride()[:3], room=ws.room,
            scale_log2=math.log2(math.e) / math.sqrt(q.shape[2]), SPLITS=ws.splits, BLOCK_S=BLOCK_S,
-           BLOCK_N=block_n, ATTEND=attending, **geometry(q, labels, m, config, window),
-           num_warps=num_warps if q.element_size() == 2 else 4)
+           BLOCK_N=64, ATTEND=attending, **geometry(q, labels, m, config, window),
+           num_warps=2 if q.element_size() == 2 else 4)
     return out
 
 
 def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=None, labels=None,
-           label_map=None, block_n=32, num_warps=1):
+           label_map=None):
     """Attention of one query per row over lists of tokens, or over all eligible ones (dense decode).
 
     indices [B, HKV, any] int32 and counts [B, HKV, splits] of select_tokens. labels and label_map:
@@ -1122,14 +1103,15 @@ def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=
     (B, HQ, D), HKV = q.shape, k.shape[1]
     out = torch.empty_like(q)
     of_map = (m.channels, m.lo, m.step) if W else (None,) * 3
-    launch(_attend_kernel, (B * HKV, ws.splits + W), q, q=q, k=k, v=v, seq_lens=seq_lens,
+    splits, num_warps = (2 * ws.splits, 1) if indices is None else (ws.splits, 2)
+    launch(_attend_kernel, (B * HKV, splits + W), q, q=q, k=k, v=v, seq_lens=seq_lens,
            indices=indices, counts=counts, labels=labels, channels=of_map[0], lo=of_map[1],
            step=of_map[2], partial=ws.partial, partial_lse=ws.partial_lse, arrived=ws.arrived,
            out=out, k_strides=k.stride()[:3], label_strides=labels.stride()[:3] if W else (0, 0, 0),
            window=NO_WINDOW if window is None else window,
            capacity=0 if indices is None else indices.shape[2],
            scale_log2=math.log2(math.e) / math.sqrt(D), HKV=HKV, G=HQ // HKV, D=D,
-           WIDTHS=m.widths if W else (), SPLITS=ws.splits, BLOCK_N=block_n,
+           WIDTHS=m.widths if W else (), SPLITS=splits, BLOCK_N=32 * num_warps,
            num_warps=num_warps if q.element_size() == 2 else 4)
     return out
 
@@ -1169,9 +1151,9 @@ def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, w
         label_newest_ref(newest, seq_lens, labels, label_map)
     scores = score_ref(q, labels, label_map, seq_lens, config, window)
     chosen = select_ref(scores, seq_lens, config, window)
-    n_tokens = chosen.sum(2, dtype=torch.int32).clamp(max=capacity)
+    total = chosen.sum(2, dtype=torch.int32)
     indices = chosen.int().argsort(dim=2, descending=True, stable=True)[..., :capacity].int()
-    return indices, n_tokens, n_tokens[..., None]
+    return indices, total.clamp(max=capacity), total[..., None]
 
 
 def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None,
