@@ -1,8 +1,8 @@
-"""Offline calibration: checkpoint + text -> channels.safetensors (Double Sparsity, arXiv 2408.07092, section 3.1).
+"""Offline calibration: checkpoint + text -> channels.safetensors (arXiv 2408.07092, section 3.1).
 
-For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they add to q . k, and
-measures the statistic that sets each one's static quantisation range. For each layer also how much of its selection
-could be foreseen, one layer ahead (see offload.py).
+For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they add to
+q . k, and measures the statistic that sets each one's static quantisation range. For each layer
+also how much of its selection could be foreseen, one layer ahead (see offload.py).
 Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method planes]
 """
 import argparse
@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import lzma
+import math
 import os
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ds_attention import (
-    DSConfig, LabelMap, eligible_tokens, label_ref, live_range, pool_ref, score_ref, select_ref, widths_name
+    DSConfig, LabelMap, eligible_tokens, label_ref, pool_ref, score_ref, select_ref, widths_name
 )
 from model import (
     ArgumentParser, ModelConfig, apply_rope, default_dtype, fingerprint, load_model, pick_device,
@@ -117,61 +118,58 @@ def load_rankings(path, config, projection):
 
 
 def spread_queries(first, end, heads, device):
-    """seq_lens of up to 256 queries between two positions, each of which selects from its own past; fewer where
-    the scores of all heads would take more than half a GB."""
+    """seq_lens of up to 256 queries between two positions, each of which selects from its own past;
+    fewer where the scores of all heads would take more than half a GB."""
     count = max(1, min(256, end - first, 2**27 // (heads * end)))
     return torch.linspace(first, end - 1, count, device=device).int() + 1
 
 
-def label_scores(q, k, label_map, ds, seq_lens, window):
-    """Label scores of the queries at seq_lens - 1 over their own past: q [1, HQ, T, D], k [1, HKV, T, D] -> [rows, HKV, T]."""
-    _, HKV, T, D = k.shape
-    labels = torch.zeros(1, HKV, ds.words(D), T, dtype=torch.int32, device=k.device)
-    label_ref(k, torch.arange(T, device=k.device)[None], labels, label_map)
-    rows = q[0].transpose(0, 1)[seq_lens - 1].float()  # [rows, HQ, D]
-    return score_ref(rows, labels.expand(len(rows), -1, -1, -1), label_map, seq_lens, ds.sink, window)
+def exact_logits(q, k, seq_lens, window):
+    """q . k / sqrt(D) of rows of one sequence, -inf where a row may not look: q [R, HQ, D],
+    k [HKV, S, D], seq_lens [R] -> [R, HKV, G, S] fp32."""
+    grouped = q.float().unflatten(1, (len(k), -1))
+    logits = torch.einsum("rhgd,hsd->rhgs", grouped, k.float() / math.sqrt(q.shape[2]))
+    hidden = ~eligible_tokens(seq_lens, k.shape[1], window)
+    return logits.masked_fill_(hidden[:, None, None], float("-inf"))
 
 
-def select_budget(scores, seq_lens, ds, window):
-    """select_ref of the configured number of tokens."""
-    n_tokens = ds.budget(live_range(seq_lens, window)[1])
-    return select_ref(scores, seq_lens, n_tokens, int(n_tokens.max()), ds.sink, ds.recent, window).long()
+def attention_on(chosen, logits):
+    """Share of each row's attention that tokens hold, mean over heads, [R] fp32: chosen [R, HKV, S]
+    bool, logits of exact_logits."""
+    return torch.einsum("rhgs,rhs->rhg", logits.softmax(-1), chosen.float()).mean((1, 2))
+
+
+def select_by_labels(q, k, label_map, ds, seq_lens, window):
+    """What the queries at seq_lens - 1 select from their own past: q [1, HQ, T, D],
+    k [1, HKV, T, D] -> [rows, HKV, S] bool, S their longest past."""
+    k = k[:, :, : int(seq_lens.max())]
+    _, HKV, S, D = k.shape
+    labels = torch.zeros(1, HKV, ds.words(D), S, dtype=torch.int32, device=k.device)
+    label_ref(k, torch.arange(S, device=k.device)[None], labels, label_map)
+    rows = q[0].transpose(0, 1)[seq_lens - 1]  # [rows, HQ, D]
+    labels = labels.expand(len(rows), -1, -1, -1)
+    scores = score_ref(rows, labels, label_map, seq_lens, ds, window)
+    return select_ref(scores, seq_lens, ds, window)
 
 
 def kept_mass(q, k, label_map, ds, seq_lens, window=None):
-    """Attention mass that a selection keeps, mean over queries and heads: (by labels, by exact scores).
-
-    q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows]: of the queries that select, at most T.
-    """
-    end = int(seq_lens.max())
-    q, k = q[:, :, :end], k[:, :, :end]
-    _, HKV, T, D = k.shape
-    grouped = q[0].transpose(0, 1)[seq_lens - 1].float().unflatten(1, (HKV, -1))  # [rows, HKV, G, D]
-    exact = torch.einsum("rhgd,hsd->rhgs", grouped, k[0].float()) / D**0.5  # [rows, HKV, G, T]
-    exact.masked_fill_(~eligible_tokens(seq_lens, T, window)[:, None, None], float("-inf"))
-    both = label_scores(q, k, label_map, ds, seq_lens, window), pool_ref(exact)
-    mass = exact.softmax(-1)
-    kept = []
-    for scores in both:
-        chosen = select_budget(scores, seq_lens, ds, window)[:, :, None].expand(-1, -1, mass.shape[2], -1)
-        picked = mass.gather(-1, chosen.clamp(min=0))  # [rows, HKV, G, N]
-        kept.append(picked.masked_fill(chosen < 0, 0.0).sum(-1).mean().item())
-    return kept
+    """Attention mass kept by selections by labels and by exact scores, mean over queries and heads:
+    q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows]: of the queries that select, at most T."""
+    past = k[0, :, : int(seq_lens.max())]
+    exact = exact_logits(q[0].transpose(0, 1)[seq_lens - 1], past, seq_lens, window)
+    both = (select_by_labels(q, k, label_map, ds, seq_lens, window),
+            select_ref(pool_ref(exact), seq_lens, ds, window))
+    return [attention_on(chosen, exact).mean().item() for chosen in both]
 
 
 def prediction_agreement(q, predicted_q, k, label_map, ds, seq_lens, window=None):
-    """Share of the tokens that queries q select which predicted_q selects as well, without those attended in any case.
-
-    q, predicted_q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows], at most T.
-    """
-    T = k.shape[2]
-    chosen = torch.zeros(2, len(seq_lens), k.shape[1], T + 1, dtype=torch.bool, device=k.device)
-    for of, query in zip(chosen, (q, predicted_q)):
-        indices = select_budget(label_scores(query, k, label_map, ds, seq_lens, window), seq_lens, ds, window)
-        of.scatter_(2, indices.where(indices >= 0, T), True)
-    position = torch.arange(T + 1, device=k.device)
-    chosen &= ((position >= ds.sink) & (position < seq_lens[:, None] - ds.recent))[:, None]
-    return (chosen.all(0).sum() / chosen[0].sum().clamp(min=1)).item()
+    """Share of the tokens that queries q select which predicted_q [1, HQ, T, D] selects as well,
+    without those attended in any case. Other arguments as in kept_mass."""
+    position = torch.arange(int(seq_lens.max()), device=k.device)
+    free = (position >= ds.sink) & (position < seq_lens[:, None] - ds.recent)
+    wanted, found = (select_by_labels(x, k, label_map, ds, seq_lens, window) & free[:, None]
+                     for x in (q, predicted_q))
+    return ((wanted & found).sum() / wanted.sum().clamp(min=1)).item()
 
 
 def builtin_text():
@@ -200,71 +198,67 @@ def calibration_windows(tokenizer, text, samples, context, longest):
 
 
 @torch.inference_mode()
-def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, seed=0, ranking=None, device="cpu",
-              dtype=torch.float32, out=None, ds=DSConfig()):
-    """Writes channels.safetensors for a checkpoint directory and prints each layer's figures. Returns its path.
+def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, seed=0, ranking=None,
+              device="cpu", dtype=torch.float32, out=None, ds=DSConfig()):
+    """Writes channels.safetensors for a checkpoint directory, prints layers' figures; its path.
 
-    text: None for the built-in one. samples: windows to calibrate on, at most. context: tokens of each, None for the model's
-    length up to CONTEXT; the figures are of a window held out, of twice as many if the model has them. ranking: [L, HKV, D]
-    channels given instead of the method's, then `method` only says whose. ds: the configuration that the figures, printed and
-    stored, are for.
+    text: None for the built-in one. samples: windows to calibrate on, at most. context: tokens of
+    each, None for the model's length up to CONTEXT; the figures are of a window held out, of twice
+    as many if the model has them. ranking: channels [L, HKV, D] on that device, then `method` only
+    says whose. ds: what the figures, printed and stored, are for, at every length.
     """
     checkpoint = Path(checkpoint)
     model = load_model(checkpoint, device, dtype)
-    config = model.config
+    config, ds = model.config, dataclasses.replace(ds, dense_below=0)
     text = builtin_text() if text is None else text
     context = min(context or CONTEXT, config.max_positions)
     longest = min(2 * context, config.max_positions)
-    windows, held_out = calibration_windows(Tokenizer(checkpoint, config.vocab_size), text, samples, context, longest)
+    tokenizer = Tokenizer(checkpoint, config.vocab_size)
+    windows, held_out = calibration_windows(tokenizer, text, samples, context, longest)
     hidden = [model.embed(w.to(device)) for w in (*windows, held_out)]
     ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
-    within, past = (spread_queries(first, end, config.n_heads, device) if first < end else None
-                    for first, end in ((context // 2, context), (context, longest)))
+    rows = [spread_queries(first, end, config.n_heads, device)  # within the context, and past it
+            for first, end in ((context // 2, context), (context, longest)) if first < end]
     generator = torch.Generator().manual_seed(seed)
     widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
     everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])
-    tensors = {"channels": [], "mean": [], "std": [], "agreement": []}
-    columns = ["labels keep", "exact scores", f"past {context}: labels", "exact scores", "agreement"]
-    if past is None:  # the model ends there
-        del columns[2:4]
-    print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)} bit\nlayer"
-          + "".join(f"{column:>20}" for column in columns))
-    figures = []
-    before = None  # what the layer before got of the text held out
+    columns = "labels keep", "exact scores", f"past {context}: labels", "exact scores"
+    print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)}"
+          " bit\nlayer" + "".join(f"{x:>20}" for x in (*columns[: 2 * len(rows)], "agreement")))
+    figures, of_file, before = [], [], None  # before: what the last layer got of the text held out
     for i, layer in enumerate(tqdm(model.layers, desc="calibrating", unit="layer", leave=False)):
-        moments, foreseen = Moments(), before
-        before = hidden[-1]
+        moments, foreseen, before = Moments(), before, hidden[-1]
         for j, (x, rope) in enumerate(zip(hidden, ropes)):
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
                 moments.add(q, k, *rope)
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
-        channels = rank_channels(moments, method, generator) if ranking is None else ranking[i].to(device)
-        of_file = [channels, *(x.gather(1, channels).float() for x in key_ranges(moments, *everywhere))]
-        label_map = LabelMap.from_statistics(*(x[:, :C] for x in of_file), widths)
-        kept = [share for rows in (within, past) if rows is not None
-                for share in kept_mass(q, k, label_map, ds, rows, layer.attn.window)]
+        channels = rank_channels(moments, method, generator) if ranking is None else ranking[i]
+        ranges = [x.gather(1, channels).float() for x in key_ranges(moments, *everywhere)]
+        label_map = LabelMap.from_statistics(*(x[:, :C] for x in (channels, *ranges)), widths)
+        window = layer.attn.window
+        kept = [x for lens in rows for x in kept_mass(q, k, label_map, ds, lens, window)]
         agreement = 0.0  # the first layer's is not foreseen
         if foreseen is not None:
             predicted = layer.attn.queries(layer.attn_norm(foreseen), *ropes[-1])
-            parts = (x[:, :, :context] for x in (q, predicted, k))
-            agreement = prediction_agreement(*parts, label_map, ds, within, layer.attn.window)
+            agreement = prediction_agreement(q, predicted, k, label_map, ds, rows[0], window)
         figures.append([*kept, agreement])
         tqdm.write(f"{i:5d}" + "".join(f"{value:20.3f}" for value in figures[-1]))
-        for name, tensor in zip(tensors, (channels.int(), *of_file[1:], torch.tensor(agreement))):
-            tensors[name].append(tensor.cpu())
+        of_file.append([x.cpu() for x in (channels.int(), *ranges, torch.tensor(agreement))])
     mean = torch.tensor(figures).mean(0).tolist()
-    print(" mean" + "".join(f"{value:20.3f}" for value in mean) + f"   (a window of {longest} tokens, held out)")
+    print(" mean" + "".join(f"{x:20.3f}" for x in mean) + f"   (of {longest} tokens, held out)")
     provenance = {"checkpoint": fingerprint(checkpoint / "model.safetensors"), "method": method,
-                  "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "samples": str(len(windows)),
-                  "tokens": str(len(windows) * context), "context": str(context), "seed": str(seed),
-                  "date": datetime.date.today().isoformat()}
+                  "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "seed": str(seed),
+                  "samples": str(len(windows)), "tokens": str(len(windows) * context),
+                  "context": str(context), "date": datetime.date.today().isoformat()}
+    names = "channels", "mean", "std", "agreement"
+    tensors = dict(zip(names, map(torch.stack, zip(*of_file))))
     out = Path(out or checkpoint / "channels.safetensors")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file({name: torch.stack(parts) for name, parts in tensors.items()}, temporary, provenance)
+        save_file(tensors, temporary, provenance)
         temporary.chmod(mode)  # safetensors writes a file for its owner alone
         os.replace(temporary, out)
     except SafetensorError as error:
@@ -275,28 +269,28 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint directory; channels.safetensors is written there")
-    parser.add_argument("--data", help="UTF-8 text file to calibrate on (default: the Python language reference)")
-    how = parser.add_mutually_exclusive_group()
+    parser = ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, how = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--checkpoint", required=True, help="directory; channels.safetensors is written there")
+    add("--data", help="UTF-8 text to calibrate on (default: the Python language reference)")
     how.add_argument("--method", choices=METHODS, default="planes",
-                     help="planes: pairs of channels that RoPE turns together, by mean |q_c k_c|; the others choose single "
-                          "channels: qk by mean |q_c k_c| (the paper's), q and k by their mean size, random (default %(default)s)")
-    how.add_argument("--from_json", help="channel rankings in the authors' JSON format (.json or .json.xz) instead of "
-                                         "--method; the text then only sets the label ranges")
-    parser.add_argument("--json_projection", choices=("qk", "q", "k"), help="which of its rankings to take (default qk)")
-    parser.add_argument("--samples", type=int, default=4, help="windows of text to calibrate on (default %(default)s); one more "
-                                                                "is held out for the figures")
-    parser.add_argument("--context", type=int, help=f"tokens per window (default: the model's length, at most {CONTEXT})")
-    parser.add_argument("--seed", type=int, default=0, help="of --method random")
-    parser.add_argument("--out", help="output file (default: channels.safetensors in the checkpoint)")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+                     help="by mean |q_c k_c| pairs that RoPE turns (planes) or single channels (qk), "
+                          "q, k: by their mean size; random (default %(default)s)")
+    how.add_argument("--from_json", help="rankings in the authors' JSON format (.json[.xz])")
+    add("--json_projection", choices=("qk", "q", "k"), help="which of its rankings (default qk)")
+    add("--samples", type=int, default=4,
+        help="windows of text to calibrate on, one more is for the figures (default %(default)s)")
+    add("--context", type=int, help=f"tokens each (default: the model's length, at most {CONTEXT})")
+    add("--seed", type=int, default=0, help="of --method random")
+    add("--out", help="output file (default: channels.safetensors in the checkpoint)")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
     for name, low in [("samples", 2), ("context", 64)]:
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least {low}")
     if args.json_projection and not args.from_json:
-        raise ValueError(f"json_projection={args.json_projection}: says which rankings of --from_json to take; give that")
+        raise ValueError(f"json_projection={args.json_projection}: is of --from_json; give that")
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"{args.out}: no such directory to write to")
     device = pick_device(args.device)
@@ -304,7 +298,7 @@ def main():
     if args.from_json:
         projection = args.json_projection or "qk"
         config = ModelConfig.from_file(Path(args.checkpoint) / "config.json")
-        ranking = load_rankings(args.from_json, config, projection)
+        ranking = load_rankings(args.from_json, config, projection).to(device)
         method = f"json:{Path(args.from_json).name}:{projection}"
     text = read_text(args.data) if args.data else None
     out = calibrate(args.checkpoint, text, method, args.samples, args.context, args.seed, ranking,
