@@ -275,9 +275,9 @@ def main():
     add("--checkpoint", required=True, help="directory; channels.safetensors is written there")
     add("--data", help="UTF-8 text to calibrate on (default: the Python language reference)")
     how.add_argument("--method", choices=METHODS, default="planes",
-                     help="by mean |q_c k_c| pairs that RoPE turns (planes) or single channels (qk), "
-                          "q, k: by their mean size; random (default %(default)s)")
-    how.add_argument("--from_json", help="rankings in the authors' JSON format (.json[.xz])")
+                     help="by mean |q_c k_c|: planes (pairs that RoPE turns), qk (single channels);"
+                          " q, k: by their mean size; random (default %(default)s)")
+    how.add_argument("--from_json", help="rankings in the authors' JSON format; text sets ranges")
     add("--json_projection", choices=("qk", "q", "k"), help="which of its rankings (default qk)")
     add("--samples", type=int, default=4,
         help="windows of text to calibrate on, one more is for the figures (default %(default)s)")
