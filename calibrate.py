@@ -1,8 +1,8 @@
-"""Offline calibration: checkpoint + text -> channels.safetensors (Double Sparsity, arXiv 2408.07092, section 3.1).
+"""Offline calibration: checkpoint + text -> channels.safetensors (arXiv 2408.07092, section 3.1).
 
-For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they add to q . k, and
-measures the statistic that sets each one's static quantisation range. For each layer also how much of its selection
-could be foreseen, one layer ahead (see offload.py).
+For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they add to
+q . k, and measures the statistic that sets each one's static quantisation range. For each layer
+also how much of its selection could be foreseen, one layer ahead (see offload.py).
 Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method planes]
 """
 import argparse
@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import lzma
+import math
 import os
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from model import (
 )
 from tokenizer import Tokenizer, read_text
 
-METHODS = ("lift", "planes", "qk", "q", "k", "random")
+METHODS = ("planes", "lift", "qk", "q", "k", "random")
 CONTEXT = 8192  # tokens of a window, if the model has as many
 
 
@@ -63,30 +64,36 @@ def both_halves(x):
 
 
 def plane_lift(q, k, ds, seq_lens, window=None):
-    """What each plane does to tell the attended tokens from the rest: [HKV, D / 2] fp64, the mean over a group's queries.
+    """How far each plane sets the attended tokens apart from the rest: [HKV, D / 2] fp64, the mean
+    over queries and their group's heads.
 
-    Of a query it is (its q . k at the mean key by attention weight, less that at the plain mean key) squared, times the
-    attention mass in question; all of the tokens that are not attended in any case. q [1, HQ, T, D], k [1, HKV, T, D] after
-    RoPE; seq_lens [rows], of the queries to take.
+    Of a query it is (its q . k at the mean key by attention weight, less that at the plain mean key)
+    squared, times the attention mass in question; all of the tokens that are not always attended.
+    q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens [rows]: of the queries to take.
     """
     k = k[0].float()
     HKV, T, D = k.shape
     rows = q[0].transpose(0, 1)[seq_lens - 1].float().unflatten(1, (HKV, -1))  # [rows, HKV, G, D]
-    eligible, position = eligible_tokens(seq_lens, T, window), torch.arange(T, device=k.device)
+    position = torch.arange(T, device=k.device)
+    eligible = eligible_tokens(seq_lens, T, window)
     free = eligible & (position >= ds.sink) & (position < seq_lens[:, None] - ds.recent)
     scores = torch.einsum("rhgd,hsd->rhgs", rows, k) / D**0.5
-    mass = scores.masked_fill_(~eligible[:, None, None], float("-inf")).softmax(-1).mul_(free[:, None, None])
+    mass = scores.masked_fill_(~eligible[:, None, None], float("-inf")).softmax(-1)
+    mass *= free[:, None, None]
+
     share = mass.sum(-1, keepdim=True)  # [rows, HKV, G, 1]
     attended = torch.einsum("rhgs,hsd->rhgd", mass, k) / share.clamp(min=1e-12)
     average = torch.einsum("rs,hsd->rhd", free / free.sum(-1, keepdim=True).clamp(min=1), k)
-    planes = both_halves((rows * (attended - average[:, :, None])).flatten(0, 2)).view(*share.shape[:3], -1)
+    lift = rows * (attended - average[:, :, None])
+    planes = both_halves(lift.flatten(0, 2)).view(*share.shape[:3], -1)
     return (planes.square() * share).double().mean((0, 2))
 
 
 def rank_channels(moments, method, generator):
-    """Channels of each KV head, most important first: [HKV, D] int64; by "lift" and "planes" pairs c, c + D / 2."""
+    """Channels of each KV head, most important first: [HKV, D] int64; by "planes" and "lift" the
+    pairs c, c + D / 2 side by side."""
     size = both_halves(moments.abs_qk)  # mean |q_c k_c| of both of a plane's channels
-    largest = size.argsort(dim=-1, descending=True, stable=True)[:, : int(os.environ.get("NL", 2))]
+    largest = size.argsort(dim=-1, descending=True, stable=True)[:, : size.shape[1] // 16]
     lift = torch.as_tensor(moments.lift).to(size).expand_as(size)
     importance = {
         # the largest planes, as many as default_widths gives 4 bits, and then by lift
@@ -98,7 +105,9 @@ def rank_channels(moments, method, generator):
         "random": torch.rand(moments.kk.shape, generator=generator, dtype=torch.float64).to(moments.kk.device),
     }[method]
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
-    return torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1) if method in ("lift", "planes") else ranked
+    if method in ("planes", "lift"):
+        ranked = torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1)
+    return ranked
 
 
 def key_ranges(moments, cos, sin):
@@ -144,50 +153,58 @@ def load_rankings(path, config, projection):
 
 
 def spread_queries(first, end, heads, device):
-    """seq_lens of up to 256 queries between two positions, each of which selects from its own past; fewer where
-    the scores of all heads would take more than half a GB."""
+    """seq_lens of up to 256 queries between two positions, each of which selects from its own past;
+    fewer where the scores of all heads would take more than half a GB."""
     count = max(1, min(256, end - first, 2**27 // (heads * end)))
     return torch.linspace(first, end - 1, count, device=device).int() + 1
 
 
-def label_scores(q, k, label_map, ds, seq_lens, window):
-    """Label scores of the queries at seq_lens - 1 over their own past: q [1, HQ, T, D],
-    k [1, HKV, T, D] -> [rows, HKV, T]."""
-    _, HKV, T, D = k.shape
-    labels = torch.zeros(1, HKV, ds.words(D), T, dtype=torch.int32, device=k.device)
-    label_ref(k, torch.arange(T, device=k.device)[None], labels, label_map)
-    rows = q[0].transpose(0, 1)[seq_lens - 1].float()  # [rows, HQ, D]
+def exact_logits(q, k, seq_lens, window):
+    """q . k / sqrt(D) of rows of one sequence, -inf where a row may not look: q [R, HQ, D],
+    k [HKV, S, D], seq_lens [R] -> [R, HKV, G, S] fp32."""
+    grouped = q.float().unflatten(1, (len(k), -1))
+    logits = torch.einsum("rhgd,hsd->rhgs", grouped, k.float() / math.sqrt(q.shape[2]))
+    hidden = ~eligible_tokens(seq_lens, k.shape[1], window)
+    return logits.masked_fill_(hidden[:, None, None], float("-inf"))
+
+
+def attention_on(chosen, logits):
+    """Share of each row's attention that tokens hold, mean over heads, [R] fp32: chosen [R, HKV, S]
+    bool, logits of exact_logits."""
+    return torch.einsum("rhgs,rhs->rhg", logits.softmax(-1), chosen.float()).mean((1, 2))
+
+
+def select_by_labels(q, k, label_map, ds, seq_lens, window):
+    """What the queries at seq_lens - 1 select from their own past: q [1, HQ, T, D],
+    k [1, HKV, T, D] -> [rows, HKV, S] bool, S their longest past."""
+    k = k[:, :, : int(seq_lens.max())]
+    _, HKV, S, D = k.shape
+    labels = torch.zeros(1, HKV, ds.words(D), S, dtype=torch.int32, device=k.device)
+    label_ref(k, torch.arange(S, device=k.device)[None], labels, label_map)
+    rows = q[0].transpose(0, 1)[seq_lens - 1]  # [rows, HQ, D]
     labels = labels.expand(len(rows), -1, -1, -1)
-    return score_ref(rows, labels, label_map, seq_lens, ds, window)
+    scores = score_ref(rows, labels, label_map, seq_lens, ds, window)
+    return select_ref(scores, seq_lens, ds, window)
 
 
 def kept_mass(q, k, label_map, ds, seq_lens, window=None):
-    """Attention mass that a selection keeps, mean over queries and heads: (by labels, by exact scores).
-
-    q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows]: of the queries that select, at most T.
-    """
-    end = int(seq_lens.max())
-    q, k = q[:, :, :end], k[:, :, :end]
-    _, HKV, T, D = k.shape
-    grouped = q[0].transpose(0, 1)[seq_lens - 1].float().unflatten(1, (HKV, -1))  # [rows, HKV, G, D]
-    exact = torch.einsum("rhgd,hsd->rhgs", grouped, k[0].float()) / D**0.5  # [rows, HKV, G, T]
-    exact.masked_fill_(~eligible_tokens(seq_lens, T, window)[:, None, None], float("-inf"))
-    both = label_scores(q, k, label_map, ds, seq_lens, window), pool_ref(exact)
-    mass = exact.softmax(-1)
-    chosen = (select_ref(scores, seq_lens, ds, window)[:, :, None] for scores in both)
-    return [(mass * tokens).sum(-1).mean().item() for tokens in chosen]
+    """Attention mass kept by selections by labels and by exact scores, mean over queries and heads:
+    q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows]: of the queries that select, at most T."""
+    past = k[0, :, : int(seq_lens.max())]
+    exact = exact_logits(q[0].transpose(0, 1)[seq_lens - 1], past, seq_lens, window)
+    both = (select_by_labels(q, k, label_map, ds, seq_lens, window),
+            select_ref(pool_ref(exact), seq_lens, ds, window))
+    return [attention_on(chosen, exact).mean().item() for chosen in both]
 
 
 def prediction_agreement(q, predicted_q, k, label_map, ds, seq_lens, window=None):
-    """Share of the tokens that queries q select which predicted_q selects as well, without those attended in any case.
-
-    q, predicted_q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows], at most T.
-    """
-    both = (label_scores(query, k, label_map, ds, seq_lens, window) for query in (q, predicted_q))
-    chosen, predicted = (select_ref(scores, seq_lens, ds, window) for scores in both)
-    position = torch.arange(k.shape[2], device=k.device)
-    chosen &= ((position >= ds.sink) & (position < seq_lens[:, None] - ds.recent))[:, None]
-    return ((chosen & predicted).sum() / chosen.sum().clamp(min=1)).item()
+    """Share of the tokens that queries q select which predicted_q [1, HQ, T, D] selects as well,
+    without those attended in any case. Other arguments as in kept_mass."""
+    position = torch.arange(int(seq_lens.max()), device=k.device)
+    free = (position >= ds.sink) & (position < seq_lens[:, None] - ds.recent)
+    wanted, found = (select_by_labels(x, k, label_map, ds, seq_lens, window) & free[:, None]
+                     for x in (q, predicted_q))
+    return ((wanted & found).sum() / wanted.sum().clamp(min=1)).item()
 
 
 def builtin_text():
@@ -216,73 +233,71 @@ def calibration_windows(tokenizer, text, samples, context, longest):
 
 
 @torch.inference_mode()
-def calibrate(checkpoint, text=None, method="lift", samples=4, context=None, seed=0, ranking=None, device="cpu",
-              dtype=torch.float32, out=None, ds=DSConfig()):
-    """Writes channels.safetensors for a checkpoint directory and prints each layer's figures. Returns its path.
+def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, seed=0, ranking=None,
+              device="cpu", dtype=torch.float32, out=None, ds=DSConfig()):
+    """Writes channels.safetensors for a checkpoint directory, prints layers' figures; its path.
 
-    text: None for the built-in one. samples: windows to calibrate on, at most. context: tokens of each, None for the model's
-    length up to CONTEXT; the figures are of a window held out, of twice as many if the model has them. ranking: [L, HKV, D]
-    channels given instead of the method's, then `method` only says whose. ds: the configuration that the figures, printed and
-    stored, are for.
+    text: None for the built-in one. samples: windows to calibrate on, at most. context: tokens of
+    each, None for the model's length up to CONTEXT; the figures are of a window held out, of twice
+    as many if the model has them. ranking: channels [L, HKV, D] on that device, then `method` only
+    says whose. ds: what the figures, printed and stored, are for, at every length.
     """
-    checkpoint, ds = Path(checkpoint), dataclasses.replace(ds, dense_below=0)
+    checkpoint = Path(checkpoint)
     model = load_model(checkpoint, device, dtype)
-    config = model.config
+    config, ds = model.config, dataclasses.replace(ds, dense_below=0)
     text = builtin_text() if text is None else text
     context = min(context or CONTEXT, config.max_positions)
     longest = min(2 * context, config.max_positions)
-    windows, held_out = calibration_windows(Tokenizer(checkpoint, config.vocab_size), text, samples, context, longest)
+    tokenizer = Tokenizer(checkpoint, config.vocab_size)
+    windows, held_out = calibration_windows(tokenizer, text, samples, context, longest)
     hidden = [model.embed(w.to(device)) for w in (*windows, held_out)]
     ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
-    within, past = (spread_queries(first, end, config.n_heads, device) if first < end else None
-                    for first, end in ((context // 2, context), (context, longest)))
-    spaced = spread_queries(min(256, context // 2), context, config.n_heads, device)
+    spread = spread_queries(min(256, context // 2), context, config.n_heads, device)
+    rows = [spread_queries(first, end, config.n_heads, device)  # within the context, and past it
+            for first, end in ((context // 2, context), (context, longest)) if first < end]
     generator = torch.Generator().manual_seed(seed)
     widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
     everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])
-    tensors = {"channels": [], "mean": [], "std": [], "agreement": []}
-    columns = ["labels keep", "exact scores", f"past {context}: labels", "exact scores", "agreement"]
-    if past is None:  # the model ends there
-        del columns[2:4]
-    print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)} bit\nlayer"
-          + "".join(f"{column:>20}" for column in columns))
-    figures = []
-    before = None  # what the layer before got of the text held out
+    columns = "labels keep", "exact scores", f"past {context}: labels", "exact scores"
+    print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)}"
+          " bit\nlayer" + "".join(f"{x:>20}" for x in (*columns[: 2 * len(rows)], "agreement")))
+    figures, of_file, before = [], [], None  # before: what the last layer got of the text held out
     for i, layer in enumerate(tqdm(model.layers, desc="calibrating", unit="layer", leave=False)):
-        moments, foreseen = Moments(), before
-        before = hidden[-1]
+        moments, foreseen, before = Moments(), before, hidden[-1]
         for j, (x, rope) in enumerate(zip(hidden, ropes)):
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
                 moments.add(q, k, *rope)
-                moments.lift = moments.lift + plane_lift(q, k, ds, spaced, layer.attn.window)
+                if method == "lift":
+                    lift = plane_lift(q, k, ds, spread, layer.attn.window)
+                    moments.lift = moments.lift + lift
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
-        channels = rank_channels(moments, method, generator) if ranking is None else ranking[i].to(device)
-        of_file = [channels, *(x.gather(1, channels).float() for x in key_ranges(moments, *everywhere))]
-        label_map = LabelMap.from_statistics(*(x[:, :C] for x in of_file), widths)
-        kept = [share for rows in (within, past) if rows is not None
-                for share in kept_mass(q, k, label_map, ds, rows, layer.attn.window)]
+        channels = rank_channels(moments, method, generator) if ranking is None else ranking[i]
+        ranges = [x.gather(1, channels).float() for x in key_ranges(moments, *everywhere)]
+        label_map = LabelMap.from_statistics(*(x[:, :C] for x in (channels, *ranges)), widths)
+        window = layer.attn.window
+        kept = [x for lens in rows for x in kept_mass(q, k, label_map, ds, lens, window)]
         agreement = 0.0  # the first layer's is not foreseen
         if foreseen is not None:
             predicted = layer.attn.queries(layer.attn_norm(foreseen), *ropes[-1])
-            parts = (x[:, :, :context] for x in (q, predicted, k))
-            agreement = prediction_agreement(*parts, label_map, ds, within, layer.attn.window)
+            agreement = prediction_agreement(q, predicted, k, label_map, ds, rows[0], window)
         figures.append([*kept, agreement])
         tqdm.write(f"{i:5d}" + "".join(f"{value:20.3f}" for value in figures[-1]))
-        for name, tensor in zip(tensors, (channels.int(), *of_file[1:], torch.tensor(agreement))):
-            tensors[name].append(tensor.cpu())
+        of_file.append([x.cpu() for x in (channels.int(), *ranges, torch.tensor(agreement))])
     mean = torch.tensor(figures).mean(0).tolist()
-    print(" mean" + "".join(f"{value:20.3f}" for value in mean) + f"   (a window of {longest} tokens, held out)")
+    print(" mean" + "".join(f"{x:20.3f}" for x in mean) + f"   (of {longest} tokens, held out)")
     provenance = {"checkpoint": fingerprint(checkpoint / "model.safetensors"), "method": method,
-                  "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "samples": str(len(windows)),
-                  "tokens": str(len(windows) * context), "context": str(context), "seed": str(seed),
-                  "date": datetime.date.today().isoformat()}
+                  "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "seed": str(seed),
+                  "samples": str(len(windows)), "tokens": str(len(windows) * context),
+                  "context": str(context), "date": datetime.date.today().isoformat()}
+    names = "channels", "mean", "std", "agreement"
+    tensors = dict(zip(names, map(torch.stack, zip(*of_file))))
     out = Path(out or checkpoint / "channels.safetensors")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file({name: torch.stack(parts) for name, parts in tensors.items()}, temporary, provenance)
+        save_file(tensors, temporary, provenance)
         temporary.chmod(mode)  # safetensors writes a file for its owner alone
         os.replace(temporary, out)
     except SafetensorError as error:
@@ -293,29 +308,29 @@ def calibrate(checkpoint, text=None, method="lift", samples=4, context=None, see
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint directory; channels.safetensors is written there")
-    parser.add_argument("--data", help="UTF-8 text file to calibrate on (default: the Python language reference)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--method", choices=METHODS, default="lift",
-                     help="lift: pairs of channels that RoPE turns together, some of the largest, then those that tell attended tokens "
-                          "from the rest; planes: such pairs by mean |q_c k_c|; the others choose single channels: qk "
-                          "by mean |q_c k_c| (the paper's), q and k by their mean size, random (default %(default)s)")
-    how.add_argument("--from_json", help="channel rankings in the authors' JSON format (.json or .json.xz) instead of "
-                                         "--method; the text then only sets the label ranges")
-    parser.add_argument("--json_projection", choices=("qk", "q", "k"), help="which of its rankings to take (default qk)")
-    parser.add_argument("--samples", type=int, default=4, help="windows of text to calibrate on (default %(default)s); one more "
-                                                                "is held out for the figures")
-    parser.add_argument("--context", type=int, help=f"tokens per window (default: the model's length, at most {CONTEXT})")
-    parser.add_argument("--seed", type=int, default=0, help="of --method random")
-    parser.add_argument("--out", help="output file (default: channels.safetensors in the checkpoint)")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser = ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, how = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--checkpoint", required=True, help="directory; channels.safetensors is written there")
+    add("--data", help="UTF-8 text to calibrate on (default: the Python language reference)")
+    how.add_argument("--method", choices=METHODS, default="planes",
+                     help="by mean |q_c k_c|: planes (pairs that RoPE turns), qk (single channels); lift: "
+                          "the largest planes, then those that set attended tokens apart;"
+                          " q, k: by their mean size; random (default %(default)s)")
+    how.add_argument("--from_json", help="rankings in the authors' JSON format; text sets ranges")
+    add("--json_projection", choices=("qk", "q", "k"), help="which of its rankings (default qk)")
+    add("--samples", type=int, default=4,
+        help="windows of text to calibrate on, one more is for the figures (default %(default)s)")
+    add("--context", type=int, help=f"tokens each (default: the model's length, at most {CONTEXT})")
+    add("--seed", type=int, default=0, help="of --method random")
+    add("--out", help="output file (default: channels.safetensors in the checkpoint)")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
     for name, low in [("samples", 2), ("context", 64)]:
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least {low}")
     if args.json_projection and not args.from_json:
-        raise ValueError(f"json_projection={args.json_projection}: says which rankings of --from_json to take; give that")
+        raise ValueError(f"json_projection={args.json_projection}: is of --from_json; give that")
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"{args.out}: no such directory to write to")
     device = pick_device(args.device)
@@ -323,7 +338,7 @@ def main():
     if args.from_json:
         projection = args.json_projection or "qk"
         config = ModelConfig.from_file(Path(args.checkpoint) / "config.json")
-        ranking = load_rankings(args.from_json, config, projection)
+        ranking = load_rankings(args.from_json, config, projection).to(device)
         method = f"json:{Path(args.from_json).name}:{projection}"
     text = read_text(args.data) if args.data else None
     out = calibrate(args.checkpoint, text, method, args.samples, args.context, args.seed, ranking,

@@ -1,10 +1,9 @@
 """Quality: what Double Sparsity and other ways to choose tokens lose against dense, decoded.
 
 Every scored token is decoded: it attends to its own past with its own selection, at every length
-(as with --dense_below 0). Nothing is masked after the fact. A context that is not scored is
-prefilled, dense, as generate.py does. An item is put to all settings of a command in turn, for
-which dense runs once. Rows go to runs/quality.jsonl; a command that was interrupted continues
-where it was (--force: from the start).
+(as with --dense_below 0). A context that is not scored is prefilled, dense, as generate.py does. An
+item is put to all settings of a command in turn, for which dense runs once. Rows go to
+runs/quality.jsonl; a command that was interrupted continues where it was (--force: from the start).
 
   perplexity   of text, beside how far the next token is from dense's (KL, the same likeliest
                token), and how much of the exact attention the chosen tokens hold
@@ -42,8 +41,8 @@ from tqdm import tqdm
 
 import calibrate
 from ds_attention import (
-    DSConfig, Workspace, attend, attend_ref, bits_of, eligible_tokens, pool_ref, score_ref,
-    select_ref, select_tokens, widths_name
+    DSConfig, attend, attend_ref, bits_of, eligible_tokens, pool_ref, score_ref, select_ref,
+    select_tokens, widths_name
 )
 from generate import HERE, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
 from items import BUILTIN, LENGTHS, METRICS, TASKS, WIKITEXT2, size
@@ -63,7 +62,7 @@ class Sparse(LayerCache):
     """A sparse layer of one sequence, whose decode rows are positions of it.
 
     Made of a LayerCache. A method is how it chooses the rows' tokens; budget, first and newest
-    tokens are its DSConfig's. Counts the tokens that its rows attend to.
+    tokens are its DSConfig's, at every length. Counts the tokens that its rows attend to.
     """
 
     labelled = False  # whether the choice reads labels
@@ -71,13 +70,10 @@ class Sparse(LayerCache):
     in_order = False  # whether rows must come from the first token on: they depend on those before
     EVERY = 8  # one row of so many is asked how much of the exact attention its tokens hold
 
-    def __init__(self, layer, scratch):
-        """scratch: {shape of q: Workspace} of the last number of rows, shared by all layers.
-
-        Raises ValueError for a configuration that the method is not made for.
-        """
-        super().__init__(layer.kv, layer.window, layer.ds, layer.label_map, layer.labels)
-        self.scratch = scratch
+    def __init__(self, layer):
+        """Raises ValueError for a configuration that the method is not made for."""
+        ds = replace(layer.ds, dense_below=0)
+        super().__init__(layer.kv, layer.window, ds, layer.label_map, layer.labels)
         self.start()
 
     def start(self, probed=False):
@@ -92,84 +88,56 @@ class Sparse(LayerCache):
     def write(self, k, v, positions, labels=True):
         super().write(k, v, positions, labels=self.labelled)
 
-    def choose(self, q, seq_lens):
-        """The tokens attended to: [R, HKV, S] bool, S the longest row's."""
+    def scores(self, q, seq_lens):
+        """By which select_ref chooses: [R, HKV, S] fp32, S the longest row's length."""
         raise NotImplementedError
 
     def decode(self, q, seq_lens):
-        """As of any layer, over the tokens that the method chooses."""
-        chosen = self.choose(q, seq_lens)
-        self.count(q, seq_lens, chosen.sum(2), lambda: chosen[:: self.EVERY])
+        scores = self.scores(q, seq_lens)
+        chosen = select_ref(scores, seq_lens, self.ds, self.window)
+        self.count(q, seq_lens, chosen.sum(2), chosen[:: self.EVERY])
         k, v = (x.expand(len(q), -1, -1, -1) for x in self.past(chosen.shape[2]))
         return attend_ref(q, k, v, seq_lens, chosen)
 
     def count(self, q, seq_lens, n_tokens, chosen):
-        """Counts n_tokens [R, HKV]; chosen(): what rows [:: EVERY] attend to, if probed."""
+        """n_tokens [R, HKV]; chosen: the tokens of every EVERY-th row, [R / EVERY, HKV, S] bool."""
         self.attended = self.attended + n_tokens.double().mean() * len(q)
         if self.probed:
-            q, seq_lens = q[:: self.EVERY], seq_lens[:: self.EVERY]
-            weights = self.logits(q, seq_lens).softmax(-1)
-            kept = weights * chosen()[:, :, None, : weights.shape[3]]
-            self.mass = self.mass + kept.sum().double() / q.shape[1]
-            self.probes += len(q)
+            logits = self.logits(q[:: self.EVERY], seq_lens[:: self.EVERY], chosen.shape[2])
+            self.mass = self.mass + calibrate.attention_on(chosen, logits).double().sum()
+            self.probes += len(chosen)
 
-    def best(self, scores, seq_lens):
-        """scores [R, HKV, S] -> those that ds would choose by them."""
-        return select_ref(scores, seq_lens, self.ds, self.window)
-
-    def workspace_of(self, q):
-        R, HQ, D = q.shape
-        if q.shape not in self.scratch:
-            for shape in [shape for shape in self.scratch if shape[0] != R]:
-                del self.scratch[shape]
-            HKV, S = self.kv.shape[1:3]
-            self.scratch[q.shape] = Workspace(R, HQ, HKV, D, S, q.device, self.ds)
-        return self.scratch[q.shape]
-
-    def grouped(self, q):
-        """q [R, HQ, D] -> [R, HKV, G, D] fp32."""
-        return q.float().unflatten(1, (self.kv.shape[1], -1))
-
-    def logits(self, q, seq_lens):
-        """q . k / sqrt(D) of the past, -inf where a row may not look: [R, HKV, G, S] fp32."""
-        S = int(seq_lens.max())
-        k = self.past(S)[0][0].float() / math.sqrt(q.shape[2])
-        found = torch.einsum("rhgd,hsd->rhgs", self.grouped(q), k)
-        hidden = ~eligible_tokens(seq_lens, S, self.window)
-        return found.masked_fill_(hidden[:, None, None], float("-inf"))
+    def logits(self, q, seq_lens, S):
+        return calibrate.exact_logits(q, self.past(S)[0][0], seq_lens, self.window)
 
 
 class DoubleSparsity(Sparse):
-    """By label scores, through the stages that ds_decode runs."""
+    """By label scores; on a GPU by the kernels."""
 
     labelled = True
 
-    def choose(self, q, seq_lens):
-        S = int(seq_lens.max())
-        labels = self.labels[..., :S].expand(len(q), -1, -1, -1)
-        return self.best(score_ref(q, labels, self.label_map, seq_lens, self.ds, self.window), seq_lens)
-
-    def scoring(self, q):
-        """The queries that choose."""
+    def asking(self, q):
+        """The queries [R, any, D] that tokens are scored for."""
         return q
+
+    def scores(self, q, seq_lens):
+        labels = self.labels[..., : int(seq_lens.max())].expand(len(q), -1, -1, -1)
+        return score_ref(self.asking(q), labels, self.label_map, seq_lens, self.ds, self.window)
 
     def decode(self, q, seq_lens):
         if not self.ds.use_triton(q):
             return super().decode(q, seq_lens)
-        scoring, labels = self.scoring(q).contiguous(), self.labels.expand(len(q), -1, -1, -1)
-        workspace = self.workspace_of(scoring)
+        labels = self.labels.expand(len(q), -1, -1, -1)
         indices, n_tokens, counts = select_tokens(
-            scoring, None, labels, self.label_map, seq_lens, self.ds, self.window, workspace)
-
-        def chosen():  # of those that do not count, position S
-            valid = torch.arange(indices.shape[2], device=q.device) < n_tokens[:: self.EVERY, :, None]
-            index = indices[:: self.EVERY].long().where(valid, labels.shape[3])
-            mask = torch.zeros(*index.shape[:2], labels.shape[3] + 1, dtype=torch.bool, device=q.device)
-            return mask.scatter_(2, index, True)
-
+            self.asking(q), None, labels, self.label_map, seq_lens, self.ds, self.window)
+        probed, n = indices[:: self.EVERY].long(), n_tokens[:: self.EVERY, :, None]
+        S = indices.shape[2]
+        probed = probed.where(torch.arange(S, device=q.device) < n, S)  # the rest was not written
+        chosen = torch.zeros(*probed.shape[:2], S + 1, dtype=torch.bool, device=q.device)
+        chosen = chosen.scatter_(2, probed, True)[..., : int(seq_lens.max())]
         self.count(q, seq_lens, n_tokens, chosen)
         k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
-        return attend(q, k, v, seq_lens, indices, counts, self.window, self.workspace_of(q))
+        return attend(q, k, v, seq_lens, indices, counts, self.window)
 
 
 class Paper(DoubleSparsity):
@@ -178,42 +146,40 @@ class Paper(DoubleSparsity):
 
     calibration, bits = "qk", 4
 
-    def choose(self, q, seq_lens):
-        return super().choose(self.scoring(q), seq_lens)
-
-    def scoring(self, q):
-        return self.grouped(q).mean(2).to(q.dtype)
+    def asking(self, q):
+        return q.float().unflatten(1, (self.kv.shape[1], -1)).mean(2)
 
 
 class ExactTopK(Sparse):
-    """The best tokens by q . k / sqrt(D) itself, pooled as label scores are: what labels can reach."""
+    """By q . k / sqrt(D) itself, pooled as label scores are: what labels can reach."""
 
-    def choose(self, q, seq_lens):
-        return self.best(pool_ref(self.logits(q, seq_lens)), seq_lens)
+    def scores(self, q, seq_lens):
+        return pool_ref(self.logits(q, seq_lens, int(seq_lens.max())))
 
 
 class Streaming(Sparse):
     """The first and the newest tokens (StreamingLLM, arXiv 2309.17453, positions not shifted)."""
 
-    def choose(self, q, seq_lens):
+    def scores(self, q, seq_lens):
         position = torch.arange(int(seq_lens.max()), dtype=torch.float32, device=q.device)
-        return self.best(position.expand(len(q), self.kv.shape[1], -1), seq_lens)
+        return position.expand(len(q), self.kv.shape[1], -1)
 
 
 class Quest(Sparse):
     """Pages of 16 tokens by a bound of q . k from the page's extremes (arXiv 2406.10774), pooled as
-    scores are."""
+    scores are. A page is attended to whole, so that tokens are somewhat more than the budget."""
 
     PAGE = 16
 
-    def __init__(self, layer, scratch):
-        super().__init__(layer, scratch)
+    def __init__(self, layer):
+        super().__init__(layer)
         # a row's last page may hold tokens after it: all of its own are among the newest
         if self.ds.recent < self.PAGE - 1:
             raise ValueError(f"recent={self.ds.recent}: must be {self.PAGE - 1} at least for quest")
 
-    def choose(self, q, seq_lens):
-        S, q = int(seq_lens.max()), self.grouped(q) / math.sqrt(q.shape[2])
+    def scores(self, q, seq_lens):
+        S, D = int(seq_lens.max()), q.shape[2]
+        q = q.float().unflatten(1, (self.kv.shape[1], -1)) / math.sqrt(D)  # [R, HKV, G, D]
         short = -S % self.PAGE  # tokens that the last page lacks
         k = self.past(S)[0][0].float()  # [HKV, S, D]
         k = torch.cat([k, k[:, -1:].expand(-1, short, -1)], 1)  # repeats a key: no new extreme
@@ -223,7 +189,7 @@ class Quest(Sparse):
         eligible = F.pad(eligible_tokens(seq_lens, S, self.window), (0, short))
         eligible = eligible.unflatten(1, (-1, self.PAGE)).any(2)[:, None, None]
         scores = pool_ref(bound.masked_fill(~eligible, float("-inf")))
-        return self.best(scores.repeat_interleave(self.PAGE, -1)[..., :S], seq_lens)
+        return scores.repeat_interleave(self.PAGE, -1)[..., :S]
 
 
 class H2O(Sparse):
@@ -232,8 +198,8 @@ class H2O(Sparse):
 
     in_order = True
 
-    def __init__(self, layer, scratch):
-        super().__init__(layer, scratch)
+    def __init__(self, layer):
+        super().__init__(layer)
         if self.window is not None:
             raise ValueError(f"window={self.window}: h2o is not made for sliding windows")
 
@@ -332,10 +298,8 @@ class Decoder:
         most = 2**27 // (model.config.n_heads * max_seq_length)
         self.rows = rows or (64 if model.device.type == "cpu" else max(16, min(512, most)))
         device, dtype = model.device, model.dtype
-        ds = ds and replace(ds, dense_below=0)  # the methods are what is measured, at every length
         self.cache = KVCache(model.config, 1, max_seq_length, device, dtype, ds, label_maps)
-        layers, scratch = self.cache.layers, {}
-        self.cache.layers = [method(layer, scratch) if layer.ds else layer for layer in layers]
+        self.cache.layers = [method(layer) if layer.ds else layer for layer in self.cache.layers]
         self.sparse = [layer for layer in self.cache.layers if layer.ds]
 
     def start(self, tokens=(), probed=False, like=None):

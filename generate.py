@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -216,6 +216,7 @@ class DecodeStep:
     @torch.no_grad()
     def run(self, sparse):
         """One step more; returns at once on a GPU."""
+        self.cache.sparse_steps += sparse
         if self.graphs:
             self.graphs[sparse].replay()
         else:
@@ -395,12 +396,13 @@ def print_statistics(found, device, name=""):
     """found: from run_statistics."""
     share = found["kv_bytes_per_step"] / max(found["dense_kv_bytes_per_step"], 1)
     each = f" ({found['decode_tokens_per_s_per_sequence']:.1f} per sequence)" if found["prompts"] > 1 else ""
+    attended = f", {found['tokens_attended']:.0f} tokens" if "tokens_attended" in found else ""
     bandwidth = f", {found['bandwidth_share']:.0%} of the copy bandwidth" if "bandwidth_share" in found else ""
     print(f"{name}time to first token {found['ttft_ms']:.0f} ms ({found['cold_start_s']:.1f} s after the process began) | "
           f"{found['median_ms_per_token']:.2f} ms per token, p99 {found['p99_ms_per_token']:.2f} | decode "
           f"{found['decode_tokens_per_s']:.1f} tokens/s{each} | read per step {found['bytes_per_step'] / 1e6:.2f} MB{bandwidth}"
           f", of it cache {found['kv_bytes_per_step'] / 1e6:.2f} MB, dense {found['dense_kv_bytes_per_step'] / 1e6:.2f} MB "
-          f"({share:.0%}) | KV cache {found['kv_cache_bytes'] / 2**20:.1f} MiB + labels "
+          f"({share:.0%}{attended}) | KV cache {found['kv_cache_bytes'] / 2**20:.1f} MiB + labels "
           f"{found['label_cache_bytes'] / 2**20:.1f} MiB | peak {'GPU' if device != 'cpu' else 'process'} memory "
           f"{found['peak_memory_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
     if "host_bytes" in found:
@@ -557,7 +559,8 @@ def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
     live = min(total, config.longest_window or total)
     if ds is not None and not ds.sparse_at(live):
         least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"the least budget, {ds.min_tokens} tokens,"
-        why = f"{least} is no less" if ds.budget(live) >= live else f"dense_below={ds.dense_below} is more"
+        of_budget = not replace(ds, dense_below=0).sparse_at(live)
+        why = f"{least} is no less" if of_budget else f"dense_below={ds.dense_below} is more"
         print(f"{why} than the {live} tokens there will be: every token is attended (dense)", file=sys.stderr)
     return total
 

@@ -350,6 +350,7 @@ class KVCache:
         B, HKV, S, D = batch, config.n_kv_heads, max_seq_length, config.head_dim
         self.max_seq_length, self.window, self.ds = S, config.longest_window, ds
         self.seq_lens = torch.zeros(B, dtype=torch.int32, device=device)
+        self.sparse_steps = 0  # since begin(); who runs steps counts them
         self.layers = []
         workspace = None
         if torch.device(device).type != "cpu":
@@ -373,7 +374,8 @@ class KVCache:
         return view
 
     def sparse_at(self, length):
-        """Whether a step whose longest row has `length` live tokens, its own included, is sparse (see DSConfig.dense_below)."""
+        """Whether a step whose longest row has `length` live tokens, its own included, is sparse:
+        in it each row still decides for itself whether it attends to all (DSConfig.budget)."""
         return self.ds is not None and self.ds.sparse_at(length if self.window is None else min(length, self.window))
 
     def prefill_layers(self, b, start, end):
@@ -386,11 +388,19 @@ class KVCache:
         of the model's blocks will attend to. cos, sin [B, 1, 1, D / 2] of the new tokens."""
 
     def begin(self):
-        """Before the first step of a generation: nothing to do, unless a cache keeps count of its steps."""
+        """Before the first step of a generation: counts begin anew."""
+        self.sparse_steps = 0
+        if self.layers[0].workspace and self.ds:
+            self.layers[0].workspace.attended.zero_()
 
     def statistics(self):
-        """Figures of the steps since begin(), for a cache that keeps any."""
-        return {}
+        """Figures of the steps since begin(): of sparse ones by kernels the tokens that a KV head
+        attends to, mean over steps, sequences, heads and sparse layers."""
+        workspace = self.layers[0].workspace
+        steps = self.sparse_steps * sum(layer.ds is not None for layer in self.layers)
+        if not (steps and workspace):
+            return {}
+        return {"tokens_attended": workspace.attended.double().mean().item() / steps}
 
     def kv_bytes(self):
         return sum(layer.kv_bytes() for layer in self.layers)

@@ -1549,6 +1549,36 @@ def test_ragged_batch_gives_what_each_prompt_gives_alone(sparse, more):
     assert max(map(len, together)) == 30
 
 
+def test_a_row_of_a_mixed_batch_decides_for_itself():
+    """A short prompt attends to all its tokens, and a long one to few, alone and together."""
+    model, maps, config = random_model(4, eos_ids=())
+    prompts = [[1] + torch.randint(3, 64, (n,)).tolist() for n in (70, 20)]
+
+    def run(batch, below):
+        cache = KVCache(model.config, len(batch), 110, "cpu", torch.float32,
+                        replace(config, dense_below=below), maps)
+        return generate.generate(generate.DecodeStep(model, cache), batch, 30).token_ids
+
+    sparse, dense, mixed = (run(prompts, below) for below in (0, 1000, 64))
+    assert mixed == [sparse[0], dense[1]] and sparse[0] != dense[0] and sparse[1] != dense[1]
+    assert mixed == [run([prompt], 64)[0] for prompt in prompts]
+
+
+def test_tokens_attended_to_in_sparse_steps_are_counted():
+    """By the kernels; a short row of a mixed batch attends to all its tokens."""
+    step = decode_step(60, 2, more=dict(impl="triton", dense_below=20))
+    cache = step.cache
+    scratch = cache.layers[0].workspace or ds.Workspace(2, 4, 2, 16, 60, DEVICE, cache.ds, splits=1)
+    for layer in cache.layers:
+        layer.workspace = scratch
+    for n in (2, 1):  # begin() counts anew
+        generate.generate(step, [[1] + list(range(3, 32)), [1, 5, 9, 20, 7]], n)
+        wanted = [cache.ds.budget(length + i) for length in (30, 5) for i in range(n)]
+        assert wanted[n:] == list(range(5, 5 + n)) and wanted[0] == 8
+        found = cache.statistics()["tokens_attended"]
+        assert found == pytest.approx(sum(wanted) / len(wanted), abs=0.3), "ties may add some"
+
+
 @pytest.mark.parametrize("window", [None, 24], ids=["full", "window"])
 def test_chunked_prefill_equals_whole_prefill(window):
     model, maps, config = random_model(sliding_window=window)
@@ -2556,7 +2586,8 @@ def test_calibration_of_the_tiny_model(tiny_copy):
         for layer in model.layers[:4]:
             q, k, _ = layer.attn.project(layer.attn_norm(x), *rope)
             x = layer(x, *rope)
-        kept[method], exact = calibrate.kept_mass(q, k, maps[3], DSConfig(), calibrate.spread_queries(512, 1024, 4, "cpu"))
+        rows = calibrate.spread_queries(512, 1024, 4, "cpu")
+        kept[method], exact = calibrate.kept_mass(q, k, maps[3], DSConfig(dense_below=0), rows)
     assert exact >= kept["planes"] > 0.93 * exact and kept["planes"] > kept["random"] < kept["qk"] < exact
     with safe_open(out, "pt") as file:
         provenance = file.metadata()
@@ -2610,7 +2641,7 @@ def test_agreement_of_a_prediction():
     generator = torch.Generator().manual_seed(0)
     q, k, other = (torch.randn(1, heads, 200, 16, generator=generator) for heads in (4, 2, 4))
     label_map = first_channels(2, 16, ((16, 4),)).to("cpu")
-    config = DSConfig(n_tokens=40, sink=2, recent=5, label_channels=16)
+    config = DSConfig(n_tokens=40, dense_below=0, sink=2, recent=5, label_channels=16)
     rows = calibrate.spread_queries(100, 200, 4, "cpu")
     shares = [calibrate.prediction_agreement(q, p, k, label_map, config, rows) for p in (q, q + other, other, -q)]
     for window, least in ((200, 1), (50, 0)):  # all past, or so much of it that the mass of the rest is not to be kept
@@ -2705,7 +2736,9 @@ def test_tiny_retrieval_is_kept_at_a_sixteenth_and_breaks_with_too_little(tiny):
     assert [row["score"] for row in found[:2]] == [100, 100] and found[2]["score"] <= 50
 
 
-@pytest.mark.parametrize("config", [DSConfig(n_tokens=40), DSConfig(sparsity=4, min_tokens=8)], ids=["n=40", "1/4"])
+@pytest.mark.parametrize("config", [DSConfig(n_tokens=40, dense_below=0),
+                                    DSConfig(sparsity=4, min_tokens=20, dense_below=0)],
+                         ids=["n=40", "1/4"])
 def test_ds_rows_are_what_the_decode_step_gives(tiny, config):
     """The layer that is evaluated against the one that generates, over rows and one by one."""
     window = window_of_text(tiny, 200)[0]["prompt"]
@@ -2722,13 +2755,17 @@ def test_ds_rows_are_what_the_decode_step_gives(tiny, config):
 
 
 def test_attended_tokens_are_counted(tiny):
-    """The sum over positions of the budget, for every method; of dense, of the live tokens."""
-    config, window = DSConfig(sparsity=4, min_tokens=8), window_of_text(tiny, 130)[0]["prompt"]
+    """The sum over positions of the budget, for every method, and what ties and whole pages add; of
+    dense, of the live tokens."""
+    config = DSConfig(sparsity=4, min_tokens=20, dense_below=0)
+    window = window_of_text(tiny, 130)[0]["prompt"]
+    budgets = sum(config.budget(length) for length in range(101, 131))
     for method in evaluation.METHODS:
         told = decoder(tiny, 130, config, method, rows=50)
         told.start(window[:100])
         list(told.logits(window[100:130]))
-        assert told.attended() == pytest.approx(sum(config.budget(length) for length in range(101, 131))), method
+        more = {"quest": 15, "ds": 0.2, "paper": 0.2}.get(method, 0) * 30
+        assert budgets <= told.attended() * (1 + 1e-9) <= budgets + more + 1e-3, method
     told = decoder(tiny, 130, None)
     told.start(window[:100])
     list(told.logits(window[100:130]))
@@ -2736,7 +2773,8 @@ def test_attended_tokens_are_counted(tiny):
 
 
 def chosen_one_by_one(method, q, k, seq_len, n, config):
-    """The tokens of one query head's row by the method's own definition. q [D], k [S, D]."""
+    """The tokens of one query head's row by the method's own definition; the last page is whole.
+    q [D], k [S, D]."""
     newest = list(range(seq_len - min(n, config.recent), seq_len))
     forced = newest + [i for i in range(min(config.sink, n - len(newest))) if i not in newest]
     rest = [i for i in range(seq_len) if i not in forced]
@@ -2748,14 +2786,18 @@ def chosen_one_by_one(method, q, k, seq_len, n, config):
         pages = [k[i : i + 16] for i in range(0, len(k), 16)]
         bounds = [torch.maximum(q * page.amax(0), q * page.amin(0)).sum().item() for page in pages]
         rest.sort(key=lambda i: (-round(bounds[i // 16], 4), i))
-    return sorted(forced + rest[: n - len(forced)])
+    best = rest[: n - len(forced)]
+    if method == "quest":
+        pages = {i // 16 for i in best}
+        best = [i for i in rest if i // 16 in pages]
+    return sorted(forced + best)
 
 
 @pytest.mark.parametrize("method", ["exact_topk", "quest", "streaming"])
 def test_baselines_choose_by_their_own_definition(method):
-    config = DSConfig(sparsity=4, min_tokens=4, dense_layers=0, sink=2, recent=16)
+    config = DSConfig(sparsity=3, min_tokens=18, dense_layers=0, dense_below=0, sink=2, recent=16)
     cache = KVCache(ModelConfig(64, 1, 2, 2, 32, 64, 50, 128), 1, 100, DEVICE, torch.float32, config, [Problem(shapes()).map])
-    layer = evaluation.METHODS[method](cache.layers[0], {})
+    layer = evaluation.METHODS[method](cache.layers[0])
     generator = torch.Generator().manual_seed(0)
     k, v, q = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((1, 2, 100, 32), (1, 2, 100, 32), (3, 2, 32)))
     layer.write(k, v, torch.arange(100, device=DEVICE)[None])
@@ -2765,40 +2807,45 @@ def test_baselines_choose_by_their_own_definition(method):
         n = config.budget(length)
         for h in range(2):
             chosen = chosen_one_by_one(method, q[b, h], k[0, h], length, n, config)
-            assert len(set(chosen)) == n
+            assert n <= len(set(chosen)) <= n + 15 * (method == "quest")
             weights = (k[0, h, chosen] @ q[b, h] / 32**0.5).softmax(0)
             torch.testing.assert_close(out[b, h], weights @ v[0, h, chosen], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["ds", "exact_topk", "paper", "quest", "streaming"])
-def test_methods_by_kernels_equal_the_reference(method):
-    """Groups of two query heads, rows over one cache in runs of several lengths, whose scratch is taken anew."""
+@pytest.mark.parametrize("method", ["ds", "paper"])
+def test_methods_by_kernels_equal_the_reference(method, monkeypatch):
+    """Groups of two query heads, rows over one cache in runs of several lengths."""
+    monkeypatch.setattr(ds, "PROGRAMS", 8)
     p, found = Problem(shapes(B=1, HQ=4, HKV=2, S=150)), {}
+    q = torch.randn(5, 4, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    lens = torch.tensor([150, 149, 60, 31, 1], dtype=torch.int32, device=DEVICE)
     for impl in ("torch", "triton"):
-        config = replace(p.config, impl=impl, dense_layers=0, recent=16, label_channels=32)
-        cache = KVCache(ModelConfig(256, 1, 4, 2, 64, 64, 50, 150), 1, 150, DEVICE, torch.float32, config, [p.map])
-        scratch = {}
-        layer = evaluation.METHODS[method](cache.layers[0], scratch)
+        config = replace(p.config, impl=impl, sparsity=3, min_tokens=18, dense_layers=0,
+                         dense_below=0, recent=16)
+        model_config = ModelConfig(256, 1, 4, 2, 64, 64, 50, 150)
+        cache = KVCache(model_config, 1, 150, DEVICE, torch.float32, config, [p.map])
+        layer = evaluation.METHODS[method](cache.layers[0])
         layer.write(p.k, p.v, p.positions)
         layer.start(probed=True)
-        q = torch.randn(7, 4, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        lens = torch.tensor([150, 149, 60, 31, 7, 2, 1], dtype=torch.int32, device=DEVICE)
         layer.EVERY = 2
-        found[impl] = [torch.cat([layer.decode(q[:4], lens[:4]), layer.decode(q[4:], lens[4:])]), layer.mass, layer.attended]
-        assert layer.probes == 4
-        most = sum(config.budget(length) for length in lens.tolist())
-        assert float(layer.attended) == pytest.approx(most)
-        shapes_of_q = {"paper": [(3, 2, 64), (3, 4, 64)]}.get(method, [(3, 4, 64)])  # its mean query chooses
-        assert list(scratch) == (shapes_of_q if impl == "triton" else [])
+        outs = [layer.decode(q[:3], lens[:3]), layer.decode(q[3:], lens[3:])]
+        found[impl] = [torch.cat(outs), layer.mass, layer.attended]
+        assert layer.probes == 3
     for got, want in zip(found["triton"], found["torch"]):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+    least = sum(config.budget(length) for length in lens.tolist())
+    assert least <= float(layer.attended) <= least + 3, "ties may add some"
+    if method == "ds":
+        k, v, labels = (x.expand(3, *x.shape[1:]) for x in (p.k, p.v, layer.labels))
+        decoded = ds.ds_decode(q[:3], k, v, labels, p.map, lens[:3], config, label_newest=False)
+        assert torch.equal(outs[0], decoded), "what generates gives other bits"
 
 
 def test_h2o_keeps_the_newest_and_the_most_attended():
     """Against the method told one token at a time, in dictionaries."""
-    config = DSConfig(n_tokens=9, dense_layers=0)
+    config = DSConfig(n_tokens=9, dense_layers=0, sink=0, recent=1)
     cache = KVCache(ModelConfig(64, 1, 2, 2, 32, 64, 50, 128), 1, 40, DEVICE, torch.float32, config, [Problem(shapes()).map])
-    layer = evaluation.METHODS["h2o"](cache.layers[0], {})
+    layer = evaluation.METHODS["h2o"](cache.layers[0])
     k, v, q = (torch.randn(*shape, generator=torch.Generator().manual_seed(s)).to(DEVICE) * 2
                for s, shape in enumerate(((1, 2, 40, 32), (1, 2, 40, 32), (40, 2, 32))))
     layer.write(k, v, torch.arange(40, device=DEVICE)[None])
@@ -2821,14 +2868,16 @@ def test_exact_scores_choose_for_every_head_of_a_group():
     config = DSConfig(n_tokens=3, dense_layers=0, sink=0, recent=1)
     shape = ModelConfig(64, 1, 2, 1, 32, 64, 50, 128)
     cache = KVCache(shape, 1, 50, DEVICE, torch.float32, config, [Problem(shapes(HKV=1, D=32)).map])
-    exact = evaluation.ExactTopK(cache.layers[0], {})
+    exact = evaluation.ExactTopK(cache.layers[0])
     k, q = torch.zeros(1, 1, 50, 32, device=DEVICE), torch.zeros(1, 2, 32, device=DEVICE)
     k[..., 0], k[0, 0, 3, 0], k[0, 0, 7, 0], k[0, 0, 9, 1] = 5, 8, 6, 1
     q[0, 0, 0], q[0, 1, 1] = 10 * 32**0.5, 6 * 32**0.5
     exact.write(k, k, torch.arange(50, device=DEVICE)[None])
     lens = torch.tensor([50], dtype=torch.int32, device=DEVICE)
-    assert exact.logits(q, lens)[0, 0].mean(0)[:49].topk(2).indices.tolist() == [3, 7], "by raw scores"
-    assert exact.choose(q, lens)[0].tolist() == [[[3, 9, 49]]]
+    raw = exact.logits(q, lens, 50)[0, 0].mean(0)
+    assert raw[:49].topk(2).indices.tolist() == [3, 7], "by raw scores"
+    chosen = ds.select_ref(exact.scores(q, lens), lens, exact.ds)
+    assert chosen[0, 0].nonzero().flatten().tolist() == [3, 9, 49]
 
 
 @pytest.mark.parametrize("method", evaluation.METHODS)
@@ -3156,7 +3205,8 @@ def test_saved_rows_are_taken_and_only_new_settings_measured(evaluate, tmp_path)
     common = ("lines", "--lengths", 300, "--limit", 2, "--methods", "ds", "streaming")
     rows, _, _ = evaluate(*common, "--budgets", "n=40")
     assert [(row["method"], row["budget"]) for row in rows] == [("dense", "all"), ("ds", "n=40"), ("streaming", "n=40")]
-    assert rows[1]["mean_tokens"] == 40 and "labels" in rows[1] and rows[1]["calibration"]["method"] == "planes"
+    assert 40 <= rows[1]["mean_tokens"] < 40.2
+    assert "labels" in rows[1] and rows[1]["calibration"]["method"] == "planes"
     assert rows[1]["dense_score"] == rows[0]["score"] == 100 and "labels" not in rows[2] and rows[2]["calibration"] is None
     keys = {"task", "checkpoint", "model", "method", "budget", "mean_tokens", "score", "dense_score", "n_items", "context",
             "torch", "triton", "gpu", "commit", "date", "data", "config", "calibration"}
@@ -3245,7 +3295,7 @@ def test_methods_that_cannot_run_are_told_before_any_is_measured():
                                       ("quest", dict(ds=DSConfig(recent=9)), "recent=9: must be 15 at least for quest")):
         layer = SimpleNamespace(**{"kv": None, "window": None, "ds": DSConfig(), "label_map": None, "labels": None} | settings)
         with pytest.raises(ValueError, match=message):
-            evaluation.METHODS[method](layer, {})
+            evaluation.METHODS[method](layer)
 
 
 @pytest.mark.parametrize("name", bench.BENCHES)
