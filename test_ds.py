@@ -3313,7 +3313,7 @@ def test_bench_times_labels_that_fit_the_head(monkeypatch):
 
 
 def test_bench_checks_its_rows_on_a_cpu():
-    config = DSConfig(impl="torch")
+    config = DSConfig(impl="torch", dense_below=0)
     row = bench.attention_row(2, 600, 4, 2, 64, torch.float32, config, "cpu", None)
     assert row["max_rel_err"] < 1e-4 and row["ds_us"] > 0 and "speedup" not in row
     x = bench.Inputs(1, 600, 4, 2, 64, torch.float32, config, "cpu", 0)
