@@ -30,9 +30,9 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class DSConfig:
-    """What a sparse decode step reads. `sparsity` sets tokens and label bytes alike, as in the paper."""
+    """What a sparse decode step reads. `sparsity` sets tokens and label bytes, as in the paper."""
 
-    sparsity: float = 16.0  # attend to 1/sparsity of the live tokens; labels take as much of K's bytes
+    sparsity: float = 16.0  # attend to 1/sparsity of the live tokens; labels take that of K
     n_tokens: int | None = None  # a fixed number of attended tokens instead of a share
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
     label_channels: int | None = None  # label dims per KV head; None: what 1/sparsity of K holds
@@ -40,7 +40,7 @@ class DSConfig:
     # label_channels
     label_bits: int | str | None = None
     dense_layers: int = 2  # the first layers attend to everything; the caller sees to that
-    dense_below: int = 3072  # so do rows of fewer live tokens, which sparse steps do not make faster
+    dense_below: int = 3072  # so do rows of fewer live tokens: sparse is no faster there
     # always attended, counted inside N, which is no less
     sink: int = 4  # first tokens
     recent: int = 16  # newest tokens
@@ -48,7 +48,8 @@ class DSConfig:
 
     def __post_init__(self):
         if not (math.isfinite(self.sparsity) and self.sparsity > 1):
-            raise ValueError(f"sparsity={self.sparsity:g}: must be above 1; use --sparsity 1 for dense")
+            raise ValueError(f"sparsity={self.sparsity:g}: must be above 1; "
+                             "use --sparsity 1 for dense")
         for name, low in [("n_tokens", 1), ("min_tokens", 1), ("label_channels", 1), ("sink", 0),
                           ("recent", 1), ("dense_layers", 0), ("dense_below", 0)]:
             value = getattr(self, name)
@@ -81,7 +82,7 @@ class DSConfig:
         return self.budget(live) < live
 
     def share(self):
-        """sparsity as a fraction (num, den) of small integers: every implementation rounds alike."""
+        """sparsity as a fraction (num, den) of small integers: all implementations round alike."""
         fraction = Fraction(self.sparsity).limit_denominator(1000)
         return fraction.numerator, fraction.denominator
 
@@ -91,9 +92,10 @@ class DSConfig:
         if isinstance(self.label_bits, str):
             widths = parse_widths(self.label_bits)
             if sum(dims for dims, _ in widths) > D:
-                raise ValueError(f"label_bits={self.label_bits}: more label dims than the head's {D}")
+                raise ValueError(f"label_bits={self.label_bits}: more label dims than the "
+                                 f"head's {D}")
             return widths
-        words = max(1, int(D * 16 / self.sparsity) // 32)  # label bytes are 1/sparsity of a 16-bit K
+        words = max(1, int(D * 16 / self.sparsity) // 32)  # 1/sparsity of a 16-bit K's bytes
         if self.label_bits is None and self.label_channels is None:
             return default_widths(words, D)
         bits = self.label_bits or 4
@@ -131,11 +133,12 @@ def parse_widths(text):
         if bits not in (1, 2, 4, 8):
             raise ValueError(f"label_bits={text}: dims have 1, 2, 4 or 8 bits")
         if dims * bits % 8:
-            raise ValueError(f"label_bits={text}: {dims} dims of {bits} bits are no whole number of "
-                             "bytes")
+            raise ValueError(f"label_bits={text}: {dims} dims of {bits} bits are no whole "
+                             "number of bytes")
     total = sum(dims * bits for dims, bits in widths)
     if total % 32:
-        raise ValueError(f"label_bits={text}: {total} bits in all are no whole number of 32-bit words")
+        raise ValueError(f"label_bits={text}: {total} bits in all are no whole number of "
+                         "32-bit words")
     return widths
 
 
@@ -163,8 +166,8 @@ def default_widths(words, D):
     """
     bits = min(32 * words, 4 * D // 32 * 32)
     if not bits:
-        raise ValueError(f"head_dim={D}: a label is 32-bit words of at most 4 bits per dim, so a head "
-                         "needs 8 dims")
+        raise ValueError(f"head_dim={D}: a label is 32-bit words of at most 4 bits per dim, so "
+                         "a head needs 8 dims")
     wide, share = (4, 1 / 4) if bits >= D else (2, 5 / 8) if 2 * bits >= D else (1, 1)
     narrow = max(1, wide // 2)
     wide_bits = round(bits * share / 8) * 8
@@ -183,8 +186,8 @@ CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
 class LabelMap:
     """One layer's calibrated choice of channels, with static ranges.
 
-    A label has a code for each chosen channel of the key: floor((k_c - lo_c) / step_c + 1/2), cut to
-    what its bits hold. A token's score is sum_c q_c * step_c * code_c, the products q_c * step_c
+    A label has a code for each chosen channel of the key: floor((k_c - lo_c) / step_c + 1/2), cut
+    to what its bits hold. A token's score is sum_c q_c * step_c * code_c, the products q_c * step_c
     rounded to 8 bits (see query_codes); what lo_c adds is the same for all tokens.
     """
 
@@ -215,8 +218,8 @@ class LabelMap:
         return LabelMap(*(t[:heads] for t in (self.channels, self.lo, self.step)), self.widths)
 
     def query_codes(self, q):
-        """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is codes . label codes, and
-        in the units of q . k / sqrt(D) as many `unit`s.
+        """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is codes . label codes,
+        and in the units of q . k / sqrt(D) as many `unit`s.
 
         codes: the query's channels, each times its label's step, on one scale per KV head: integers
         in [-127, 127], as fp32.
@@ -330,14 +333,14 @@ def at_sample(scores, position):
 
 
 def pool_ref(scores):
-    """Scores of a group's heads [..., G, S], in the units of q . k / sqrt(D), -inf where not eligible
-    -> one per token [..., S]: the largest logarithm of its softmax weights. Label scores are pooled
-    alike, but by weights among sampled tokens, without the newest (see log_weight_ref)."""
+    """Scores of a group's heads [..., G, S], in the units of q . k / sqrt(D), -inf where not
+    eligible -> one per token [..., S]: the largest logarithm of its softmax weights. Label scores
+    are pooled alike, but by weights among sampled tokens, without the newest (see log_weight_ref)."""
     return (scores - scores.logsumexp(-1, keepdim=True)).amax(-2)
 
 
 def log_weight_ref(scores, seq_lens, unit, sink, window=None):
-    """The logarithm of the mean weight exp(unit * score) of sampled tokens but the newest, in units.
+    """The logarithm of sampled tokens' mean weight exp(unit * score), without the newest, in units.
 
     scores [B, HKV, G, S], integers as fp32; unit [B, HKV]. Returns [B, HKV, G], integers as fp32.
     The first `sink` tokens stand for themselves alone, other sampled ones for as many as are not
@@ -548,8 +551,8 @@ def _query_words(WIDTHS):
 
 @triton.constexpr_function
 def _slice(WIDTHS, w, t):
-    """The t-th slice of a label word: the bits, as an int32, of the dims that begin t * _narrowest bits
-    into their byte, moved down by 4 if that is 4 or more. 0: no dim does."""
+    """The t-th slice of a label word: the bits, as an int32, of the dims that begin t * _narrowest
+    bits into their byte, moved down by 4 if that is 4 or more. 0: no dim does."""
     of_bytes = [bits for dims, bits in WIDTHS for _ in range(dims * bits // 8)][4 * w : 4 * w + 4]
     begin = t * _narrowest(WIDTHS)
     mask = sum((2**bits - 1 << begin % 4) << 8 * i for i, bits in enumerate(of_bytes)
@@ -584,8 +587,8 @@ def _dot4(a, b, acc):
 def _head_scores(words, query, less, WIDTHS: tl.constexpr):
     """Scores of tokens with W label words: codes . 8-bit query codes, less `less`; int32.
 
-    words: W tensors [tokens] or [1, tokens]; query: pointer to a head's _query_words, or [heads, 1];
-    less: likewise.
+    words: W tensors [tokens] or [1, tokens]; query: pointer to a head's _query_words, or
+    [heads, 1]; less: likewise.
     """
     SLICES: tl.constexpr = _slices(WIDTHS)
     SUMS: tl.constexpr = max(1, SLICES // 2)  # slices 4 bits apart are summed alike
@@ -633,15 +636,16 @@ def _write_codes(q, query, channel, steps, offs_c, G: tl.constexpr, D: tl.conste
 
     bit, _ = _dim_bits(offs_c, WIDTHS)
     word = bit // 32 * _slices(WIDTHS) + bit % 8 // _narrowest(WIDTHS)
-    of_heads = query.to(tl.pointer_type(tl.int8), bitcast=True) + offs_g * (4 * _query_words(WIDTHS))
+    of_heads = query.to(tl.pointer_type(tl.int8), bitcast=True)
+    of_heads += offs_g * (4 * _query_words(WIDTHS))
     tl.store(of_heads[:, None] + (word * 4 + bit // 8 % 4)[None, :], codes, mask=mask)
     return largest
 
 
 @triton.jit
 def _log_weight(scores, counted, share, unit):
-    """log_weight_ref of a group: scores [G, M] int32 -> [G]. counted [1, M]; share [1, M]: what a token
-    stands for, 2**18 for one."""
+    """log_weight_ref of a group: scores [G, M] int32 -> [G]. counted [1, M]; share [1, M]: what a
+    token stands for, 2**18 for one."""
     top = tl.max(tl.where(counted, scores, -FORCED), 1)
     lower = (top[:, None] - scores).to(tl.float32) * (unit * 1.4426950408889634)
     lower = tl.maximum(lower, 0.0)
@@ -674,7 +678,7 @@ def _nth_best(keys, low, high, n):
 def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label_strides, forced,
                     budget, unit, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                     WIDTHS: tl.constexpr, PDL: tl.constexpr):
-    """A row and KV head's query codes, what each query head's scores are less by, and threshold_ref.
+    """A row's and KV head's query codes, what each head's scores are less by, and threshold_ref.
 
     unit: of the scores, over the largest of the query's products.
     """
@@ -787,7 +791,8 @@ def _attend(query, k, v, tokens, begin, end, k_ss, scale_log2, D: tl.constexpr,
 @triton.jit
 def _load_group(q, row, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr):
     """A group's queries [BLOCK_G, BLOCK_D]."""
-    offs_g, offs_d = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, triton.next_power_of_2(D))[None, :]
+    offs_g = tl.arange(0, BLOCK_G)[:, None]
+    offs_d = tl.arange(0, triton.next_power_of_2(D))[None, :]
     q += (row.to(tl.int64) * G + offs_g) * D
     query = tl.load(q + offs_d, mask=(offs_g < G) & (offs_d < D), other=0.0)
     if INTERPRETED:
@@ -836,11 +841,12 @@ def _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G: 
 
 @triton.jit
 def _attend_kernel(q, k, v, seq_lens, indices, counts, labels, channels, lo, step, partial,
-                   partial_lse, arrived, out, k_strides, label_strides, window, capacity, scale_log2,
-                   HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
+                   partial_lse, arrived, out, k_strides, label_strides, window, capacity,
+                   scale_log2, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                   WIDTHS: tl.constexpr,
                    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
-    """Dense decode: SPLITS programs share a row's eligible tokens. Or, with `indices`, attention over
-    lists: each program takes what it has in `counts` of them.
+    """Dense decode: SPLITS programs share a row's eligible tokens. Or, with `indices`, attention
+    over lists: each program takes what it has in `counts` of them.
 
     With WIDTHS one more program writes the label of the row's newest key.
     """
@@ -869,8 +875,8 @@ def _attend_kernel(q, k, v, seq_lens, indices, counts, labels, channels, lo, ste
         share = tl.cdiv(seq_len - begin, SPLITS * BLOCK_N) * BLOCK_N
         begin += split * share
         end = tl.minimum(begin + share, seq_len)
-    top, mass, acc = _attend(query, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, indices, begin,
-                             end, k_ss, scale_log2, D, BLOCK_N, indices is not None)
+    top, mass, acc = _attend(query, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, indices,
+                             begin, end, k_ss, scale_log2, D, BLOCK_N, indices is not None)
     _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G, BLOCK_G, D, SPLITS,
              BLOCK_N, PDL)
 
@@ -885,8 +891,8 @@ def _score_attend_kernel(q, k, v, labels, channels, lo, step, seq_lens, query, t
                          G: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
                          SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
                          ATTEND: tl.constexpr, PDL: tl.constexpr):
-    """SPLITS programs share a row and KV head's tokens, in stripes. Each scores its own, lists those
-    that reach the threshold and, if ATTEND, attends to them.
+    """SPLITS programs share a row and KV head's tokens, in stripes. Each scores its own, lists
+    those that reach the threshold and, if ATTEND, attends to them.
 
     One more program, where there is one, writes the label of the row's newest key.
     """
@@ -900,7 +906,8 @@ def _score_attend_kernel(q, k, v, labels, channels, lo, step, seq_lens, query, t
         if PDL:
             tl.extra.cuda.gdc_wait()
         # who reads this label in this step overrides the token's key with FORCED
-        _label_newest(k, seq_len, b, h, labels, channels, lo, step, k_strides, label_strides, WIDTHS)
+        _label_newest(k, seq_len, b, h, labels, channels, lo, step, k_strides, label_strides,
+                      WIDTHS)
         return
 
     # what the bracket does not write is read while that runs
@@ -980,7 +987,7 @@ def _gather_kernel(lists, counts, attended, indices, n_tokens, room, capacity, S
 # ---------------------------------------------------------------- launches
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
-PROGRAMS = 512  # that fill the GPU: fewer rows are shared by so many, in dense decode by twice as many
+PROGRAMS = 512  # that fill the GPU: fewer rows are shared by so many, in dense decode by twice that
 BLOCK_S = 1024  # tokens that a program scores at a time
 
 
@@ -991,16 +998,16 @@ def pdl(tensor):
 
 
 class Workspace:
-    """Scratch memory of the decode kernels for one shape of batch and cache; layers that run in turn
-    share one.
+    """Scratch memory of the decode kernels for one shape of batch and cache; layers that run in
+    turn share one.
 
     Only `attended` carries over from call to call: tokens attended to in sparse steps, [B, HKV]
     int64. A new prompt, another length or batch row start clean.
     """
 
     def __init__(self, B, HQ, HKV, D, S, device, config=None, splits=None):
-        """config: DSConfig, or None for dense decode alone. splits: programs that share a row and KV
-        head's tokens, a power of two."""
+        """config: DSConfig, or None for dense decode alone. splits: programs that share a row
+        and KV head's tokens, a power of two."""
         def scratch(*shape, dtype=torch.int32):
             return torch.empty(*shape, dtype=dtype, device=device)
 
@@ -1079,9 +1086,9 @@ def score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace
     assert k.stride(3) == 1 and (v is None or v.stride() == k.stride())
     out = torch.empty_like(q) if attending else None
     grid = len(q) * labels.shape[1], ws.splits + label_newest
-    launch(_score_attend_kernel, grid, q, q=q, k=k, v=v, labels=labels, channels=m.channels, lo=m.lo,
-           step=m.step, seq_lens=seq_lens, query=ws.query, threshold=ws.threshold, lists=ws.lists,
-           counts=ws.counts, attended=ws.attended, partial=ws.partial, partial_lse=ws.partial_lse,
+    launch(_score_attend_kernel, grid, q, q=q, k=k, v=v, labels=labels, channels=m.channels,
+           lo=m.lo, step=m.step, seq_lens=seq_lens, query=ws.query, threshold=ws.threshold,
+           lists=ws.lists, counts=ws.counts, attended=ws.attended, partial=ws.partial, partial_lse=ws.partial_lse,
            arrived=ws.arrived, out=out, k_strides=k.stride()[:3], room=ws.room,
            scale_log2=math.log2(math.e) / math.sqrt(q.shape[2]), SPLITS=ws.splits, BLOCK_S=BLOCK_S,
            BLOCK_N=64, ATTEND=attending, **geometry(q, labels, m, config, window),
@@ -1091,7 +1098,7 @@ def score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace
 
 def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=None, labels=None,
            label_map=None):
-    """Attention of one query per row over lists of tokens, or over all eligible ones (dense decode).
+    """Attention of one query per row over lists of tokens, or all eligible ones (dense decode).
 
     indices [B, HKV, any] int32 and counts [B, HKV, splits] of select_tokens. labels and label_map:
     if given, the label of each row's newest key, k's at seq_lens - 1, is written. Shapes as in
