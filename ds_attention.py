@@ -335,7 +335,7 @@ def at_sample(scores, position):
 def pool_ref(scores):
     """Scores of a group's heads [..., G, S], in the units of q . k / sqrt(D), -inf where not
     eligible -> one per token [..., S]: the largest logarithm of its softmax weights. Label scores
-    are pooled alike, but by weights among sampled tokens, without the newest (see log_weight_ref)."""
+    are pooled alike, but by weights among sampled tokens but the newest (see log_weight_ref)."""
     return (scores - scores.logsumexp(-1, keepdim=True)).amax(-2)
 
 
@@ -1088,8 +1088,8 @@ def score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace
     grid = len(q) * labels.shape[1], ws.splits + label_newest
     launch(_score_attend_kernel, grid, q, q=q, k=k, v=v, labels=labels, channels=m.channels,
            lo=m.lo, step=m.step, seq_lens=seq_lens, query=ws.query, threshold=ws.threshold,
-           lists=ws.lists, counts=ws.counts, attended=ws.attended, partial=ws.partial, partial_lse=ws.partial_lse,
-           arrived=ws.arrived, out=out, k_strides=k.stride()[:3], room=ws.room,
+           lists=ws.lists, counts=ws.counts, attended=ws.attended, partial=ws.partial,
+           partial_lse=ws.partial_lse, arrived=ws.arrived, out=out, k_strides=k.stride()[:3], room=ws.room,
            scale_log2=math.log2(math.e) / math.sqrt(q.shape[2]), SPLITS=ws.splits, BLOCK_S=BLOCK_S,
            BLOCK_N=64, ATTEND=attending, **geometry(q, labels, m, config, window),
            num_warps=2 if q.element_size() == 2 else 4)
