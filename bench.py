@@ -36,8 +36,7 @@ from eval import provenance
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
 from items import generated_items, kv_document, text_windows, texts_of
 from model import (
-    PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, default_dtype,
-    parameter_shapes, pick_device, run_command
+    PRESETS, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes
 )
 from offload import (
     MIN_AGREEMENT, OffloadCache, check_host_memory, free_host_bytes, host_layers, idle_heads, packs, predictable_layers

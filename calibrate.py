@@ -5,14 +5,13 @@ q . k, and measures the statistic that sets each one's static quantisation range
 also how much of its selection could be foreseen, one layer ahead (see offload.py).
 Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method planes]
 """
-import argparse
 import dataclasses
 import datetime
 import hashlib
 import json
 import lzma
 import math
-import os
+import sys
 from pathlib import Path
 
 import torch
@@ -20,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from cli import (
+    ArgumentParser, InputFile, Number, OutputFile, check_output, default_dtype, pick_device,
+    run_command, writing
+)
 from ds_attention import (
     DSConfig, LabelMap, eligible_tokens, label_ref, pool_ref, score_ref, select_ref, widths_name
 )
-from model import (
-    ArgumentParser, ModelConfig, apply_rope, default_dtype, fingerprint, load_model, pick_device,
-    run_command
-)
+from model import ModelConfig, apply_rope, fingerprint, load_model
 from tokenizer import Tokenizer, read_text
 
 METHODS = ("planes", "lift", "qk", "q", "k", "random")
@@ -243,11 +243,16 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     says whose. ds: what the figures, printed and stored, are for, at every length.
     """
     checkpoint = Path(checkpoint)
+    out = Path(out or checkpoint / "channels.safetensors")
+    check_output(out)
     model = load_model(checkpoint, device, dtype)
     config, ds = model.config, dataclasses.replace(ds, dense_below=0)
     text = builtin_text() if text is None else text
     context = min(context or CONTEXT, config.max_positions)
     longest = min(2 * context, config.max_positions)
+    if not ds.sparse_at(longest):
+        print(f"of {longest} tokens all are attended, min_tokens={ds.min_tokens} is no fewer: the "
+              "figures below say nothing", file=sys.stderr)
     tokenizer = Tokenizer(checkpoint, config.vocab_size)
     windows, held_out = calibration_windows(tokenizer, text, samples, context, longest)
     hidden = [model.embed(w.to(device)) for w in (*windows, held_out)]
@@ -292,47 +297,36 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
                   "context": str(context), "date": datetime.date.today().isoformat()}
     names = "channels", "mean", "std", "agreement"
     tensors = dict(zip(names, map(torch.stack, zip(*of_file))))
-    out = Path(out or checkpoint / "channels.safetensors")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, provenance)
-        temporary.chmod(mode)  # safetensors writes a file for its owner alone
-        os.replace(temporary, out)
+        with writing(out) as temporary:
+            save_file(tensors, temporary, provenance)
     except SafetensorError as error:
         raise OSError(f"{out}: cannot be written ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return out
 
 
 def main():
-    parser = ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line: calibrates a checkpoint."""
+    parser = ArgumentParser(description=__doc__)
     add, how = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--checkpoint", required=True, help="directory; channels.safetensors is written there")
-    add("--data", help="UTF-8 text to calibrate on (default: the Python language reference)")
+    add("--data", type=InputFile(), help="UTF-8 text to calibrate on (default: the Python language reference)")
     how.add_argument("--method", choices=METHODS, default="planes",
                      help="by mean |q_c k_c|: planes (pairs that RoPE turns), qk (single channels); lift: "
                           "the largest planes, then those that set attended tokens apart;"
                           " q, k: by their mean size; random (default %(default)s)")
-    how.add_argument("--from_json", help="rankings in the authors' JSON format; text sets ranges")
+    how.add_argument("--from_json", type=InputFile(), help="rankings in the authors' JSON format; text sets ranges")
     add("--json_projection", choices=("qk", "q", "k"), help="which of its rankings (default qk)")
-    add("--samples", type=int, default=4,
+    add("--samples", type=Number(int, 2), default=4,
         help="windows of text to calibrate on, one more is for the figures (default %(default)s)")
-    add("--context", type=int, help=f"tokens each (default: the model's length, at most {CONTEXT})")
-    add("--seed", type=int, default=0, help="of --method random")
-    add("--out", help="output file (default: channels.safetensors in the checkpoint)")
+    add("--context", type=Number(int, 64),
+        help=f"tokens each (default: the model's length, at most {CONTEXT})")
+    add("--seed", type=Number(int, 0, 2**63 - 1), default=0, help="of --method random")
+    add("--out", type=OutputFile(), help="output file (default: channels.safetensors in the checkpoint)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
-    for name, low in [("samples", 2), ("context", 64)]:
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise ValueError(f"{name}={getattr(args, name)}: must be at least {low}")
     if args.json_projection and not args.from_json:
         raise ValueError(f"json_projection={args.json_projection}: is of --from_json; give that")
-    if args.out and not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"{args.out}: no such directory to write to")
     device = pick_device(args.device)
     ranking, method = None, args.method
     if args.from_json:

@@ -34,10 +34,9 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from cli import ArgumentParser, run_command, writing
 from convert_gguf import GGUFTensor, unpack_gguf
-from model import (
-    ArgumentParser, ModelConfig, ignored_keys, open_tensors, parameter_shapes, read_json, run_command
-)
+from model import ModelConfig, ignored_keys, open_tensors, parameter_shapes, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -210,8 +209,10 @@ def _write_shard(file, offsets: dict[str, int], shard: dict, dtype: torch.dtype,
         file.seek(offsets[name])
         for chunk in _chunks(shard[name]):
             cast = chunk.to(dtype)
-            if cast.dtype != chunk.dtype and not cast.isfinite().all():
-                raise ValueError(f"{name}: not finite as {dtype}: use --dtype bfloat16 or float32")
+            if not cast.isfinite().all():
+                if chunk.isfinite().all():
+                    raise ValueError(f"{name}: not finite as {dtype}: use --dtype bfloat16 or float32")
+                raise ValueError(f"{name}: has weights that are infinite or not a number")
             bar.update(file.write(cast.view(torch.uint8).numpy()))
 
 
@@ -302,15 +303,17 @@ def _convert(
     free_bytes = shutil.disk_usage(out_dir.parent).free
     if n_bytes > free_bytes:
         raise OSError(errno.ENOSPC, f"needs {n_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free", str(out_dir))
-    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as scratch:
-        built = Path(scratch) / out_dir.name  # one deeper: the scratch directory itself is closed to other users
-        built.mkdir()
-        for path in copied:
-            shutil.copyfile(path, built / path.name)
-        if content != read_json(built / "config.json"):
-            (built / "config.json").write_text(json.dumps(content, indent=2))
-        write_weights(built / "model.safetensors", layout, shards, out_dtype)
-        built.rename(out_dir)
+    try:
+        with writing(out_dir, directory=True) as built:
+            for path in copied:
+                shutil.copyfile(path, built / path.name)
+            if content != read_json(built / "config.json"):
+                (built / "config.json").write_text(json.dumps(content, indent=2))
+            write_weights(built / "model.safetensors", layout, shards, out_dtype)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # another process has made it in the meantime
     return out_dir
 
 
@@ -320,8 +323,8 @@ def _equal(a: torch.Tensor | GGUFTensor, b: torch.Tensor | GGUFTensor) -> bool:
 
 
 def main() -> None:
-    parser = ArgumentParser(
-        description="Converts a Hugging Face checkpoint or a GGUF file to ours.")
+    """The command line: converts one checkpoint."""
+    parser = ArgumentParser(description="Converts a Hugging Face checkpoint or a GGUF file to ours.")
     parser.add_argument("source", metavar="HF_DIR_OR_HUB_ID_OR_GGUF",
                         help="a local directory, a hub id such as owner/name, or a .gguf file")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the directory to make; must be absent or empty")

@@ -46,10 +46,7 @@ from ds_attention import (
 )
 from generate import HERE, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
 from items import BUILTIN, LENGTHS, METRICS, TASKS, WIKITEXT2, size
-from model import (
-    ArgumentParser, KVCache, LayerCache, default_dtype, fingerprint, open_tensors, pick_device,
-    run_command
-)
+from model import KVCache, LayerCache, fingerprint, open_tensors
 from tokenizer import read_text
 
 RESULTS = HERE / "results" / "quality.jsonl"  # the README's rows

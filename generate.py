@@ -5,7 +5,6 @@ Usage: python generate.py --sparsity 16                                the built
        python generate.py --compare --prompt_file FILE                 dense and sparse side by side
        python generate.py --offload --prompt_file FILE                 K and V in host memory
 """
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -28,12 +27,13 @@ from tqdm import tqdm
 from triton.runtime import JITFunction
 
 from calibrate import calibrate
+from cli import (
+    ArgumentParser, InputFile, Number, OutputFile, check_output, default_dtype, pick_device,
+    run_command, writing
+)
 from convert_hf import convert
 from ds_attention import DSConfig
-from model import (
-    ArgumentParser, KVCache, ModelConfig, check_memory, default_dtype, load_label_maps, load_model,
-    open_tensors, pick_device, run_command
-)
+from model import KVCache, ModelConfig, check_memory, load_label_maps, load_model, open_tensors
 from offload import MIN_AGREEMENT, MODES, OffloadCache, check_host_memory, free_host_bytes, predictable_layers
 from tiny.tasks import kv_answer, kv_prompt, random_kv
 from tokenizer import Tokenizer, read_text
@@ -77,6 +77,7 @@ def resolve_checkpoint(name):
 def ensure_calibrated(checkpoint, device):
     """Calibrates a checkpoint that has no label maps yet."""
     if not (checkpoint / "channels.safetensors").exists():
+        check_output(checkpoint / "channels.safetensors")
         print(f"{checkpoint} is not calibrated yet: calibrating (once)", file=sys.stderr)
         with contextlib.redirect_stdout(sys.stderr):
             calibrate(checkpoint, device=device, dtype=default_dtype(device))
@@ -340,8 +341,10 @@ class Streamer:
         """context: the tokens before, after which the first new piece keeps its leading space."""
         self.tokenizer = tokenizer
         self.before, self.new = list(context), []  # what was printed last, what was not yet
+        self.tokens = []  # all that came
 
     def __call__(self, b, token):
+        self.tokens.append(token)
         self.new.append(token)
         text = new_tokens_text(self.tokenizer, self.before, self.new)
         if text and not text.endswith("\ufffd"):
@@ -393,30 +396,44 @@ def run_statistics(result, cache, device):
 
 
 def print_statistics(found, device, name=""):
-    """found: from run_statistics."""
-    share = found["kv_bytes_per_step"] / max(found["dense_kv_bytes_per_step"], 1)
-    each = f" ({found['decode_tokens_per_s_per_sequence']:.1f} per sequence)" if found["prompts"] > 1 else ""
-    attended = f", {found['tokens_attended']:.0f} tokens" if "tokens_attended" in found else ""
-    bandwidth = f", {found['bandwidth_share']:.0%} of the copy bandwidth" if "bandwidth_share" in found else ""
-    print(f"{name}time to first token {found['ttft_ms']:.0f} ms ({found['cold_start_s']:.1f} s after the process began) | "
-          f"{found['median_ms_per_token']:.2f} ms per token, p99 {found['p99_ms_per_token']:.2f} | decode "
-          f"{found['decode_tokens_per_s']:.1f} tokens/s{each} | read per step {found['bytes_per_step'] / 1e6:.2f} MB{bandwidth}"
-          f", of it cache {found['kv_bytes_per_step'] / 1e6:.2f} MB, dense {found['dense_kv_bytes_per_step'] / 1e6:.2f} MB "
-          f"({share:.0%}{attended}) | KV cache {found['kv_cache_bytes'] / 2**20:.1f} MiB + labels "
-          f"{found['label_cache_bytes'] / 2**20:.1f} MiB | peak {'GPU' if device != 'cpu' else 'process'} memory "
-          f"{found['peak_memory_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
+    """A block of lines on stderr. found: from run_statistics; name: what they are of."""
+    def megabytes(key):
+        return f"{found[key] / 1e6:.2f} MB"
+
+    def mebibytes(key):
+        return f"{found[key] / 2**20:.1f} MiB"
+
+    lines = {"time to first token": f"{found['ttft_ms']:.0f} ms ({found['cold_start_s']:.1f} s after the process began)"}
+    if found["decode_tokens_per_s"]:  # the first token comes out of the prefill
+        each = f" ({found['decode_tokens_per_s_per_sequence']:.1f} per sequence)" if found["prompts"] > 1 else ""
+        lines["decode"] = (f"{found['decode_tokens_per_s']:.1f} tokens/s{each}, {found['median_ms_per_token']:.2f} ms per "
+                           f"token, p99 {found['p99_ms_per_token']:.2f}")
+        bandwidth = f" ({found['bandwidth_share']:.0%} of the copy bandwidth)" if "bandwidth_share" in found else ""
+        share = found["kv_bytes_per_step"] / max(found["dense_kv_bytes_per_step"], 1)
+        lines["read per step"] = megabytes("bytes_per_step") + bandwidth
+        lines["of it the cache"] = (f"{megabytes('kv_bytes_per_step')}, {share:.0%} of dense's "
+                                    f"{megabytes('dense_kv_bytes_per_step')}")
+        if "tokens_attended" in found:
+            lines["tokens attended"] = f"{found['tokens_attended']:.0f} per head, on average"
+        if "host_bytes" in found:
+            lines["over PCIe per step"] = megabytes("pcie_bytes_per_step")
+            if found.get("hit_rate") is not None:
+                lines["over PCIe per step"] += f", of it ahead {megabytes('prefetched_bytes_per_step')}"
+                lines["selected tokens"] = f"{found['hit_rate']:.0%} were on the GPU"
+            if found.get("agreement") is not None:
+                lines["predicted tokens"] = f"{found['agreement']:.0%} were selected"
+            if found.get("predicted_layers"):
+                lines["predicted layers"] = f"{found['predicted_layers']} attended to what was predicted"
+    lines["KV cache"] = f"{mebibytes('kv_cache_bytes')}, labels {mebibytes('label_cache_bytes')}"
     if "host_bytes" in found:
-        more = ""
-        if found.get("hit_rate") is not None:
-            more = (f", of it ahead {found['prefetched_bytes_per_step'] / 1e6:.2f} MB | {found['hit_rate']:.0%} of the selected "
-                    "tokens were on the GPU")
-        if found.get("agreement") is not None:
-            more += f", {found['agreement']:.0%} of the predicted ones were selected"
-        if found.get("predicted_layers"):
-            more += f", {found['predicted_layers']} layers attended to predicted tokens"
-        print(f"{name}over PCIe per step {found['pcie_bytes_per_step'] / 1e6:.2f} MB{more} | host memory "
-              f"{found['host_bytes'] / 2**20:.1f} MiB, GPU maps of it {found['slot_map_bytes'] / 2**20:.1f} MiB",
-              file=sys.stderr)
+        lines["host memory"] = f"{mebibytes('host_bytes')}, GPU maps of it {mebibytes('slot_map_bytes')}"
+    lines[f"peak {'GPU' if device != 'cpu' else 'process'} memory"] = f"{found['peak_memory_bytes'] / 2**30:.2f} GiB"
+    if name:
+        print(name, file=sys.stderr)
+    for key, value in lines.items():
+        print(f"{key:<19}  {value}", file=sys.stderr)
+    if device == "cpu" and "tokens_attended" in found:
+        print("On a CPU a sparse step shows what the method does, not how fast it is.", file=sys.stderr)
 
 
 def demonstration(tokenizer, max_tokens=4000):
@@ -438,23 +455,23 @@ def label_bits(text):
 def add_sparsity_arguments(parser):
     """The DSConfig fields that a command line offers; defaults are read from the dataclass."""
     default = DSConfig()
-    parser.add_argument("--sparsity", type=float, default=default.sparsity, metavar="R",
+    parser.add_argument("--sparsity", type=Number(float, 1, 1e6), default=default.sparsity, metavar="R",
                         help=f"attend to 1/R of the tokens, {default.min_tokens} at least, with labels of 1/R of K's bytes; 1: "
                              "dense (default %(default)g)")
-    parser.add_argument("--n_tokens", type=int, help="attend to this many tokens instead of a share")
-    parser.add_argument("--label_channels", type=int, metavar="C", help="label dims per KV head (default: from --sparsity)")
+    parser.add_argument("--n_tokens", type=Number(int, 1), help="attend to this many tokens instead of a share")
+    parser.add_argument("--label_channels", type=Number(int, 1), metavar="C", help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=label_bits, metavar="BITS",
                         help="bits per label dim: 1, 2, 4 or 8; or dims x bits of each width, the most important first, as "
                              "8x4,48x2 (default: many dims of few bits, as 8x4,48x2 in 16 bytes; 4 with --label_channels)")
-    parser.add_argument("--channels", metavar="FILE", help="label maps of calibrate.py --out (default: the checkpoint's own)")
-    parser.add_argument("--dense_layers", type=int, default=default.dense_layers,
+    parser.add_argument("--channels", type=InputFile(), metavar="FILE", help="label maps of calibrate.py --out (default: the checkpoint's own)")
+    parser.add_argument("--dense_layers", type=Number(int, 0), default=default.dense_layers,
                         help="first layers that attend to everything (default %(default)s)")
 
 
 def sparsity_from(args):
     """DSConfig of the arguments, or None for dense. Raises ValueError for values out of bounds."""
     if args.sparsity == 1 and args.n_tokens is None:
-        for name in ("label_channels", "label_bits"):
+        for name in ("label_channels", "label_bits", "channels"):
             if getattr(args, name) is not None:
                 raise ValueError(f"{name}={getattr(args, name)}: --sparsity 1 is dense; take a larger one, or leave this out")
         return None
@@ -470,38 +487,38 @@ OFFLOAD_OPTIONS = ("resident_tokens", "prefetch_heads", "offload_mode", "min_agr
 
 def parse_arguments():
     """The options of the command line; ValueError, in one line, for values that cannot be."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", default=str(HERE / "tiny"),
                         help="converted directory, Hugging Face directory, hub id or GGUF file"
                         " (default: the embedded tiny model)")
     parser.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch (default: a demonstration)")
-    parser.add_argument("--prompt_file", help="UTF-8 file with the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=200,
+    parser.add_argument("--prompt_file", type=InputFile(), help="UTF-8 file with the text to continue")
+    parser.add_argument("--max_new_tokens", type=Number(int, 1), default=200,
                         help="tokens to generate per prompt; the demonstration stops after its answer (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token (default %(default)g)")
-    parser.add_argument("--top_k", type=int, help="sample among the k most likely tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    parser.add_argument("--temperature", type=Number(float, 0, 1000), default=0.0, help="0: always the most likely token (default %(default)g)")
+    parser.add_argument("--top_k", type=Number(int, 1), help="sample among the k most likely tokens (default: all)")
+    parser.add_argument("--seed", type=Number(int, 0, 2**63 - 1), default=0, help="of the sampling (default %(default)s)")
     add_sparsity_arguments(parser)
-    parser.add_argument("--dense_below", type=int, metavar="TOKENS", default=DSConfig.dense_below,
+    parser.add_argument("--dense_below", type=Number(int, 0), metavar="TOKENS", default=DSConfig.dense_below,
                         help="sequences that are shorter attend to everything: sparse steps could not be "
                              "faster; with --offload so many tokens are on the GPU (default %(default)s)")
-    parser.add_argument("--max_seq_length", type=int, metavar="TOKENS",
+    parser.add_argument("--max_seq_length", type=Number(int, 2), metavar="TOKENS",
                         help="cache of each sequence: generation ends where it is full (default: as many as there will be; "
                              "--interactive: all of the model's)")
     parser.add_argument("--offload", action="store_true",
                         help="keep K and V in host memory, on the GPU only labels, the dense layers and tokens that recent steps "
                              "attended to; with --sparsity 1 all of K and V is streamed in each step")
-    parser.add_argument("--resident_tokens", type=int, metavar="TOKENS",
+    parser.add_argument("--resident_tokens", type=Number(int, 1), metavar="TOKENS",
                         help="with --offload: tokens per sequence, layer and KV head kept on the GPU "
                              "(default: those that a step attends to, or --dense_below if that is more)")
-    parser.add_argument("--prefetch_heads", type=int, metavar="HEADS",
+    parser.add_argument("--prefetch_heads", type=Number(int, 0), metavar="HEADS",
                         help="with --offload in the exact mode: KV heads of each layer whose tokens are fetched while the layer "
                              "before computes, as its input predicts them (default: as many as PCIe then has time for if none is "
                              "resident, at most three of eight; on a CPU 0)")
     parser.add_argument("--offload_mode", choices=MODES, default=MODES[0],
                         help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
                              "predicted tokens, so that fetches hide behind compute (default %(default)s)")
-    parser.add_argument("--min_agreement", type=float, default=MIN_AGREEMENT, metavar="SHARE",
+    parser.add_argument("--min_agreement", type=Number(float, 0, 1), default=MIN_AGREEMENT, metavar="SHARE",
                         help="with --offload: of layers where calibration foresaw a smaller share of the selection, nothing is "
                              "predicted (default %(default)g)")
     parser.add_argument("--no_pack", action="store_true",
@@ -522,18 +539,15 @@ def parse_arguments():
     parser.add_argument("--compare", action="store_true",
                         help="generate dense and sparse: both texts, where they part, how far apart their next-token "
                              "distributions are, both speeds")
-    parser.add_argument("--json", metavar="FILE", help="write tokens, texts and statistics to this file")
+    parser.add_argument("--json", type=OutputFile(), metavar="FILE", help="write tokens, texts and statistics to this file")
     args = parser.parse_args()
-    for name, low in [("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("max_seq_length", 2), ("resident_tokens", 1),
-                      ("prefetch_heads", 0), ("min_agreement", 0)]:
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise ValueError(f"{name}={value}: must be at least {low}")
     for name in OFFLOAD_OPTIONS:
         if getattr(args, name) != parser.get_default(name) and not args.offload:
             raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add that option")
-    if args.min_agreement > 1:
-        raise ValueError(f"min_agreement={args.min_agreement:g}: is a share, at most 1")
+    if args.temperature and args.temperature < 1e-3:
+        raise ValueError(f"temperature={args.temperature}: must be 0, always the most likely token, or at least 0.001")
+    if args.top_k and not args.temperature:
+        raise ValueError(f"top_k={args.top_k}: with --temperature 0 the most likely token is always taken; give one above 0")
     others = args.prompt or args.prompt_file or args.json or args.compare or args.chat
     if args.interactive and others:
         raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, "
@@ -558,16 +572,19 @@ def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
     total = min(wanted, max_seq_length or wanted)
     live = min(total, config.longest_window or total)
     if ds is not None and not ds.sparse_at(live):
-        least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"the least budget, {ds.min_tokens} tokens,"
+        least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"min_tokens={ds.min_tokens}"
         of_budget = not replace(ds, dense_below=0).sparse_at(live)
-        why = f"{least} is no less" if of_budget else f"dense_below={ds.dense_below} is more"
-        print(f"{why} than the {live} tokens there will be: every token is attended (dense)", file=sys.stderr)
+        why = f"{least} is no fewer" if of_budget else f"dense_below={ds.dense_below}"
+        print(f"The prompt is short: all of at most {live} tokens are attended ({why}).", file=sys.stderr)
     return total
 
 
 def converse(step, tokenizer, args):
     """The --interactive loop; answers stream. Each line is a turn of the checkpoint's chat template
     or, without one, a new line after the tokens so far. The cache keeps what is unchanged."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401: editing, history, and lines of any length
+    print("An empty line or Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
     chat = tokenizer.chat_template is not None and not args.no_chat_template
     messages, ids = [], []
     while True:
@@ -575,25 +592,44 @@ def converse(step, tokenizer, args):
             line = input("> ")
         except EOFError:
             return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        except UnicodeDecodeError:
+            print("that line is not UTF-8 text: try another", file=sys.stderr)
+            continue
         if not line:
             return
-        messages.append({"role": "user", "content": line})
-        if chat:  # all of it anew: a template may change what it made of earlier turns
-            whole = tokenizer.chat(messages)
-        else:
-            whole = ids + tokenizer.encode_line(line) if ids else tokenizer.encode(line)
+        turn = [*messages, {"role": "user", "content": line}]
+        try:
+            if chat:  # all of it anew: a template may change what it made of earlier turns
+                whole = tokenizer.chat(turn)
+            else:
+                whole = ids + tokenizer.encode_line(line) if ids else tokenizer.encode(line)
+        except ValueError as error:
+            print(f"{error}: try another line", file=sys.stderr)
+            continue
         room = step.cache.max_seq_length - len(whole)
         if room < 1:
-            print(f"the conversation has used up its {step.cache.max_seq_length} tokens of cache", file=sys.stderr)
-            return
+            print(f"with that line the conversation has {len(whole)} tokens, and the cache holds "
+                  f"{step.cache.max_seq_length}: a shorter one may fit", file=sys.stderr)
+            continue
+        messages = turn
         cached = max(0, len(ids) - 1)  # K and V of the last new token were not needed yet
         kept = min([i for i, (a, b) in enumerate(zip(ids[:cached], whole)) if a != b] + [cached, len(whole) - 1])
         stream = Streamer(tokenizer, whole)
-        result = generate(step, [whole[kept:]], min(args.max_new_tokens, room), kept, stream)
-        ids = whole + result.token_ids[0]
-        messages.append({"role": "assistant", "content": tokenizer.decode(result.token_ids[0])})
+        try:
+            result = generate(step, [whole[kept:]], min(args.max_new_tokens, room), kept, stream)
+        except KeyboardInterrupt:
+            result = None
         stream.finish()
-        print_statistics(run_statistics(result, step.cache, args.device), args.device)
+        if not stream.tokens:  # stopped before the prompt was in the cache
+            ids, messages = whole[:kept], messages[:-1]
+            continue
+        ids = whole + stream.tokens
+        messages.append({"role": "assistant", "content": tokenizer.decode(stream.tokens)})
+        if result:
+            print_statistics(run_statistics(result, step.cache, args.device), args.device)
 
 
 def compare(model, tokenizer, prompts, size, ds, label_maps, cache_type, args):
@@ -624,7 +660,7 @@ def compare(model, tokenizer, prompts, size, ds, label_maps, cache_type, args):
               f"dense with {tokenizer.decode(dense[same : same + 1])!r}, ds with {tokenizer.decode(ours[same : same + 1])!r}"))
     print(f"KL of ds from dense over dense's text: {kl:.6f} nats per token")
     for mode in found:
-        print_statistics(found[mode], args.device, f"{mode}: ")
+        print_statistics(found[mode], args.device, f"--- {mode}")
     return {"token_ids": text_ids, "text": texts, "first_difference": parted, "kl": kl, **found}
 
 
@@ -636,12 +672,13 @@ def main():
     if args.offload_mode == "predicted" and ds is None:
         raise ValueError("offload_mode=predicted: nothing is selected with --sparsity 1; take a larger one, or leave the mode out")
     args.device = pick_device(args.device)
+    if args.compile and args.device == "cpu":
+        raise ValueError("--compile: is for a GPU; leave it out on a CPU")
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     texts = list(args.prompt or [])
     if args.prompt_file:
         texts.append(read_text(args.prompt_file))
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"{args.json}: no such directory to write to")
+    texts = [text.removeprefix("\ufeff") for text in texts]
     config, tokenizer, checkpoint = open_checkpoint(args.checkpoint)
     answer = None
     if not texts and not args.interactive:
@@ -653,6 +690,9 @@ def main():
                else tokenizer.encode(text) for text in texts]
     if [] in prompts or tokenizer.prefix in prompts:
         raise ValueError("the prompt is empty: give at least one character of text")
+    if ds and ds.dense_layers >= config.n_layers:
+        raise ValueError(f"dense_layers={ds.dense_layers}: of {config.n_layers} layers none is left to be sparse; "
+                         "take fewer, or --sparsity 1 for dense")
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:
@@ -663,6 +703,8 @@ def main():
             check_host_memory(free_host_bytes(), *needs, config_ds)
         if args.device != "cpu":
             check_memory(torch.cuda.mem_get_info()[0], *needs, config_ds, cache_type)
+        elif not args.offload:
+            check_memory(free_host_bytes(), *needs, config_ds, of="host")
     if ds and not args.channels:
         ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it takes one itself
     model = load_model(checkpoint, args.device, dtype)
@@ -671,7 +713,7 @@ def main():
         channels = args.channels or checkpoint / "channels.safetensors"
         cache_type = functools.partial(
             cache_type, predictable=predictable_layers(channels, args.min_agreement, args.offload_mode))
-    if args.compile and args.device != "cpu":
+    if args.compile:
         model.compile_blocks()
     if answer:
         question = texts[0].rpartition("}\n")[2].strip()  # what follows the document
@@ -694,7 +736,9 @@ def main():
             for b, (text, output) in enumerate(zip(texts, outputs)):
                 print(f"=== prompt {b + 1}\n{text}{output}")
         if answer:
-            verdict = "right" if outputs[0].strip() == answer.strip() else f"wrong, it is {answer.strip()}"
+            cut = args.max_new_tokens < most
+            verdict = ("right" if outputs[0].strip() == answer.strip() else f"cut short by --max_new_tokens, it is {answer.strip()}"
+                       if cut and answer.strip().startswith(outputs[0].strip()) else f"wrong, it is {answer.strip()}")
             print(f"the answer is {verdict}", file=sys.stderr)
         found = {"token_ids": result.token_ids, "text": outputs, **run_statistics(result, cache, args.device)}
         print_statistics(found, args.device)
@@ -704,7 +748,8 @@ def main():
             "max_new_tokens": args.max_new_tokens, "max_seq_length": size, "temperature": args.temperature, "top_k": args.top_k,
             "seed": args.seed, "compile": args.compile, "double_sparsity": asdict(ds) if ds else None,
             "offload": {name: getattr(args, name) for name in OFFLOAD_OPTIONS} if args.offload else None}}
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        with writing(args.json) as file:
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

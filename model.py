@@ -8,11 +8,9 @@ of ds_attention.py; `dim` is the model's width. Three ways through the same bloc
                  turn (`decode_rows`): every token attends to its own past, by Double Sparsity where configured
 On a GPU `decode` runs the blocks' weights through fused kernels, below; the torch blocks are their reference.
 """
-import argparse
 import hashlib
 import json
 import math
-import sys
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,15 +146,18 @@ class ModelConfig:
             raise ValueError(f"missing key {error}") from None
         except (TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"a key has a value of the wrong type ({error})") from None
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_positions"):
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size",
+                     "max_positions", "sliding_window"):
             value = getattr(config, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a positive integer")
+            if name == "sliding_window" and value is None:
+                continue
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"{name}={value!r}: must be a positive integer below 2**31")
         if not all(type(i) is int and i >= 0 for i in config.eos_ids):
             raise ValueError(f"eos_token_id={eos!r}: must be a token id, or a list of them")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(config, name)
-            if not isinstance(value, (int, float)) or not value > 0:
+            if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a positive number")
         if config.n_heads % config.n_kv_heads:
             raise ValueError(f"n_heads={config.n_heads}: must be a multiple of n_kv_heads={config.n_kv_heads}")
@@ -996,8 +997,9 @@ def most(fits, low, high):
     return low
 
 
-def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache):
-    """Raises ValueError, naming what would fit, if `free` bytes of GPU memory are too few for memory_need's total."""
+def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache, of="GPU"):
+    """Raises ValueError, naming what would fit, if `free` bytes of GPU memory, or of what `of` says, are too few for
+    memory_need's total."""
     def total(batch, length):
         return sum(memory_need(config, batch, length, dtype, ds, cache_type).values())
 
@@ -1016,7 +1018,7 @@ def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type
         remedy = f"{' or '.join(options)} would fit" if options else "take a smaller batch and a shorter --max_seq_length"
         remedy += ", or keep K and V in host memory: --offload" if cache_type is KVCache else ""
     raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs {sum(need.values()) / 2**30:.1f} GiB of "
-                     f"GPU memory ({parts}), {free / 2**30:.1f} are free; {remedy}")
+                     f"{of} memory ({parts}), {free / 2**30:.1f} are free; {remedy}")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -1066,8 +1068,15 @@ def load_model(checkpoint, device, dtype):
         if wrong:
             raise ValueError(f"{path}: {len(wrong)} tensors missing, unexpected or of another shape than config.json says, "
                              f"first {wrong[0]}; convert the model again with convert_hf.py")
-        model.load_state_dict({name: file.get_tensor(name).to(device, dtype) for name in expected}, assign=True)
+        tensors = {name: file.get_tensor(name).to(device, dtype) for name in expected}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: {name} has weights that are infinite or not a number")
+        model.load_state_dict(tensors, assign=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+MAP_TENSORS = ("channels", "mean", "std")  # of channels.safetensors
 
 
 def load_label_maps(checkpoint, config, ds, path=None):
@@ -1085,47 +1094,16 @@ def load_label_maps(checkpoint, config, ds, path=None):
         if "channels" not in file.keys():
             raise ValueError(f"{path}: holds label maps of an older form; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        L, HKV, D = file.get_slice("channels").get_shape()
-        if (L, HKV, D) != (config.n_layers, config.n_kv_heads, config.head_dim):
-            raise ValueError(f"{path}: made for {L} layers, {HKV} KV heads, head_dim {D}; the model "
-                             f"has {config.n_layers}, {config.n_kv_heads}, {config.head_dim}; "
+        shape, D = file.get_slice("channels").get_shape(), config.head_dim
+        if shape != [config.n_layers, config.n_kv_heads, D]:
+            raise ValueError(f"{path}: made for {shape} layers, KV heads, head_dim; the model has "
+                             f"{config.n_layers}, {config.n_kv_heads}, {D}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        tensors = [file.get_tensor(name)[..., : ds.channels(D)] for name in ("channels", "mean", "std")]
-    return [LabelMap.from_statistics(*of_layer, ds.widths(D)) for of_layer in zip(*tensors)]
-
-
-# ---------------------------------------------------------------- command lines
-
-
-def pick_device(name):
-    """The --device argument -> "cuda" or "cpu". Raises ValueError for a GPU that is not there."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cuda", "cpu"):
-        raise ValueError(f"device={name}: must be cuda or cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name}: no GPU that torch can use; run with --device cpu")
-    return name
-
-
-def default_dtype(device):
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Says what is wrong with an argument in one line, through run_command."""
-
-    def error(self, message):
-        raise ValueError(f"{message}; see --help")
-
-
-def run_command(main):
-    """Runs a script's main(). What the user can mend is one line on stderr and exit status 2, without a traceback."""
-    try:
-        main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        message = str(error).split("\n")[0] if isinstance(error, torch.OutOfMemoryError) else error
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        tensors = {name: file.get_tensor(name)[..., : ds.channels(D)] for name in MAP_TENSORS
+                   if name in file.keys() and file.get_slice(name).get_shape() == shape}
+        channels = tensors.get("channels", torch.tensor(-1))
+        if len(tensors) < 3 or channels.min() < 0 or channels.max() >= D or not all(
+                tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{path}: its label maps are damaged; "
+                             f"run calibrate.py --checkpoint {checkpoint}")
+    return [LabelMap.from_statistics(*of_layer, ds.widths(D)) for of_layer in zip(*tensors.values())]

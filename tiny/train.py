@@ -35,7 +35,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tiny/train.py` puts only tiny/ on the path
-from model import ArgumentParser, ModelConfig, Transformer, run_command  # noqa: E402
+from cli import ArgumentParser, Number, OutputFile, run_command  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 from tiny import tasks  # noqa: E402
 
 BOS, EOS = 1, 2

@@ -1,0 +1,238 @@
+"""What the command lines of all scripts share.
+
+Options are checked before any work is done, files are written whole or not at all, and what the
+user can mend is one line on stderr and exit status 2.
+"""
+import argparse
+import contextlib
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+# ---------------------------------------------------------------- options
+
+
+class Number:
+    """The type of an option: an int or float from `low` to `high`, both included."""
+
+    def __init__(self, kind, low=None, high=2**31 - 1):
+        self.kind, self.low, self.high = kind, low, high
+        self.__name__ = kind.__name__  # in argparse's messages
+
+    def __call__(self, text):
+        return self.kind(text)
+
+    def check(self, name, value):
+        if self.low is not None and value < self.low:
+            raise ValueError(f"{name}={value}: must be at least {self.low}")
+        if value > self.high:
+            raise ValueError(f"{name}={value}: must be at most {self.high}")
+
+
+class InputFile:
+    """The type of an option: a file that can be read."""
+
+    __name__ = "file"
+
+    def __call__(self, text):
+        return text
+
+    def check(self, name, value):
+        if os.path.isdir(value):
+            raise ValueError(f"{name}={value}: is a directory; give a file")
+        with open(value, "rb"):
+            pass  # an OSError says what is wrong with it
+
+
+class OutputFile:
+    """The type of an option: a file that can be written, in a directory that is there."""
+
+    __name__ = "file"
+
+    def __call__(self, text):
+        return text
+
+    def check(self, name, value):
+        check_output(value)
+
+
+def check_output(path):
+    """Raises ValueError or OSError if no file can be written to `path`."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: no such directory to write to")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{path}: cannot be written to")
+
+
+class StoreOnce(argparse.Action):
+    """What an option does if nothing else is said: keeps its value. Given twice it is refused."""
+
+    namespace = None
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string and self.namespace is namespace:
+            parser.error(f"{option_string} is given twice")
+        self.namespace = namespace
+        setattr(namespace, self.dest, values)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in one line, as a ValueError, before any work is done."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.register("action", None, StoreOnce)
+
+    def error(self, message):
+        raise ValueError(f"{message}; see --help")
+
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
+        for action in self._actions:
+            given = getattr(args, action.dest, None)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and value != action.default:
+                    check_value(action.dest, value, action.type)
+        return args
+
+
+def check_value(name, value, kind):
+    """Raises ValueError or OSError, in one line, for a value that no option takes, or not one of
+    its type `kind`."""
+    if value == "":
+        raise ValueError(f"{name} is empty: give a value, or leave the option out")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name}={value!r}: has a zero byte in it")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}: must be a finite number")
+    if hasattr(kind, "check"):
+        kind.check(name, value)
+
+
+def pick_device(name):
+    """The --device argument -> "cuda" or "cpu". Raises ValueError for a GPU that is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise ValueError(f"device={name}: must be cuda or cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: no GPU that torch can use; run with --device cpu")
+    return name
+
+
+def default_dtype(device):
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def writing(path, directory=False):
+    """A file, or a directory, beside `path` to write to: it takes the place of that when the block
+    ends.
+
+    If that fails, `path` is as it was and nothing is left behind; what a killed process left is
+    removed by the next that writes there. Devices and pipes are written as they are.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not is_running(left.name.split(".")[-2]):
+            remove(left)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir() if directory else temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors writes a file for its owner alone
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def remove(path):
+    """A file, or a directory with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_running(pid):
+    """Whether a process of this number, as text, is there."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        return True
+    return True
+
+
+def read_json_lines(path):
+    """The objects in a file of one JSON object a line; none if there is no such file. Raises
+    ValueError, with the line's number, for what is none."""
+    rows, path = [], Path(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number} is not a JSON object; was it cut off?")
+        rows.append(row)
+    return rows
+
+
+def append_json_lines(path, rows):
+    """Adds a line for each object. Where that fails, on a full disk say, the file is as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            if file.write(data) < len(data):
+                raise OSError(f"{path}: not all of it could be written; is the disk full?")
+        except BaseException:
+            if path.is_file():
+                file.truncate(before)
+            raise
+
+
+# ---------------------------------------------------------------- running
+
+
+def run_command(main):
+    """Runs a script's main(). What the user can mend is one line on stderr and exit status 2,
+    without a traceback."""
+    def stop(number, _):
+        sys.exit(128 + number)  # an exception: what was begun is tidied up
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as by `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, OverflowError, MemoryError, torch.OutOfMemoryError) as error:
+        message = str(error).split("\n")[0] if isinstance(error, torch.OutOfMemoryError) else error
+        print("error:", *(str(message) or type(error).__name__).split(), file=sys.stderr)
+        sys.exit(2)
