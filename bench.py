@@ -8,7 +8,6 @@ Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]    
        TRITON_INTERPRET=1 python bench.py attention --device cpu       a small correctness pass, its times no measure
        python bench.py table attention                 the README's table, from results/attention.jsonl; or generate, offload
 """
-import argparse
 import contextlib
 import gc
 import itertools
@@ -31,6 +30,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import ds_attention as ds
+from cli import (
+    ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_output, default_dtype,
+    pick_device, read_json_lines, run_command, writing
+)
 from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, write_labels
 from eval import provenance
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
@@ -827,16 +830,11 @@ def newest_rows(name):
     if not path.exists():
         raise ValueError(f"{path}: no results yet; run bench.py {name} first")
     rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_json_lines(path):
+        if row.get("bench") != name:
+            raise ValueError(f"{path}: has lines that are not rows of bench.py {name}")
         rows[json.dumps(BENCHES[name].setting(row))] = row
     return list(rows.values())
-
-
-def save(rows, name):
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def plot(rows, draw, path):
@@ -845,7 +843,8 @@ def plot(rows, draw, path):
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     draw(rows, figure.subplots())
-    figure.savefig(path, dpi=150)
+    with writing(path) as file:
+        figure.savefig(file, dpi=150, format=Path(path).suffix[1:])
 
 
 def parse_sizes(name, text, example, by="x"):
@@ -860,19 +859,20 @@ def parse_sizes(name, text, example, by="x"):
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line: measures, or prints a table."""
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=(*BENCHES, "table"))
     parser.add_argument("of", nargs="?", choices=BENCHES, help="with table: whose")
     parser.add_argument("--shapes", help="BxS, comma-separated, S in tokens (default: the README's rows)")
     parser.add_argument("--no_save", action="store_true", help="print the rows, but leave the results file as it is")
-    parser.add_argument("--plot", metavar="FILE", help="draw the rows of this run or of the table (needs matplotlib)")
+    parser.add_argument("--plot", type=OutputFile(), metavar="FILE", help="draw the rows of this run or of the table (needs matplotlib)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda; on a CPU one small shape is checked, and nothing saved)")
     attention = parser.add_argument_group("attention")
     attention.add_argument("--heads", default="32/32", help="query/KV heads for --shapes (default %(default)s)")
-    attention.add_argument("--head_dim", type=int, default=128, help="channels per head (default %(default)s)")
-    attention.add_argument("--sparsity", type=float, default=DSConfig.sparsity,
+    attention.add_argument("--head_dim", type=Number(int, 8, 256), default=128, help="channels per head (default %(default)s)")
+    attention.add_argument("--sparsity", type=Number(float, 1, 1e6), default=DSConfig.sparsity,
                            help="1/R of tokens and label bytes (default %(default)g)")
-    attention.add_argument("--label_channels", type=int, help="label dims per KV head (default: from --sparsity)")
+    attention.add_argument("--label_channels", type=Number(int, 1), help="label dims per KV head (default: from --sparsity)")
     attention.add_argument("--label_bits", type=label_bits, help="bits per dim, or dims x bits as 8x4,48x2")
     attention.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16",
                            help="of q, K and V (default %(default)s)")
@@ -883,24 +883,26 @@ def main():
                             "(gpt_fast compiles for about a minute per shape); of offload: all K and V streamed as FlexGen "
                             "does, Double Sparsity with K and V on the GPU, with them in host memory, and then attending to "
                             "what was predicted of each layer (default: all)")
-    steps.add_argument("--steps", type=int, default=50,
+    steps.add_argument("--steps", type=Number(int, 1), default=50,
                        help="steps timed, the median counts; of flexgen at most 10 (default %(default)s)")
-    steps.add_argument("--dense_layers", type=int, nargs="+", default=[DSConfig.dense_layers, 0],
+    steps.add_argument("--dense_layers", type=Number(int, 0), nargs="+", default=[DSConfig.dense_layers, 0],
                        help="of ds, gpu and offload, a row for each (default %(default)s)")
-    steps.add_argument("--dense_below", type=int, default=DSConfig.dense_below,
+    steps.add_argument("--dense_below", type=Number(int, 0), default=DSConfig.dense_below,
                        help="of generate: tokens below which ds attends to everything (default %(default)s)")
-    steps.add_argument("--budgets", type=float, nargs="+", default=[1, 2], metavar="X",
+    steps.add_argument("--budgets", type=Number(float, 1, 1e6), nargs="+", default=[1, 2], metavar="X",
                        help="of offload: tokens resident on the GPU, in multiples of those attended, a row for each (default "
                             "%(default)s)")
-    steps.add_argument("--prefetch_heads", type=int, nargs="+", metavar="HEADS",
+    steps.add_argument("--prefetch_heads", type=Number(int, 0), nargs="+", metavar="HEADS",
                        help="of offload: KV heads whose tokens are fetched ahead, a row for each (default: generate.py's)")
     steps.add_argument("--no_pack", action="store_true", help="of offload: K and V are not packed in host memory")
     steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
-    steps.add_argument("--data", help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
+    steps.add_argument("--data", type=InputFile(), help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
     steps.add_argument("--compile", action="store_true", help="blocks go through torch.compile, which prefill shows")
     args = parser.parse_args()
     if args.plot and not find_spec("matplotlib"):  # before anything is measured for it
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"plot={args.plot}: must end in .png, .svg or .pdf")
     if args.what == "table":
         if args.of is None:
             raise ValueError(f"table of what: must be one of {', '.join(BENCHES)}")
@@ -908,28 +910,25 @@ def main():
     else:
         if args.device is None and not torch.cuda.is_available():
             raise ValueError("bench.py needs a CUDA GPU for its times; with --device cpu one small shape is checked")
-        if args.steps < 1:
-            raise ValueError(f"steps={args.steps}: must be at least 1")
         if args.steps < 2 and args.checkpoint:
             raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the first includes the prefill")
         if args.data and not args.checkpoint:
             raise ValueError(f"data={args.data}: random weights have no use for text; give a --checkpoint")
-        if args.prefetch_heads and min(args.prefetch_heads) < 0:
-            raise ValueError(f"prefetch_heads={min(args.prefetch_heads)}: must be at least 0")
-        if min(args.budgets) < 1:
-            raise ValueError(f"budgets={min(args.budgets):g}: must be at least 1, what a step attends to")
         known = {"generate": MODES, "offload": OFFLOAD_MODES}.get(args.what, ())
         for mode in args.modes or ():
             if mode not in known:
                 raise ValueError(f"modes={mode}: is not a mode of {args.what}")
-        device = pick_device(args.device)
+        device, results = pick_device(args.device), RESULTS / f"{args.what}.jsonl"
+        if device != "cpu" and not args.no_save and results.exists():
+            check_output(results)
+            newest_rows(args.what)  # it is ours
         bench, rows = BENCHES[args.what], []
         for of_shape in bench.run(args, device):
             rows += of_shape
             if device != "cpu":
                 torch.cuda.empty_cache()
                 if not args.no_save:
-                    save(of_shape, args.what)
+                    append_json_lines(results, of_shape)
     print(bench.table(rows))
     if args.plot:
         plot(rows, bench.draw, args.plot)

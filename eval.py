@@ -22,7 +22,6 @@ Usage: python eval.py --context 1024 --limit 4        perplexity and retrieval, 
        python eval.py mmlu --data DIR    the published archive: DIR/dev, DIR/test, a .csv a subject
        python eval.py table               of results/quality.jsonl, the README's
 """
-import argparse
 import contextlib
 import datetime
 import hashlib
@@ -40,6 +39,10 @@ import triton
 from tqdm import tqdm
 
 import calibrate
+from cli import (
+    ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_value, default_dtype,
+    pick_device, read_json_lines, run_command
+)
 from ds_attention import (
     DSConfig, attend, attend_ref, bits_of, eligible_tokens, pool_ref, score_ref, select_ref,
     select_tokens, widths_name
@@ -268,6 +271,7 @@ def parse_budget(text, ds):
             value = int(value) if name == "n=" else float(value)
         except ValueError:
             raise ValueError(f"budgets={text}: {value or 'nothing'} is not a number") from None
+        check_value("budgets", value, Number(int, 1) if name == "n=" else Number(float, 1))
         more = {"n_tokens": value} if name == "n=" else {"sparsity": value, "n_tokens": None}
         ds = replace(ds, **more)
     return ds
@@ -452,7 +456,7 @@ def score_items(score, items, dense, decoders, partials, name):
         for j, found in zip(todo, score(item, dense, [decoders[j] for j in todo]) if todo else ()):
             found |= {"attended": decoders[j].attended(), "decoded": decoders[j].decoded}
             results[j].append(found)
-            append_json(partials[j], found)
+            append_json_lines(partials[j], [found])
     return results
 
 
@@ -478,18 +482,10 @@ def key_of(row, names):
 
 def read_rows(path, names):
     """{key: row} of a file of rows: the newest of each, in the order in which they first came."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    try:
-        rows = [json.loads(line) for line in lines]
-        return {key_of(row, names): row for row in rows if row["task"] and row["checkpoint"]}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: has lines that are not rows of eval.py ({error!r})") from None
-
-
-def append_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+    rows = read_json_lines(path)
+    if not all(row.get("task") and row.get("checkpoint") for row in rows):
+        raise ValueError(f"{path}: has lines that are not rows of eval.py")
+    return {key_of(row, names): row for row in rows}
 
 
 def provenance(device):
@@ -611,7 +607,7 @@ class Evaluation:
                 attended, decoded = (sum(r[x] for r in found) for x in ("attended", "decoded"))
                 row |= {"mean_tokens": attended / decoded, **summary(found)}
                 row["dense_score"] = rows[0]["score"]
-                append_json(self.path, row)
+                append_json_lines(self.path, [row])
                 self.saved[key_of(row, IDENTITY)] = row
                 partial.unlink()
         return rows
@@ -682,8 +678,8 @@ def table(rows):
 
 
 def main():
-    parser = ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line: measures, or prints a table."""
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("tasks", nargs="*", help=f"{', '.join(TASKS)} (default: perplexity kv_retrieval); or table")
     add("--checkpoint", default=str(HERE / "tiny"),
@@ -693,18 +689,18 @@ def main():
              f"{WIKITEXT2}, from the hub (default: the {BUILTIN}); kv_retrieval: items in the "
              "published format, .jsonl[.gz] (default: generated); ruler: items in RULER's form, in "
              "a file of that name; longbench: NAME.jsonl; mmlu: a directory")
-    add("--prompts", metavar="FILE",
+    add("--prompts", type=InputFile(), metavar="FILE",
         help="longbench: its dataset2prompt.json (default: our own wording)")
     add("--chat", action="store_true", help="ruler, longbench: ask through the chat template")
-    add("--context", type=int, default=4096,
+    add("--context", type=Number(int, 1), default=4096,
         help="tokens per window, or at most per longbench item (default %(default)s)")
-    add("--last", type=int, metavar="N",
+    add("--last", type=Number(int, 1), metavar="N",
         help="decode and score only the last N tokens of each window, the rest is prefilled "
              "(default: all)")
-    add("--lengths", type=int, nargs="+", metavar="N",
+    add("--lengths", type=Number(int, 1), nargs="+", metavar="N",
         help=f"tokens of generated items, at most (default {' '.join(map(str, LENGTHS))}); "
              "of a file in RULER's form: only those")
-    add("--limit", type=int,
+    add("--limit", type=Number(int, 1),
         help="windows or items at most, of generated and ruler's items of each length and task "
              "(default: all; of generated items 20, of ruler's 4)")
     add("--methods", nargs="+", default=["ds"],
@@ -714,9 +710,9 @@ def main():
     add("--budgets", nargs="+", default=[None],
         help="1/R as by --sparsity, n=N as by --n_tokens; both with a comma between (default: as "
              "those options say)")
-    add("--calibration_data", metavar="FILE",
+    add("--calibration_data", type=InputFile(), metavar="FILE",
         help=f"text for ds:CALIBRATION and paper (default: the {BUILTIN})")
-    add("--results", metavar="FILE",
+    add("--results", type=OutputFile(), metavar="FILE",
         help="rows are added to it, those in it are not measured again (default: "
              "runs/quality.jsonl; of table: results/quality.jsonl)")
     add("--force", action="store_true", help="measure all rows again")
@@ -739,12 +735,6 @@ def evaluate(args):
     for task in args.tasks:
         if task not in TASKS:
             raise ValueError(f"tasks={task}: must be some of {', '.join(TASKS)}, or table alone")
-    bounded = {"context": [args.context], "last": [args.last], "limit": [args.limit],
-               "lengths": args.lengths or []}
-    for name, values in bounded.items():
-        for value in values:
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
     for task in args.tasks:
         if task in ("longbench", "mmlu") and not args.data:
             raise ValueError(f"{task} needs the benchmark's own file: give --data")

@@ -57,6 +57,7 @@ from triton.runtime import JITFunction
 
 import bench
 import calibrate
+import cli
 import convert_hf
 import ds_attention as ds
 import eval as evaluation
@@ -67,10 +68,10 @@ import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
     PRESETS, Attention, KVCache, LayerCache, ModelConfig, MoEFeedForward, Residual, Transformer, apply_rope, check_memory,
-    load_label_maps, load_model, memory_need, parameter_shapes
+    fingerprint, load_label_maps, load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
-from tiny import tasks
+from tiny import tasks, train
 from tokenizer import Tokenizer, from_sentencepiece, read_text
 
 if not GPU:
@@ -4067,3 +4068,165 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, damaged):
 def test_more_tokens_than_there_are_means_dense_and_says_so():
     run = command("generate.py", "--device", "cpu", "--prompt", "The sea", "--max_new_tokens", 3, "--n_tokens", 500)
     assert run.returncode == 0 and "every token is attended (dense)" in run.stderr
+
+
+# ---------------------------------------------------------------- cli.py
+
+
+SCRIPTS = {"generate": generate, "calibrate": calibrate, "convert_hf": convert_hf, "eval": evaluation,
+           "bench": bench, "train": train}
+
+
+def parser_of(script, monkeypatch):
+    """A script's ArgumentParser, filled."""
+    def caught(self, *_):
+        raise StopIteration(self)
+
+    with monkeypatch.context() as patch, pytest.raises(StopIteration) as parser:
+        patch.setattr(cli.ArgumentParser, "parse_args", caught)
+        script.main()
+    return parser.value.args[0]
+
+
+def bad_values(action, tmp_path):
+    """Values that an option of this type cannot have."""
+    kind = action.type
+    yield "" if kind is not Path else "a\0b"
+    if isinstance(kind, cli.Number):
+        yield from ("x", "1e999", "-1e999", "nan", str(2**64), str(-(2**64)), str(int(kind.high) + 1))
+        if kind.low is not None:
+            yield str(kind.low - 1)
+    if isinstance(kind, (cli.InputFile, cli.OutputFile)):
+        yield from (str(tmp_path), str(tmp_path / "none" / "file"), f"{tmp_path}/{'x' * 5000}", "a\0b")
+    if action.choices:
+        yield "none of them"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_option_refuses_what_it_cannot_be_in_one_line(name, tmp_path, monkeypatch, capsys):
+    """Before any work: nothing is loaded, calibrated, measured or written."""
+    parser = parser_of(SCRIPTS[name], monkeypatch)
+    for module in (generate, evaluation, calibrate, convert_hf):
+        for function in ("load_model", "open_checkpoint", "convert", "load"):
+            monkeypatch.setattr(module, function, None, raising=False)
+    required = [text for action in parser._actions if action.required
+                for text in (*action.option_strings[:1], str(next(iter(action.choices or ["x"]))))]
+    tried = 0
+    for action in parser._actions:
+        for value in bad_values(action, tmp_path) if action.nargs != 0 else ():
+            option = [f"{action.option_strings[0]}={value}"] if action.option_strings else [value]
+            rest = [] if action.required or not action.option_strings else required
+            monkeypatch.setattr(sys, "argv", [name, *rest, *option])
+            with pytest.raises(SystemExit) as end:
+                cli.run_command(SCRIPTS[name].main)
+            out, said = capsys.readouterr()
+            assert end.value.code == 2 and not out, (option, said)
+            assert said.startswith("error: ") and said.count("\n") == 1, (option, said)
+            tried += 1
+    assert tried > 3 and not list(tmp_path.iterdir())
+
+
+def test_an_option_given_twice_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--seed", "0", "--seed", "1"])
+    with pytest.raises(ValueError, match="--seed is given twice"):
+        generate.parse_arguments()
+
+
+@pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
+def test_writing_leaves_all_or_nothing(directory, tmp_path):
+    path = tmp_path / "out[1]"
+    if not directory:
+        path.write_text("old")
+    stale = tmp_path / f".out[1].{2**22 + 1}.tmp"  # of a process that was killed: there is no such number
+    stale.mkdir() if directory else stale.touch()
+    with pytest.raises(KeyboardInterrupt), cli.writing(path, directory) as new:
+        (new / "part" if directory else new).write_text("new")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ([] if directory else ["out[1]"])
+    assert directory or path.read_text() == "old"
+    with cli.writing(path, directory) as new:
+        (new / "part" if directory else new).write_text("new")
+    assert (path / "part" if directory else path).read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out[1]"]
+
+
+def test_a_terminated_process_leaves_nothing(tmp_path):
+    (tmp_path / "out").write_text("old")
+    code = (f"import cli, os, signal\ndef main():\n with cli.writing({str(tmp_path / 'out')!r}) as new:\n"
+            "  new.write_text('new'); os.kill(os.getpid(), signal.SIGTERM)\ncli.run_command(main)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 128 + 15 and not run.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out").read_text() == "old"
+
+
+def test_a_full_disk_leaves_a_file_of_rows_as_it_was(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n')
+    code = ("import cli, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+            f"cli.run_command(lambda: cli.append_json_lines({str(path)!r}, [{{'b': 'x' * 99}}]))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert cli.read_json_lines(path) == [{"a": 1}]
+    with pytest.raises(OSError):
+        cli.append_json_lines("/dev/full", [{"a": 1}])
+
+
+@pytest.mark.parametrize("line", ['{"a": 1', "[1]", "7"], ids=["cut", "list", "number"])
+def test_lines_that_are_no_rows_are_named(line, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n' + line)
+    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
+        cli.read_json_lines(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("damage", ["absent", "nan", "shape", "channel"])
+def test_damaged_label_maps_are_refused(damage, tmp_path):
+    config = ModelConfig.from_file(TINY / "config.json")
+    shape = config.n_layers, config.n_kv_heads, config.head_dim
+    maps = {"channels": torch.zeros(shape, dtype=torch.int32), "mean": torch.zeros(shape), "std": torch.ones(shape)}
+    if damage == "absent":
+        del maps["std"]
+    elif damage == "nan":
+        maps["mean"][0, 0, 0] = math.nan
+    elif damage == "shape":
+        maps["std"] = maps["std"][:, :1].contiguous()
+    else:
+        maps["channels"][0, 0, 0] = config.head_dim
+    save_file(maps, tmp_path / "maps", {"checkpoint": fingerprint(TINY / "model.safetensors")})
+    with pytest.raises(ValueError, match="maps: its label maps are damaged; run calibrate.py"):
+        load_label_maps(TINY, config, DSConfig(), tmp_path / "maps")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["norm.weight"][3] = value
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors: norm.weight has weights that are infinite or not a number"):
+        load_model(tmp_path / "model", "cpu", torch.float32)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(monkeypatch, capsys):
+    """What came of the answer stays in the conversation; a prompt that was not cached whole does not."""
+    lines, seen = iter(["one", "two", "three", ""]), []
+
+    def stopped(step, prompts, most, start, stream):
+        seen.append((start, prompts[0]))
+        if len(seen) < 3:
+            for token in [50, 51][: len(seen) % 2 * 2]:
+                stream(0, token)
+            raise KeyboardInterrupt
+        stream(0, 60)
+
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(generate, "generate", stopped)
+    tokenizer = Tokenizer(TINY, 8192)
+    step = SimpleNamespace(cache=SimpleNamespace(max_seq_length=100))
+    args = SimpleNamespace(no_chat_template=True, max_new_tokens=5, device="cpu")
+    generate.converse(step, tokenizer, args)
+    first = tokenizer.encode("one")
+    assert seen[0] == (0, first)
+    answered = [*first, 50, 51]  # K and V of the last token were not needed yet
+    assert seen[1] == (len(answered) - 1, [51, *tokenizer.encode_line("two")])
+    assert seen[2] == (len(answered) - 2, [*answered[-2:-1], *tokenizer.encode_line("three")])
+    assert "Ctrl-C" in capsys.readouterr().err

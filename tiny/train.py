@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tiny/train.py` puts only tiny/ on the path
-from cli import ArgumentParser, Number, OutputFile, run_command  # noqa: E402
+from cli import ArgumentParser, Number, run_command  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from tiny import tasks  # noqa: E402
 
@@ -462,6 +462,7 @@ def train(args, recipe: Recipe, state: dict | None, began: float):
 
 
 def main():
+    """The command line: trains, resumes or exports."""
     began = time.monotonic()
     full, smoke = PRESETS["full"], PRESETS["smoke"]
     parser = ArgumentParser(description=__doc__.split("\n")[0])
@@ -469,10 +470,10 @@ def main():
     arg("--data", type=Path, default="../shared/data", help="directory with books-train-*.jsonl.xz")
     arg("--out", type=Path, help="directory for book tokens, resumable state and checkpoint")
     arg("--preset", choices=PRESETS, default="full", help="model and schedule; smoke is a tiny one for a CPU")
-    arg("--steps", type=int, help=f"optimiser steps; default {full.steps}, with --preset smoke {smoke.steps}")
-    arg("--seconds", type=float, default=0, help="save the state and stop so many seconds after the start; 0: never")
-    arg("--seed", type=int, default=full.seed, help="decides the initial weights, all batches and the tokenizer's sample")
-    arg("--workers", type=int, default=max(1, os.cpu_count() - 2), help="processes that make batches")
+    arg("--steps", type=Number(int, 1), help=f"optimiser steps; default {full.steps}, with --preset smoke {smoke.steps}")
+    arg("--seconds", type=Number(float, 0), default=0, help="save the state and stop so many seconds after the start; 0: never")
+    arg("--seed", type=Number(int, 0), default=full.seed, help="decides the initial weights, all batches and the tokenizer's sample")
+    arg("--workers", type=Number(int, 0), default=max(1, os.cpu_count() - 2), help="processes that make batches")
     arg("--tokenizer", type=Path, default=Path(__file__).parent / "tokenizer.model", help="SentencePiece model")
     arg("--train_tokenizer", action="store_true", help="train the tokenizer on the data, write it, exit")
     args = parser.parse_args()
@@ -480,8 +481,6 @@ def main():
     recipe = dataclasses.replace(PRESETS[args.preset], seed=args.seed)
     if args.steps is not None:
         recipe = dataclasses.replace(recipe, steps=args.steps)
-    if recipe.steps < 1:
-        raise ValueError(f"--steps {args.steps}: must be at least 1")
     if not list(args.data.glob("books-train-*.jsonl.xz")):
         raise ValueError(f"--data {args.data}: has no books-train-*.jsonl.xz; name the directory that holds them")
     if args.train_tokenizer:
