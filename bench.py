@@ -35,7 +35,7 @@ from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, w
 from eval import provenance
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
 from host_memory import check_host_memory, free_host_bytes, host_layers, packs
-from items import generated_items, kv_document, text_windows, texts_of
+from items import generated_items, kv_document, spread, text_windows, texts_of
 from model import (
     PRESETS, ArgumentParser, Block, KVCache, ModelConfig, Transformer, check_memory, default_dtype,
     parameter_shapes, pick_device, run_command
@@ -385,7 +385,7 @@ class GptFast(nn.Module):
 
 def step_seconds(run, steps, device, warm=lambda: None):
     """Median seconds of run() among `steps` calls, by the device's clock. warm: called before these, after the warm-up."""
-    for _ in range(WARM_UP):
+    for _ in range(min(WARM_UP, steps)):
         run()
     warm()
     events = [now(torch.device(device))]
@@ -636,7 +636,7 @@ OFFLOADS = [("Llama-3.1-8B", 1, 786432, ("gpu", "offload")),
             ("Llama-2-7B", 1, 131072, OFFLOAD_MODES),
             ("Llama-3.1-8B", 1, 524288, ("flexgen", "gpu", "offload")),
             ("Llama-3.1-8B", 1, 262144, ("flexgen", "flexgen_packed", "gpu", "offload"))]
-FLEXGEN_STEPS = 5  # at most: they take seconds, and all the same time
+FLEXGEN_STEPS = 3  # at most: they take seconds, and all the same time
 
 
 class PinnedPool:
@@ -721,9 +721,12 @@ class Prompts(RandomText):
                          weights="trained", checkpoint=checkpoint,
                          predictable=predictable_layers(channels, MIN_AGREEMENT, mode))
         data, texts = texts_of(args.data) if args.data else ("key-value retrieval", None)
+        windows = {}  # of each length, all that the text has: cutting takes longer than decoding
         for B, S in parse_sizes("shapes", args.shapes or "32x4000", "32x4000,1x4000"):
+            if texts and S not in windows:
+                windows[S] = text_windows(tokenizer, texts, S - len(tokenizer.prefix))
             if texts:
-                prompts = text_windows(tokenizer, texts, S - len(tokenizer.prefix), B)
+                prompts = spread(windows[S], B)
             else:
                 items = generated_items(tokenizer, kv_document, [S], B)
                 prompts = [item["prompt"] for item in items]
@@ -973,7 +976,7 @@ def main():
                             "does, likewise but packed, Double Sparsity with K and V on the GPU, with them in host memory, and "
                             "then attending to what was predicted of each layer (default: all, or the README's)")
     steps.add_argument("--steps", type=int, default=50,
-                       help="steps timed, the median counts; of flexgen at most 5 (default %(default)s)")
+                       help="steps timed, the median counts; of flexgen at most 3 (default %(default)s)")
     steps.add_argument("--dense_layers", type=int, nargs="+", default=[DSConfig.dense_layers, 0],
                        help="of ds, gpu and offload, a row for each (default %(default)s)")
     steps.add_argument("--dense_below", type=int, default=DSConfig.dense_below,
