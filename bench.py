@@ -629,13 +629,13 @@ def draw_generate(rows, axes):
 
 # ---------------------------------------------------------------- offload
 
-# The largest first: what was pinned for it serves the others. The model, B, S and the modes.
 OFFLOAD_MODES = ("flexgen", "flexgen_packed", "gpu", "offload", "offload_predicted")
+# Model, B, S and modes. The largest first: what is pinned for it serves the others.
 OFFLOADS = [("Llama-3.1-8B", 1, 786432, ("gpu", "offload")),
-            ("Llama-2-7B", 4, 32768, ("flexgen", "gpu", "offload")),
-            ("Llama-2-7B", 1, 131072, OFFLOAD_MODES),
             ("Llama-3.1-8B", 1, 524288, ("flexgen", "gpu", "offload")),
-            ("Llama-3.1-8B", 1, 262144, ("flexgen", "flexgen_packed", "gpu", "offload"))]
+            ("Llama-3.1-8B", 1, 262144, ("flexgen", "flexgen_packed", "gpu", "offload")),
+            ("Llama-2-7B", 1, 131072, OFFLOAD_MODES),
+            ("Llama-2-7B", 4, 32768, ("flexgen", "gpu", "offload"))]
 FLEXGEN_STEPS = 3  # at most: they take seconds, and all the same time
 
 

@@ -2515,6 +2515,9 @@ def test_too_little_host_memory_is_refused_with_what_would_fit():
         with pytest.raises(ValueError):
             check(50, *too_much)
     assert 0 < host_memory.free_host_bytes() < 2**50
+    host_memory.wait_for_memory(1)
+    with pytest.raises(ValueError, match="GiB of host memory are wanted next"):
+        host_memory.wait_for_memory(2**50, seconds=0.2)
     with pytest.raises(ValueError, match="dense_layers=3: of 3 layers none is left to offload"):
         host_memory.check_host_memory(1, random_model()[0].config, 1, 8, torch.float32, DSConfig(dense_layers=3))
 
