@@ -450,6 +450,7 @@ def time_steps(model, cache, S, steps, device, temperature=0.0):
         tokens.append(step.sampled.clone())
 
     seconds = step_seconds(run, steps, device, warm=cache.statistics)
+    cache.sparse_steps += sparse  # one more, outside the graph
     return seconds, torch.stack(tokens), model.decode(step.tokens, step.views[sparse])
 
 
@@ -738,7 +739,9 @@ class Prompts(RandomText):
         cache = cache_type(model.config, self.B, size, self.device, model.dtype, config, maps)
         step = DecodeStep(model, cache)
         result = generate(step, self.prompts, steps)
-        logits = model.decode(step.tokens, step.views[cache.sparse_at(self.S + steps)])
+        sparse = cache.sparse_at(self.S + steps)
+        cache.sparse_steps += sparse  # one more, outside the graph
+        logits = model.decode(step.tokens, step.views[sparse])
         return cache, statistics.median(result.step_s), torch.tensor(result.token_ids), logits
 
 
