@@ -584,11 +584,25 @@ def _dot4(a, b, acc):
 
 
 @triton.jit
+def _load_codes(query, WIDTHS: tl.constexpr):
+    """A head's query codes, a word for each slice of a label word. query: pointer to its
+    _query_words, or [heads, 1]."""
+    SLICES: tl.constexpr = _slices(WIDTHS)
+    codes = ()
+    for i in tl.static_range(_words(WIDTHS) * SLICES):
+        if _slice(WIDTHS, i // SLICES, i % SLICES) != 0:
+            codes += (tl.load(query + i),)
+        else:
+            codes += (0,)
+    return codes
+
+
+@triton.jit
 def _head_scores(words, query, less, WIDTHS: tl.constexpr):
     """Scores of tokens with W label words: codes . 8-bit query codes, less `less`; int32.
 
-    words: W tensors [tokens] or [1, tokens]; query: pointer to a head's _query_words, or
-    [heads, 1]; less: likewise.
+    words: W tensors [tokens] or [1, tokens]; query: _load_codes of a head, or of [heads, 1]; less:
+    likewise.
     """
     SLICES: tl.constexpr = _slices(WIDTHS)
     SUMS: tl.constexpr = max(1, SLICES // 2)  # slices 4 bits apart are summed alike
@@ -598,11 +612,11 @@ def _head_scores(words, query, less, WIDTHS: tl.constexpr):
         part = score if t == 0 else zeros
         for w in tl.static_range(_words(WIDTHS)):
             if _slice(WIDTHS, w, t) != 0:
-                code = tl.load(query + w * SLICES + t) + zeros
+                code = query[w * SLICES + t] + zeros
                 part = _dot4((words[w] & _slice(WIDTHS, w, t)) + zeros, code, part)
             if SLICES > 1:
                 if _slice(WIDTHS, w, t + SUMS) != 0:
-                    code = tl.load(query + w * SLICES + t + SUMS) + zeros
+                    code = query[w * SLICES + t + SUMS] + zeros
                     part = _dot4((words[w] >> 4 & _slice(WIDTHS, w, t + SUMS)) + zeros, code, part)
         # a slice stays where it is in its nibbles, and its sum is shifted instead
         score = part if t == 0 else score + (part >> (_narrowest(WIDTHS) * t))
@@ -610,13 +624,15 @@ def _head_scores(words, query, less, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def _token_scores(words, query, G: tl.constexpr, WIDTHS: tl.constexpr):
-    """The largest score of each token in a group. query: _query_words of each head."""
+def _token_scores(words, first, query, G: tl.constexpr, WIDTHS: tl.constexpr):
+    """The largest score of each token in a group. first: _load_codes of its first head; query:
+    _query_words of each."""
     WORDS: tl.constexpr = _query_words(WIDTHS)
-    best = _head_scores(words, query, tl.load(query + WORDS - 1) if G > 1 else 0, WIDTHS)
+    best = _head_scores(words, first, tl.load(query + WORDS - 1) if G > 1 else 0, WIDTHS)
     for g in tl.static_range(1, G):
-        less = tl.load(query + (g + 1) * WORDS - 1)
-        best = tl.maximum(best, _head_scores(words, query + g * WORDS, less, WIDTHS))
+        query += WORDS
+        less = tl.load(query + WORDS - 1)
+        best = tl.maximum(best, _head_scores(words, _load_codes(query, WIDTHS), less, WIDTHS))
     return best
 
 
@@ -691,11 +707,8 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
     offs_c = tl.arange(0, triton.next_power_of_2(C))
     channel = tl.load(channels + h * C + offs_c, mask=offs_c < C, other=0)
     steps = tl.load(step + h * C + offs_c, mask=offs_c < C, other=1.0)
-    if PDL:  # all before this is constant; all after it may have been written by the kernel before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
-    # sample_ref
+    # sample_ref; of what is read so far the kernel before writes nothing that counts here
     seq_len = tl.load(seq_lens + b)
     start = tl.maximum(seq_len - window, 0)
     live = seq_len - start
@@ -705,6 +718,9 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
     sampled = first // M_RUN * M_RUN + tl.arange(0, M) % M_RUN
     inside = (sampled < seq_len) & (sampled >= start)
     words = _load_words(labels + b * l_sb + h * l_sh, sampled, seq_len, l_sw, WIDTHS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     # the query's codes: written in one order, read back in another
     WORDS: tl.constexpr = _query_words(WIDTHS)
@@ -721,12 +737,13 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
         for w in tl.static_range(_words(WIDTHS)):
             words = words[1:] + (words[0][None, :],)
         less = tl.zeros_like(heads)
-        scores = _head_scores(words, of_heads[:, None], less[:, None], WIDTHS)
+        codes = _load_codes(of_heads[:, None], WIDTHS)
+        scores = _head_scores(words, codes, less[:, None], WIDTHS)
         less = _log_weight(scores, counted[None, :], share[None, :], largest * unit)
         tl.store(of_heads + WORDS - 1, less)
         keys = tl.max(scores - less[:, None], 0)
     else:
-        keys = _head_scores(words, query, 0, WIDTHS)
+        keys = _head_scores(words, _load_codes(query, WIDTHS), 0, WIDTHS)
 
     # threshold_ref; DSConfig.budget first
     wanted = ((live.to(tl.int64) * share_den + share_num - 1) // share_num).to(tl.int32)
@@ -820,21 +837,23 @@ def _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G: 
     tl.debug_barrier()
     last = tl.atomic_add(arrived + row, 1, sem="acq_rel") == SPLITS - 1
     if last:
-        AT_ONCE: tl.constexpr = min(SPLITS, BLOCK_N)
-        for g in range(G):  # not unrolled: a head's parts take most registers
-            first = (row.to(tl.int64) * G + g) * SPLITS
-            lse = tl.load(partial_lse + first + tl.arange(0, SPLITS), cache_modifier=".cg")
-            highest = tl.max(lse, 0)
-            total = tl.sum(tl.exp2(lse - highest), 0)
-            result = tl.zeros([triton.next_power_of_2(D)], tl.float32)
-            for p in range(0, SPLITS, AT_ONCE):
-                parts = first + p + tl.arange(0, AT_ONCE)
-                weight = tl.exp2(tl.load(partial_lse + parts, cache_modifier=".cg") - highest)
-                values = tl.load(partial + parts[:, None] * D + offs_d[None, :],
-                                 mask=(offs_d < D)[None, :], other=0.0, cache_modifier=".cg")
-                result += tl.sum(values * weight[:, None], 0)
-            to = out + (row.to(tl.int64) * G + g) * D + offs_d
-            tl.store(to, (result / total).to(out.dtype.element_ty), mask=offs_d < D)
+        HEADS: tl.constexpr = triton.next_power_of_2(G)
+        AT_ONCE: tl.constexpr = max(1, min(SPLITS, BLOCK_N // HEADS))
+        heads = row.to(tl.int64) * G + tl.minimum(tl.arange(0, HEADS), G - 1)  # the last repeats
+        first = partial_lse + (heads * SPLITS)[:, None]
+        lse = tl.load(first + tl.arange(0, SPLITS)[None, :], cache_modifier=".cg")
+        highest = tl.max(lse, 1)
+        total = tl.sum(tl.exp2(lse - highest[:, None]), 1)
+        result = tl.zeros([HEADS, triton.next_power_of_2(D)], tl.float32)
+        for p in tl.static_range(0, SPLITS, AT_ONCE):
+            parts = p + tl.arange(0, AT_ONCE)[None, :]
+            weight = tl.exp2(tl.load(first + parts, cache_modifier=".cg") - highest[:, None])
+            rows = ((heads * SPLITS)[:, None] + parts)[:, :, None] * D + offs_d[None, None, :]
+            values = tl.load(partial + rows, mask=(offs_d < D)[None, None, :], other=0.0,
+                             cache_modifier=".cg")
+            result += tl.sum(values * weight[:, :, None], 1)
+        result = (result / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + heads[:, None] * D + offs_d[None, :], result, mask=(offs_d < D)[None, :])
         tl.store(arrived + row, 0)
     return last
 
@@ -881,7 +900,7 @@ def _attend_kernel(q, k, v, seq_lens, indices, counts, labels, channels, lo, ste
              BLOCK_N, PDL)
 
 
-STRIPE = tl.constexpr(32)  # tokens side by side that one program scores: selections cluster
+STRIPE = tl.constexpr(64)  # tokens side by side that one program scores: selections cluster
 
 
 @triton.jit
@@ -925,13 +944,14 @@ def _score_attend_kernel(q, k, v, labels, channels, lo, step, seq_lens, query, t
     if PDL:
         tl.extra.cuda.gdc_wait()
     query += row.to(tl.int64) * G * _query_words(WIDTHS)
+    codes = _load_codes(query, WIDTHS)
     lowest = tl.load(threshold + row)
     lists += (row.to(tl.int64) * SPLITS + split) * room
 
     total = 0
     for s in range(first, seq_len, STEP):
         following = _load_words(labels, s + STEP + at, seq_len, l_sw, WIDTHS)
-        keys = _token_scores(words, query, G, WIDTHS)
+        keys = _token_scores(words, codes, query, G, WIDTHS)
         if (s < tl.maximum(sink, start)) | (s + STEP > seq_len - recent):
             token = s + at
             keys = tl.where((token >= seq_len - recent) | (token < sink), FORCED, keys)
@@ -987,8 +1007,7 @@ def _gather_kernel(lists, counts, attended, indices, n_tokens, room, capacity, S
 # ---------------------------------------------------------------- launches
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
-PROGRAMS = 512  # that fill the GPU: fewer rows are shared by so many, in dense decode by twice that
-BLOCK_S = 1024  # tokens that a program scores at a time
+WARPS = 1024  # that fill the GPU: programs of so many in all share fewer rows
 
 
 def pdl(tensor):
@@ -1012,15 +1031,19 @@ class Workspace:
             return torch.empty(*shape, dtype=dtype, device=device)
 
         self.shape = (B, HQ, HKV, D, S)
-        self.splits = splits or min(64, triton.next_power_of_2(triton.cdiv(PROGRAMS, B * HKV)))
-        self.partial = scratch(B * HQ, 2 * self.splits, D, dtype=torch.float32)
-        self.partial_lse = scratch(B * HQ, 2 * self.splits, dtype=torch.float32)
+        self.warps = 1 if HQ == HKV else 2  # of a program; in dense decode 1
+        programs = triton.cdiv(WARPS, self.warps * B * HKV)
+        self.splits = splits or min(64, triton.next_power_of_2(programs))
+        self.block_s = 512 * self.warps  # tokens that a program scores at a time
+        self.partial = scratch(B * HQ, self.splits * self.warps, D, dtype=torch.float32)
+        self.partial_lse = scratch(B * HQ, self.splits * self.warps, dtype=torch.float32)
         self.arrived = torch.zeros(B * HKV, dtype=torch.int32, device=device)
         if config is not None:
             self.widths = config.widths(D)
             self.query = scratch(B * HQ, _query_words(self.widths))
             self.threshold = scratch(B * HKV)
-            self.room = triton.cdiv(S, self.splits * BLOCK_S) * BLOCK_S  # any token may be chosen
+            # any token may be chosen
+            self.room = triton.cdiv(S, self.splits * self.block_s) * self.block_s
             self.lists = scratch(B, HKV, self.splits, self.room)
             self.counts = scratch(B, HKV, self.splits)
             self.attended = torch.zeros(B, HKV, dtype=torch.int64, device=device)
@@ -1089,10 +1112,11 @@ def score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace
     launch(_score_attend_kernel, grid, q, q=q, k=k, v=v, labels=labels, channels=m.channels,
            lo=m.lo, step=m.step, seq_lens=seq_lens, query=ws.query, threshold=ws.threshold,
            lists=ws.lists, counts=ws.counts, attended=ws.attended, partial=ws.partial,
-           partial_lse=ws.partial_lse, arrived=ws.arrived, out=out, k_strides=k.stride()[:3], room=ws.room,
-           scale_log2=math.log2(math.e) / math.sqrt(q.shape[2]), SPLITS=ws.splits, BLOCK_S=BLOCK_S,
-           BLOCK_N=64, ATTEND=attending, **geometry(q, labels, m, config, window),
-           num_warps=2 if q.element_size() == 2 else 4)
+           partial_lse=ws.partial_lse, arrived=ws.arrived, out=out, k_strides=k.stride()[:3],
+           room=ws.room, scale_log2=math.log2(math.e) / math.sqrt(q.shape[2]), SPLITS=ws.splits,
+           BLOCK_S=ws.block_s, BLOCK_N=32 * ws.warps, ATTEND=attending,
+           **geometry(q, labels, m, config, window),
+           num_warps=ws.warps if q.element_size() == 2 else 4)
     return out
 
 
@@ -1110,7 +1134,7 @@ def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=
     (B, HQ, D), HKV = q.shape, k.shape[1]
     out = torch.empty_like(q)
     of_map = (m.channels, m.lo, m.step) if W else (None,) * 3
-    splits, num_warps = (2 * ws.splits, 1) if indices is None else (ws.splits, 2)
+    splits, num_warps = (ws.splits * ws.warps, 1) if indices is None else (ws.splits, ws.warps)
     launch(_attend_kernel, (B * HKV, splits + W), q, q=q, k=k, v=v, seq_lens=seq_lens,
            indices=indices, counts=counts, labels=labels, channels=of_map[0], lo=of_map[1],
            step=of_map[2], partial=ws.partial, partial_lse=ws.partial_lse, arrived=ws.arrived,

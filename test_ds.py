@@ -74,7 +74,7 @@ from tiny import tasks
 from tokenizer import Tokenizer, from_sentencepiece, read_text
 
 if not GPU:
-    ds.PROGRAMS, ds.BLOCK_S = 4, 1024  # the interpreter's time goes by operations, not their size
+    ds.WARPS = 4  # the interpreter's time goes by operations, not their size
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -2367,7 +2367,7 @@ def test_what_is_fetched_aside_is_waited_for(mode):
 def test_offload_by_kernels_equals_the_reference(dtype, monkeypatch):
     """The whole step, kernels for selection, residency and attention, in as many steps as the interpreter bears; what is chosen
     ahead lies in memory that lasts, and is not overwritten before it was fetched."""
-    monkeypatch.setattr(ds, "PROGRAMS", 1)
+    monkeypatch.setattr(ds, "WARPS", 1)
     monkeypatch.setattr(offload, "fetch", partial(offload.fetch, programs=4))
     kind = PREFETCHING
     steps = {impl: offload_step(kind, 40, batch=2, impl=impl, n_kv_heads=1, dtype=dtype) for impl in ("torch", "triton")}
@@ -2388,7 +2388,7 @@ def test_offload_by_kernels_equals_the_reference(dtype, monkeypatch):
 @torch.inference_mode()
 def test_fused_layers_hand_their_k_and_v_to_the_host(sparse, monkeypatch):
     """Of a 16-bit model, whose K and V the linear layers' kernels write, not torch."""
-    monkeypatch.setattr(ds, "PROGRAMS", 1)  # the interpreter runs one after the other
+    monkeypatch.setattr(ds, "WARPS", 1)  # the interpreter runs one after the other
     model, maps, config = random_model()
     model = model.to(DEVICE, torch.float16)
     logits, caches = [], []
@@ -2848,7 +2848,7 @@ def test_baselines_choose_by_their_own_definition(method):
 @pytest.mark.parametrize("method", ["ds", "paper"])
 def test_methods_by_kernels_equal_the_reference(method, monkeypatch):
     """Groups of two query heads, rows over one cache in runs of several lengths."""
-    monkeypatch.setattr(ds, "PROGRAMS", 8)
+    monkeypatch.setattr(ds, "WARPS", 8)
     p, found = Problem(shapes(B=1, HQ=4, HKV=2, S=150)), {}
     q = torch.randn(5, 4, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     lens = torch.tensor([150, 149, 60, 31, 1], dtype=torch.int32, device=DEVICE)
