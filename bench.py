@@ -4,7 +4,7 @@ with K and V in host memory against streaming all of them.
 Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]     on the same inputs, checked first
        python bench.py generate [--model Llama-2-7B --shapes 1x16384] [--modes gpt_fast dense ds]     random weights
        python bench.py offload [--model Llama-2-7B --shapes 1x131072] [--modes flexgen gpu offload]   random weights
-       python bench.py offload --checkpoint tiny --shapes 32x4000 --steps 64 [--data FILE]            trained ones
+       python bench.py offload --checkpoint tiny --shapes 32x4000,1x4000 --steps 64 [--data FILE]     trained ones
        TRITON_INTERPRET=1 python bench.py attention --device cpu       a small correctness pass, its times no measure
        python bench.py table attention                 the README's table, from results/attention.jsonl; or generate, offload
 """
@@ -37,12 +37,13 @@ from cli import (
 from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, write_labels
 from eval import provenance
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
-from items import generated_items, kv_document, text_windows, texts_of
+from host_memory import check_host_memory, free_host_bytes, host_layers, packs
+from items import generated_items, kv_document, spread, text_windows, texts_of
 from model import (
     PRESETS, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes
 )
 from offload import (
-    MIN_AGREEMENT, OffloadCache, check_host_memory, free_host_bytes, host_layers, idle_heads, packs, predictable_layers
+    MIN_AGREEMENT, OffloadCache, Placement, fetch, idle_heads, predictable_layers
 )
 
 RESULTS = HERE / "results"
@@ -386,7 +387,7 @@ class GptFast(nn.Module):
 
 def step_seconds(run, steps, device, warm=lambda: None):
     """Median seconds of run() among `steps` calls, by the device's clock. warm: called before these, after the warm-up."""
-    for _ in range(WARM_UP):
+    for _ in range(min(WARM_UP, steps)):
         run()
     warm()
     events = [now(torch.device(device))]
@@ -451,6 +452,7 @@ def time_steps(model, cache, S, steps, device, temperature=0.0):
         tokens.append(step.sampled.clone())
 
     seconds = step_seconds(run, steps, device, warm=cache.statistics)
+    cache.sparse_steps += sparse  # one more, outside the graph
     return seconds, torch.stack(tokens), model.decode(step.tokens, step.views[sparse])
 
 
@@ -565,8 +567,12 @@ def mode_name(r):
     layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
     resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
     ahead = f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead" if r.get("prefetch_heads") else ""
-    whole = ", not packed" if r["mode"].startswith("offload") and not r.get("packed") else ""
-    return r["mode"] + layers + resident + ahead + whole
+    rows = ""  # of K and V in host memory: packed is what offload does, and what FlexGen does not
+    if r["mode"].startswith("offload") and not r.get("packed"):
+        rows = ", not packed"
+    if r["mode"] == "flexgen" and r.get("packed"):
+        rows = ", packed"
+    return r["mode"] + layers + resident + ahead + rows
 
 
 def generate_table(rows):
@@ -626,14 +632,55 @@ def draw_generate(rows, axes):
 
 # ---------------------------------------------------------------- offload
 
-OFFLOADS = [("Llama-2-7B", 1, 131072), ("Llama-2-7B", 4, 32768), ("Llama-3.1-8B", 1, 262144), ("Llama-3.1-8B", 1, 524288)]
-OFFLOAD_MODES = ("flexgen", "gpu", "offload", "offload_predicted")
+OFFLOAD_MODES = ("flexgen", "flexgen_packed", "gpu", "offload", "offload_predicted")
+# Model, B, S and modes. The largest first: what is pinned for it serves the others.
+OFFLOADS = [("Llama-3.1-8B", 1, 786432, ("gpu", "offload")),
+            ("Llama-3.1-8B", 1, 524288, ("flexgen", "gpu", "offload")),
+            ("Llama-3.1-8B", 1, 262144, ("flexgen", "flexgen_packed", "gpu", "offload")),
+            ("Llama-2-7B", 1, 131072, OFFLOAD_MODES),
+            ("Llama-2-7B", 4, 32768, ("flexgen", "gpu", "offload"))]
+FLEXGEN_STEPS = 3  # at most: they take seconds, and all the same time
+
+
+class PinnedPool:
+    """Pinned memory as large as any cache wanted so far, lent to one after the other: pinning takes
+    longer than most measurements."""
+
+    def __init__(self):
+        self.held = []
+
+    def layers(self, config, B, size, dtype, device):
+        """K and V of a model's layers for B sequences of `size` tokens, a tensor each. Raises
+        ValueError if the host's memory is too small."""
+        shape = (B, config.n_kv_heads, size, 2, config.head_dim)
+        numel = math.prod(shape)
+        if len(self.held) < config.n_layers or self.held[0].numel() < numel:
+            self.held = []  # before there is more
+            check_host_memory(free_host_bytes(), config, B, size, dtype)
+            self.held = host_layers(config.n_layers, (numel,), dtype, torch.device(device))
+        return [whole[:numel].view(shape) for whole in self.held[: config.n_layers]]
 
 
 def host_bandwidth(host, device):
     """Bytes per second of a copy of pinned memory to the GPU."""
     to = torch.empty(host.shape, dtype=host.dtype, device=device)
     return host.nbytes / step_seconds(lambda: to.copy_(host, non_blocking=True), 5, device)
+
+
+def gather_bandwidth(cache, device):
+    """Bytes per second of `fetch` alone, of one token in 16 of a layer's, in order, as selections
+    are: what a step's fetches can reach. What the cache has on the GPU is overwritten."""
+    host = cache.offloaded()[-1].host
+    B, HKV, S = host.kv.shape[:3]
+    nth = torch.arange(S // 16, dtype=torch.int32, device=device).expand(B, HKV, -1)
+    placed = Placement(B, HKV, S // 16, device)
+    placed.rows.copy_(nth)
+    placed.missing.copy_(nth)
+    placed.n_missing.fill_(S // 16)
+    tokens = 16 * nth + torch.randint(16, nth.shape, dtype=torch.int32, device=device)
+    seconds = step_seconds(lambda: fetch(cache.kv, placed, host, None, tokens, cache.seq_lens), 5,
+                           device)
+    return nth.numel() * host.row_bytes(cache.seq_lens) / seconds
 
 
 @dataclass(kw_only=True)
@@ -664,23 +711,29 @@ class Prompts(RandomText):
     prompts: list
 
     @staticmethod
-    def of(args, device):
-        """The prompts that a command line asks for: cut from --data, or key-value questions."""
+    def of(args, modes, device):
+        """The prompts that a command line asks for, cut from --data, or key-value questions: yields
+        those of one of --shapes after the other."""
         model, tokenizer, checkpoint = load(args.checkpoint, device, default_dtype(device))
-        model.config = replace(model.config, eos_ids=())  # all rows of a batch go on to the end
-        sizes = parse_sizes("shapes", args.shapes or "32x4000", "32x4000")
-        if len(sizes) > 1:
-            raise ValueError(f"shapes={args.shapes}: one BxS with --checkpoint")
-        (B, S), = sizes
-        if args.data:
-            data, texts = texts_of(args.data)
-            prompts = text_windows(tokenizer, texts, S - len(tokenizer.prefix), B)
-        else:
-            data, items = "key-value retrieval", generated_items(tokenizer, kv_document, [S], B)
-            prompts = [item["prompt"] for item in items]
-        predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT, "predicted")
-        return Prompts(name=checkpoint.name, model=model, B=len(prompts), S=S, device=device, weights="trained", data=data,
-                       predictable=predictable, checkpoint=checkpoint, prompts=prompts)
+        # all rows of a batch go on to the end
+        model.config = replace(model.config, eos_ids=())
+        load_maps(checkpoint, model.config, DSConfig(), device)  # calibrates, if nobody has
+        channels = checkpoint / "channels.safetensors"
+        mode = "predicted" if "offload_predicted" in modes else "exact"
+        source = partial(Prompts, name=checkpoint.name, model=model, device=device,
+                         weights="trained", checkpoint=checkpoint,
+                         predictable=predictable_layers(channels, MIN_AGREEMENT, mode))
+        data, texts = texts_of(args.data) if args.data else ("key-value retrieval", None)
+        windows = {}  # of each length, all that the text has: cutting takes longer than decoding
+        for B, S in parse_sizes("shapes", args.shapes or "32x4000", "32x4000,1x4000"):
+            if texts and S not in windows:
+                windows[S] = text_windows(tokenizer, texts, S - len(tokenizer.prefix))
+            if texts:
+                prompts = spread(windows[S], B)
+            else:
+                items = generated_items(tokenizer, kv_document, [S], B)
+                prompts = [item["prompt"] for item in items]
+            yield source(B=len(prompts), S=S, data=data, prompts=prompts)
 
     def decode(self, size, steps, config, cache_type):
         model = self.model
@@ -688,100 +741,141 @@ class Prompts(RandomText):
         cache = cache_type(model.config, self.B, size, self.device, model.dtype, config, maps)
         step = DecodeStep(model, cache)
         result = generate(step, self.prompts, steps)
-        logits = model.decode(step.tokens, step.views[cache.sparse_at(self.S + steps)])
+        sparse = cache.sparse_at(self.S + steps)
+        cache.sparse_steps += sparse  # one more, outside the graph
+        logits = model.decode(step.tokens, step.views[sparse])
         return cache, statistics.median(result.step_s), torch.tensor(result.token_ids), logits
 
 
-def offload_rows(source, modes, configs, budgets, ahead, steps, packed=True):
-    """The rows of results/offload.jsonl of one source of K and V. configs: a row of gpu and of each way to offload for each;
-    budgets: resident tokens, a row for each, in multiples of the tokens attended; ahead: KV heads prefetched, likewise, None for
-    the default; packed: as OffloadCache's."""
-    model, B, S, device = source.model, source.B, source.S, source.device
-    c, size = model.config, S + steps + WARM_UP
-    runs = [("flexgen", None, {})] + [("gpu", config, {}) for config in configs]
+def offload_runs(source, modes, configs, budgets, ahead, size, packed):
+    """(mode, DSConfig or None, options of an OffloadCache) of each row; see offload_rows."""
+    c, B, dtype, device = source.model.config, source.B, source.model.dtype, source.device
+    runs = [("flexgen", None, {"packed": False})]
+    runs += [("flexgen_packed", None, {"packed": True})] if packs(c.head_dim, dtype) else []
+    runs += [("gpu", config, {}) for config in configs]
     for config, budget in itertools.product(configs, budgets):
-        resident = {"resident_tokens": math.ceil(budget * config.budget(size)), "packed": packed}
+        resident = math.ceil(budget * config.budget(size))
+        options = {"resident_tokens": resident, "packed": packed}
         for heads in ahead:
-            heads = idle_heads(c, B, config.budget(size), model.dtype, device, packed) if heads is None else heads
-            runs += [("offload", config, resident | {"prefetch_heads": heads})]
-        runs += [("offload_predicted", config, resident | {"mode": "predicted"})]
-    rows, outs, host, copy_speed = [], {}, None, None
-    for mode, config, options in [run for run in runs if run[0] in modes]:
-        row = {"bench": "offload", "model": source.name, "weights": source.weights, "data": source.data, "B": B, "S": S,
-               "mode": mode, "config": config and asdict(config), "resident_tokens": options.get("resident_tokens"),
-               "prefetch_heads": options.get("prefetch_heads"), "ms_per_step": None,
-               "dtype": str(model.dtype).removeprefix("torch."), "steps": min(steps, 10) if mode == "flexgen" else steps}
-        row |= {"packed": packed and packs(c.head_dim, model.dtype)} if options else {}
+            if heads is None:
+                heads = idle_heads(c, B, config.budget(size), dtype, device, packed)
+            runs.append(("offload", config, options | {"prefetch_heads": heads}))
+        runs.append(("offload_predicted", config, options | {"mode": "predicted"}))
+    return [run for run in runs if run[0] in modes]
+
+
+def offload_rows(source, modes, configs, budgets, ahead, steps, packed=True, pool=None):
+    """The rows of results/offload.jsonl of one source of K and V. configs: a row of gpu and of each
+    way to offload for each; budgets: resident tokens, a row for each, in multiples of the tokens
+    attended; ahead: KV heads prefetched, likewise, None for the default; packed: as OffloadCache's;
+    pool: a PinnedPool."""
+    model, B, S, device = source.model, source.B, source.S, source.device
+    c, size, dtype = model.config, S + steps + WARM_UP, model.dtype
+    pool, rows, outs, copy_speed = pool or PinnedPool(), [], {}, None
+    on_gpu = device != "cpu"
+    for mode, config, options in offload_runs(source, modes, configs, budgets, ahead, size, packed):
+        streams = mode in ("flexgen", "flexgen_packed")
+        row = {"bench": "offload", "model": source.name, "weights": source.weights,
+               "data": source.data, "B": B, "S": S, "mode": "flexgen" if streams else mode,
+               "config": config and asdict(config), "dtype": str(dtype).removeprefix("torch."),
+               "resident_tokens": options.get("resident_tokens"),
+               "prefetch_heads": options.get("prefetch_heads"),
+               "packed": options.get("packed", False) and packs(c.head_dim, dtype),
+               "steps": min(steps, FLEXGEN_STEPS) if streams else steps, "ms_per_step": None}
         with measured(row, device):
-            cache_type = KVCache if mode == "gpu" else partial(OffloadCache, **options, predictable=source.predictable)
+            cache_type = KVCache
+            if mode != "gpu":
+                cache_type = partial(OffloadCache, **options, predictable=source.predictable)
             check_fit(model, B, size, config, device, cache_type)
             if mode != "gpu":
-                if host is None:  # pinned once, for all modes
-                    check_host_memory(free_host_bytes(), c, B, size, model.dtype)
-                    shape = (B, c.n_kv_heads, size, 2, c.head_dim)
-                    host = host_layers(c.n_layers, shape, model.dtype, torch.device(device))
-                    copy_speed = host_bandwidth(host[0], device) if device != "cpu" else None
+                host = pool.layers(c, B, size, dtype, device)
+                copy_speed = copy_speed or (host_bandwidth(host[0], device) if on_gpu else None)
                 cache_type = partial(cache_type, host=host)
             cache, seconds, *out = source.decode(size, row["steps"], config, cache_type)
-            row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds, "gpu_kv_bytes": cache.kv_bytes(),
-                    "gpu_label_bytes": cache.label_bytes()} | cache.statistics()
+            row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds,
+                    "gpu_kv_bytes": cache.kv_bytes(), "gpu_label_bytes": cache.label_bytes()}
+            row |= cache.statistics()
             if mode == "gpu":
                 outs[config.dense_layers] = out
-            if config and mode != "gpu" and config.dense_layers in outs:  # of the predicted mode, too: how far it is from exact
+            elif config and config.dense_layers in outs:
+                # of the predicted mode, too: how far it is from exact
                 tokens, logits = outs[config.dense_layers]
-                row["same_tokens"] = torch.equal(out[0], tokens)
-                row["logit_error"] = ((out[1] - logits).float().norm() / logits.float().norm()).item()
+                error = (out[1] - logits).float().norm() / logits.float().norm()
+                row |= {"same_tokens": torch.equal(out[0], tokens), "logit_error": error.item()}
             if mode != "gpu":
                 row |= {"pcie_gbps": row["pcie_bytes_per_step"] / seconds / 1e9,
                         "pcie_copy_gbps": copy_speed and copy_speed / 1e9}
-        cache = None
+            if config and mode != "gpu" and on_gpu:
+                row["pcie_gather_gbps"] = gather_bandwidth(cache, device) / 1e9
+        cache = cache_type = host = None
         rows.append(row | provenance(device))
-    flexgen = next((r["ms_per_step"] for r in rows if r["mode"] == "flexgen"), None)
-    for row in rows:
-        wrong = row["mode"] == "offload" and (row.get("same_tokens") is False or row.get("logit_error", 0) > 1e-3)
-        row["speedup_vs_flexgen"] = flexgen / row["ms_per_step"] if flexgen and row["ms_per_step"] and not wrong else None
+    add_speedups(rows)
     return rows
+
+
+def add_speedups(rows):
+    """To the rows of one source: over streaming, whole and packed, if a row is right."""
+    for row in rows:
+        wrong = row["mode"] == "offload" and (row.get("same_tokens") is False
+                                              or row.get("logit_error", 0) > 1e-3)
+        for name, packed in (("flexgen", False), ("flexgen_packed", True)):
+            other = next((r["ms_per_step"] for r in rows
+                          if r["mode"] == "flexgen" and r["packed"] == packed), None)
+            known = other and row["ms_per_step"] and not wrong
+            row[f"speedup_vs_{name}"] = other / row["ms_per_step"] if known else None
 
 
 def run_offload(args, device):
     """Yields the rows of the shapes asked for, one shape's at a time."""
-    modes = args.modes or OFFLOAD_MODES
+    modes, pool = args.modes or OFFLOAD_MODES, PinnedPool()
     configs = [DSConfig(dense_layers=n, dense_below=0) for n in args.dense_layers]
-    options = args.budgets, args.prefetch_heads or [None], args.steps, not args.no_pack
-    if args.checkpoint:
-        yield offload_rows(Prompts.of(args, device), modes, configs, *options)
-        return
-    if device == "cpu":
+    if device == "cpu" and not args.checkpoint:
         configs = [replace(config, min_tokens=64) for config in configs]
-    settings = [(*row, modes) for row in OFFLOADS]
-    for model, (name, B, S, of_shape) in model_shapes(args, device, settings, modes, "1x131072"):
-        yield offload_rows(RandomText(name=name, model=model, B=B, S=S, device=device), of_shape, configs, *options)
+    options = args.budgets, args.prefetch_heads or [None], args.steps, not args.no_pack, pool
+    if args.checkpoint:
+        for source in Prompts.of(args, modes, device):
+            yield offload_rows(source, modes, configs, *options)
+        return
+    settings = [(*row[:3], args.modes or row[3]) for row in OFFLOADS]
+    shapes = model_shapes(args, device, settings, modes, "1x131072")
+    for model, (name, B, S, of_shape) in shapes:
+        source = RandomText(name=name, model=model, B=B, S=S, device=device)
+        yield offload_rows(source, of_shape, configs, *options)
+
+
+OFFLOAD_COLUMNS = [
+    "model", "B, S", "mode", "ms per step", "tokens/s", "over flexgen", "over flexgen, packed",
+    "PCIe: MB per step", "of it ahead", "GB/s, of a gather's or copy's", "tokens on the GPU",
+    "agreement", "rows not packed", "same tokens, logits as gpu", "GPU GiB: K and V",
+    "labels, maps", "host GiB"]
 
 
 def offload_table(rows):
     """Rows of results/offload.jsonl -> Markdown."""
-    lines = ["| model | B, S | mode | ms per step | tokens/s | over flexgen | PCIe: MB per step | of it ahead | GB/s | tokens on "
-             "the GPU | agreement | same tokens, logits as gpu | GPU GiB: K and V | labels, maps | host GiB |", "|---" * 15 + "|"]
+    lines = [f"| {' | '.join(OFFLOAD_COLUMNS)} |", "|---" * len(OFFLOAD_COLUMNS) + "|"]
     for r in rows:
         def cell(name, form, unit="", scale=1, r=r):
             return "-" if r.get(name) is None else f"{r[name] / scale:{form}}{unit}"
 
-        time = "out of memory" if "error" in r else cell("ms_per_step", ".2f")
-        share = f" ({r['pcie_gbps'] / r['pcie_copy_gbps']:.0%} of a copy)" if r.get("pcie_copy_gbps") else ""
-        aside = r["prefetched_bytes_per_step"] / r["pcie_copy_gbps"] / 1e6 if share and r.get("prefetched_bytes_per_step") else 0
+        alone = r.get("pcie_gather_gbps") or r.get("pcie_copy_gbps")
+        share = f" ({r['pcie_gbps'] / alone:.0%} of {alone:.1f})" if alone else ""
         error = f", {r['logit_error']:.0e}" if "logit_error" in r else ""
-        same = {None: "-", True: "yes", False: "no"}[r.get("same_tokens")] + error
         maps = r.get("gpu_label_bytes", 0) + r.get("slot_map_bytes", 0)
-        reference = " (CPU reference)" if "CPU" in r["gpu"] else ""
-        data = f", {r['data']}" if r.get("data") else ""
-        lines.append(f"| {r['model']}{data}{reference} | {r['B']}, {r['S']} | {mode_name(r)} | {time} | "
-                     f"{cell('tokens_per_s', '.1f')} | {cell('speedup_vs_flexgen', '.1f', 'x')} | "
-                     f"{cell('pcie_bytes_per_step', '.1f', scale=1e6)} | "
-                     f"{cell('prefetched_bytes_per_step', '.1f', scale=1e6)}{f' ({aside:.1f} ms)' if aside else ''} | "
-                     f"{cell('pcie_gbps', '.1f')}{share} | "
-                     f"{cell('hit_rate', '.0%')} | {cell('agreement', '.0%')} | {same} | "
-                     f"{cell('gpu_kv_bytes', '.2f', scale=2**30)} | {maps / 2**30:.2f} | "
-                     f"{cell('host_bytes', '.1f', scale=2**30)} |")
+        cells = [
+            r["model"] + (f", {r['data']}" if r.get("data") else "")
+            + (" (CPU reference)" if "CPU" in r["gpu"] else ""),
+            f"{r['B']}, {r['S']}", mode_name(r),
+            "out of memory" if "error" in r else cell("ms_per_step", ".2f"),
+            cell("tokens_per_s", ".1f"), cell("speedup_vs_flexgen", ".1f", "x"),
+            cell("speedup_vs_flexgen_packed", ".1f", "x"),
+            cell("pcie_bytes_per_step", ".1f", scale=1e6),
+            cell("prefetched_bytes_per_step", ".1f", scale=1e6), cell("pcie_gbps", ".1f") + share,
+            cell("hit_rate", ".0%"), cell("agreement", ".0%"),
+            cell("as_is", ".1%") if r.get("packed") else "-",
+            {None: "-", True: "yes", False: "no"}[r.get("same_tokens")] + error,
+            cell("gpu_kv_bytes", ".2f", scale=2**30), f"{maps / 2**30:.2f}",
+            cell("host_bytes", ".1f", scale=2**30)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -881,10 +975,10 @@ def main():
     steps.add_argument("--modes", nargs="+", choices=(*MODES, *OFFLOAD_MODES),
                        help="of generate: prefill; decode steps as gpt-fast's, dense, or Double Sparsity as generate.py has it "
                             "(gpt_fast compiles for about a minute per shape); of offload: all K and V streamed as FlexGen "
-                            "does, Double Sparsity with K and V on the GPU, with them in host memory, and then attending to "
-                            "what was predicted of each layer (default: all)")
+                            "does, likewise but packed, Double Sparsity with K and V on the GPU, with them in host memory, and "
+                            "then attending to what was predicted of each layer (default: all, or the README's)")
     steps.add_argument("--steps", type=Number(int, 1), default=50,
-                       help="steps timed, the median counts; of flexgen at most 10 (default %(default)s)")
+                       help="steps timed, the median counts; of flexgen at most 3 (default %(default)s)")
     steps.add_argument("--dense_layers", type=Number(int, 0), nargs="+", default=[DSConfig.dense_layers, 0],
                        help="of ds, gpu and offload, a row for each (default %(default)s)")
     steps.add_argument("--dense_below", type=Number(int, 0), default=DSConfig.dense_below,

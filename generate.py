@@ -33,8 +33,9 @@ from cli import (
 )
 from convert_hf import convert
 from ds_attention import DSConfig
+from host_memory import check_host_memory, free_host_bytes
 from model import KVCache, ModelConfig, check_memory, load_label_maps, load_model, open_tensors
-from offload import MIN_AGREEMENT, MODES, OffloadCache, check_host_memory, free_host_bytes, predictable_layers
+from offload import MIN_AGREEMENT, MODES, OffloadCache, predictable_layers
 from tiny.tasks import kv_answer, kv_prompt, random_kv
 from tokenizer import Tokenizer, read_text
 

@@ -1,18 +1,86 @@
-"""Host memory that the GPU reads and writes, and a layer's K and V in it, as they are or packed.
+"""Host memory that the GPU reads and writes: how much there is, and a layer's K and V in it, as
+they are or packed.
 
 Plain torch functions named _ref are the specification; kernels do the same on a GPU and, with
 TRITON_INTERPRET=1, on a CPU. Shapes follow the key at the top of ds_attention.py.
 """
 import math
 import mmap
+import time
 import weakref
 from contextlib import suppress
 from copy import copy
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from tqdm import tqdm
+
+
+# ---------------------------------------------------------------- memory
+
+
+def free_host_bytes():
+    """Memory that this process may still take: the machine's, or what its control group allows. A
+    group that allows more than the machine has is believed: virtual machines are given memory as
+    they use it, and host_layers looks again."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(meminfo[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    with suppress(OSError, ValueError):  # no control group, or one without a limit
+        own = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
+        group = Path("/sys/fs/cgroup" + own)
+        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(files["inactive_file"])
+        limit = int((group / "memory.max").read_text())
+        free = limit - used if limit > total else min(free, limit - used)
+    return free
+
+
+def wait_for_memory(nbytes, seconds=10):
+    """Waits until the machine has so much available, as one may that is given memory as it uses it.
+    Raises ValueError after some seconds in which nothing came."""
+    def available():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
+
+    most, until = available(), time.monotonic() + seconds
+    while most < nbytes:
+        time.sleep(0.1)
+        if (now := available()) > most:
+            most, until = now, time.monotonic() + seconds
+        if time.monotonic() > until:
+            raise ValueError(f"{nbytes / 2**30:.1f} GiB of host memory are wanted next, and "
+                             f"{most / 2**30:.1f} available; take a shorter --max_seq_length or a "
+                             "smaller batch")
+
+
+def check_host_memory(free, config, batch, max_seq_length, dtype, ds=None):
+    """Raises ValueError, naming what would fit, if `free` bytes of host memory are too few for K
+    and V."""
+    layers = offloaded_layers(config, ds)
+    token = layers * config.n_kv_heads * 2 * config.head_dim * dtype.itemsize
+    need = batch * max_seq_length * token
+    if need <= free:
+        return
+    options = []
+    if batch * token <= free:
+        options.append(f"--max_seq_length {free // (batch * token)}")
+    if batch > 1 and max_seq_length * token <= free:
+        options.append(f"a batch of {free // (max_seq_length * token)}")
+    raise ValueError(
+        f"max_seq_length={max_seq_length} for a batch of {batch} needs {need / 2**30:.1f} GiB of "
+        f"host memory for K and V of {layers} layers, {free / 2**30:.1f} are available; "
+        f"{' or '.join(options) or 'nothing'} would fit")
+
+
+def offloaded_layers(config, ds):
+    """How many of the model's layers have their K and V in host memory: the last ones."""
+    layers = config.n_layers - (ds.dense_layers if ds else 0)
+    if layers < 1:
+        raise ValueError(f"dense_layers={ds.dense_layers}: of {config.n_layers} layers none is "
+                         "left to offload")
+    return layers
 
 
 def host_tensor(shape, dtype, device):
@@ -28,6 +96,7 @@ def host_tensor(shape, dtype, device):
         memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
     if device.type == "cuda":
+        tensor.zero_()  # by all cores: to pin memory that is there takes a third of the time
         cudart = torch.cuda.cudart()
         error = cudart.cudaHostRegister(tensor.data_ptr(), nbytes, 0)
         if int(error):
@@ -38,10 +107,16 @@ def host_tensor(shape, dtype, device):
 
 
 def host_layers(count, shape, dtype, device):
-    """K and V of that many layers, a host_tensor each. Pinning takes about 0.6 s per GiB."""
-    bar = tqdm(range(count), desc="pinning host memory", unit="layer", leave=False, delay=2)
-    return [host_tensor(shape, dtype, device) for _ in bar]
+    """K and V of that many layers, a host_tensor each. Pinning takes about 0.1 s per GiB."""
+    layers, nbytes = [], math.prod(shape) * dtype.itemsize
+    for _ in tqdm(range(count), desc="pinning host memory", unit="layer", leave=False, delay=2):
+        if device.type == "cuda":
+            wait_for_memory(nbytes)
+        layers.append(host_tensor(shape, dtype, device))
+    return layers
 
+
+# ---------------------------------------------------------------- rows
 
 PACKED = 12 / 16  # of its bytes a row takes that is packed
 
@@ -56,21 +131,26 @@ class HostRows:
     fewer bytes go over PCIe.
 
     Packing loses nothing: 8 bits are sign and mantissa, 4 say by how much an exponent is less than
-    the largest of its row of K or of V. So a token takes 3D / 4 words of 32 bits, the first of the
-    D there is room for: D / 4 of eight values' 4 bits, D / 4 of the 8 bits of the first four of
-    them, D / 4 of the others'. `tops` [B, HKV, S] int16, on the GPU, holds both largest exponents,
-    K's in 7 bits, from 64 on. -1 for a token where that one is out of range, or exponents are too
-    far apart, some 3 in 100 tokens: its row lies there as it is. """
+    the largest of its row of K or of V. So a token takes 3D / 4 words of 32 bits: D / 4 of eight
+    values' 4 bits, D / 4 of the 8 bits of the first four of them, D / 4 of the others'. They lie
+    side by side in `words` [B, HKV, S, 3D / 4], and behind them in kv's memory is `rest`
+    [B, HKV, S, D / 4], used by rows that do not pack: 1 to 3 in 100, of which an exponent is too
+    small, or K's largest out of range. Such a row is in both, as it is. `tops` [B, HKV, S] int16,
+    on the GPU, holds both largest exponents, K's in 7 bits, from 64 on; -1: a row as it is. """
 
     def __init__(self, kv, device, packed):
-        self.kv, self.tops = kv, None
-        if packed and packs(kv.shape[4], kv.dtype):
-            self.tops = torch.full(kv.shape[:3], -1, dtype=torch.int16, device=device)
+        (B, HKV, S, _, D), self.kv, self.tops = kv.shape, kv, None
+        if packed and packs(D, kv.dtype):
+            self.tops = torch.full((B, HKV, S), -1, dtype=torch.int16, device=device)
+            all_words, tokens = kv.view(-1).view(torch.int32), B * HKV * S
+            parts = all_words.split([tokens * 3 * D // 4, tokens * D // 4])
+            self.words, self.rest = (part.view(B, HKV, S, -1) for part in parts)
 
     def sequence(self, b):
-        """What there is of one sequence, as a view."""
+        """What there is of one sequence, packed, as a view."""
         view = copy(self)
-        view.kv, view.tops = self.kv[b : b + 1], self.tops[b : b + 1]
+        parts = self.tops, self.words, self.rest
+        view.tops, view.words, view.rest = (x[b : b + 1] for x in parts)
         return view
 
     def read(self, b, rows, kernels):
@@ -101,14 +181,29 @@ class HostRows:
     def map_bytes(self):
         return 0 if self.tops is None else self.tops.nbytes
 
+    def streamed(self):
+        """What of it a step copies that takes all of it."""
+        return self.kv if self.tops is None else self.words
+
+    def streamed_to(self, words, kv):
+        """kv [B, HKV, S, 2, D] after unpacking there `words`, a copy of streamed(); rows as they
+        are are completed from the host."""
+        there = copy(self)
+        there.words = words
+        for b in range(len(kv)):
+            there.read(b, kv[b : b + 1], kv.is_cuda)
+        return kv
+
+    def as_is(self, seq_lens):
+        """The share of live tokens' rows that are not packed."""
+        if self.tops is None:
+            return 1.0
+        live = torch.arange(self.tops.shape[2], device=seq_lens.device) < seq_lens[:, None, None]
+        return (((self.tops < 0) & live).sum() / (live.sum() * self.tops.shape[1])).item()
+
     def row_bytes(self, seq_lens):
         """What a token of one KV head is over PCIe, on average over the live ones."""
-        whole = self.kv[0, 0, 0].nbytes
-        if self.tops is None:
-            return whole
-        live = torch.arange(self.tops.shape[2], device=seq_lens.device) < seq_lens[:, None, None]
-        as_is = ((self.tops < 0) & live).sum() / (live.sum() * self.tops.shape[1])
-        return whole * (PACKED + (1 - PACKED) * as_is.item())
+        return self.kv[0, 0, 0].nbytes * (PACKED + (1 - PACKED) * self.as_is(seq_lens))
 
 
 def pack_ref(host, rows, ends):
@@ -133,24 +228,25 @@ def pack_ref(host, rows, ends):
         at = slice(int(ends[b]) - T, int(ends[b]))
         both = (tops[b, ..., 0] - 64 << 8) + tops[b, ..., 1]
         host.tops[b, :, at] = torch.where(fit[b], both, -1).to(torch.int16)
-        host.kv[b, :, at] = words[b].view(torch.bfloat16).view(HKV, T, 2, D).to(host.kv.device)
+        of_row = words[b].to(host.kv.device)
+        host.words[b, :, at], host.rest[b, :, at] = of_row.split([3 * D // 4, D // 4], 2)
 
 
 def unpack_ref(host, b, h, tokens):
     """Rows [n, 2, D] of tokens [n] int64, of sequences b and KV heads h [n]."""
-    D = host.kv.shape[4]
-    top, rows = host.tops[b, h, tokens].int(), host.kv[b, h, tokens]
-    words = rows.view(torch.int32).view(-1, 4, D // 4)
-    shifts = torch.arange(8, device=words.device)
+    D, at = host.kv.shape[4], (b, h, tokens)
+    top, words = host.tops[at].int(), host.words[at]
+    whole = torch.cat([words, host.rest[at]], 1).view(torch.bfloat16).view(-1, 2, D)
+    words, shifts = words.view(-1, 3, D // 4), torch.arange(8, device=words.device)
     codes = (words[:, 0, :, None] >> 4 * shifts & 15).view(-1, 2, D)
-    bytes_ = (words[:, 1:3, :, None] >> 8 * shifts[:4] & 255).permute(0, 2, 1, 3).reshape(-1, 2, D)
+    bytes_ = (words[:, 1:, :, None] >> 8 * shifts[:4] & 255).permute(0, 2, 1, 3).reshape(-1, 2, D)
     exponents = torch.stack([64 + (top >> 8), top & 255], 1)[..., None] - codes
     v = (bytes_ & 128) << 8 | exponents << 7 | bytes_ & 127
-    return torch.where((top < 0)[:, None, None], rows, v.to(torch.int16).view(torch.bfloat16))
+    return torch.where((top < 0)[:, None, None], whole, v.to(torch.int16).view(torch.bfloat16))
 
 
 @triton.jit
-def _pack_kernel(rows, ends, host, tops, T, S, r_sb, r_sh, r_st, HKV, D: tl.constexpr,
+def _pack_kernel(rows, ends, words, rest, tops, T, S, r_sb, r_sh, r_st, HKV, D: tl.constexpr,
                  BLOCK: tl.constexpr, TOKENS: tl.constexpr):
     row = tl.program_id(1)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -167,12 +263,15 @@ def _pack_kernel(rows, ends, host, tops, T, S, r_sb, r_sh, r_st, HKV, D: tl.cons
     codes = tl.where(mask, tl.where(of_k, top_k[:, None], top_v[:, None]) - exponents, 0)
     fit = (tl.max(codes, 1) < 16) & (top_k >= 64) & (top_k < 192)
     tl.store(tops + at, tl.where(fit, ((top_k - 64) << 8) + top_v, -1).to(tl.int16), mask=t < T)
-    whole = host.to(tl.pointer_type(tl.int16), bitcast=True) + (at * 2 * D)[:, None] + offs[None, :]
+    halves = tl.pointer_type(tl.int16)
+    early = words.to(halves, bitcast=True) + (at * (D // 2 * 3))[:, None] + offs[None, :]
+    late = rest.to(halves, bitcast=True) + (at * (D // 2))[:, None] + offs[None, :] - D // 2 * 3
+    whole = tl.where((offs < D // 2 * 3)[None, :], early, late)
     tl.store(whole, v, mask=mask & (fit == 0)[:, None])
     byte = (((bits >> 8) & 128) | (bits & 127)) << (8 * (offs % 4))[None, :]
     codes = (codes & 15) << (4 * (offs % 8))[None, :]
     first = ((offs % 8) < 4)[None, :]
-    to = host + (at * D)[:, None] + g[None, :]
+    to = words + (at * (D // 4 * 3))[:, None] + g[None, :]
     inside = ((t < T) & fit)[:, None] & (g < D // 4)[None, :]
     EIGHTS: tl.constexpr = (TOKENS, BLOCK // 8, 8)
     tl.store(to, tl.sum(tl.reshape(codes, EIGHTS), 2), mask=inside)
@@ -186,9 +285,9 @@ def pack(host, rows, ends):
     assert rows.stride(3) == D and rows.stride(4) == 1
     tokens = min(16, triton.next_power_of_2(T))
     _pack_kernel[(triton.cdiv(T, tokens), B * HKV)](
-        rows=rows.view(torch.int16), ends=ends, host=host.kv.view(torch.int32), tops=host.tops, T=T,
-        S=host.kv.shape[2], r_sb=rows.stride(0), r_sh=rows.stride(1), r_st=rows.stride(2), HKV=HKV,
-        D=D, BLOCK=triton.next_power_of_2(2 * D), TOKENS=tokens)
+        rows=rows.view(torch.int16), ends=ends, words=host.words, rest=host.rest, tops=host.tops,
+        T=T, S=host.kv.shape[2], r_sb=rows.stride(0), r_sh=rows.stride(1), r_st=rows.stride(2),
+        HKV=HKV, D=D, BLOCK=triton.next_power_of_2(2 * D), TOKENS=tokens)
 
 
 @triton.jit
@@ -202,17 +301,18 @@ def _pair(codes, bytes, exponents, N: tl.constexpr):
 
 
 @triton.jit
-def unpacked(host, tops, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
+def unpacked(words, rest, tops, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
     """The rows at `at`, int64 [any], as words of two values, int32 [any, BLOCK]."""
     g, offs = tl.arange(0, BLOCK // 4), tl.arange(0, BLOCK)
     top = tl.load(tops + at, mask=mask, other=0).to(tl.int32)
     packed = (mask & (top >= 0))[:, None] & (g < D // 4)[None, :]
-    words = host + (at * D)[:, None]
-    codes = tl.load(words + g[None, :], mask=packed, other=0)
-    first = tl.load(words + D // 4 + g[None, :], mask=packed, other=0)
-    second = tl.load(words + D // 2 + g[None, :], mask=packed, other=0)
-    as_is = (mask & (top < 0))[:, None] & (offs < D)[None, :]
-    whole = tl.load(words + offs[None, :], mask=as_is, other=0)
+    of_row = words + (at * (D // 4 * 3))[:, None]
+    codes = tl.load(of_row + g[None, :], mask=packed, other=0)
+    first = tl.load(of_row + D // 4 + g[None, :], mask=packed, other=0)
+    second = tl.load(of_row + D // 2 + g[None, :], mask=packed, other=0)
+    late = rest + (at * (D // 4))[:, None] + offs[None, :] - D // 4 * 3
+    whole = tl.load(tl.where((offs < D // 4 * 3)[None, :], of_row + offs[None, :], late),
+                    mask=(mask & (top < 0))[:, None] & (offs < D)[None, :], other=0)
     exponents = tl.where((g < D // 8)[None, :], 64 + (top >> 8)[:, None], (top & 255)[:, None])
     evens = tl.join(_pair(codes, first, exponents, 0), _pair(codes, second, exponents, 4))
     odds = tl.join(_pair(codes, first, exponents, 2), _pair(codes, second, exponents, 6))
@@ -221,11 +321,11 @@ def unpacked(host, tops, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _unpack_kernel(host, tops, rows, T, S, r_sh, D: tl.constexpr, BLOCK: tl.constexpr,
+def _unpack_kernel(words, rest, tops, rows, T, S, r_sh, D: tl.constexpr, BLOCK: tl.constexpr,
                    TOKENS: tl.constexpr):
     offs, h = tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    found = unpacked(host, tops, h * S + t, t < T, D, BLOCK)
+    found = unpacked(words, rest, tops, h * S + t, t < T, D, BLOCK)
     to = rows + h * r_sh + t[:, None] * D + offs[None, :]
     tl.store(to, found, mask=(t < T)[:, None] & (offs < D)[None, :])
 
@@ -234,8 +334,8 @@ def unpack(host, rows):
     """The first T rows of the one sequence in host, into rows [1, HKV, T, 2, D] with tokens side by
     side."""
     _, HKV, T, _, D = rows.shape
-    assert rows.stride(2) == 2 * D and len(host.kv) == 1
+    assert rows.stride(2) == 2 * D and len(host.words) == 1
     rows = rows.view(torch.int32)
     _unpack_kernel[(triton.cdiv(T, 32), HKV)](
-        host=host.kv.view(torch.int32), tops=host.tops, rows=rows, T=T, S=host.kv.shape[2],
+        words=host.words, rest=host.rest, tops=host.tops, rows=rows, T=T, S=host.kv.shape[2],
         r_sh=rows.stride(1), D=D, BLOCK=triton.next_power_of_2(D), TOKENS=32)

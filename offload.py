@@ -26,67 +26,28 @@ the paper's way, which is not exact. Layer l is chosen as soon as layer l - 1 ha
 third stream, while tokens of layer l - 1 are still on their way. So even and odd layers have their
 own overflow rows and results of a choice.
 
-Without a DSConfig every layer's K and V are streamed whole through two buffers, for dense attention
-(as FlexGen does): the baseline.
+Without a DSConfig all K and V, as they are or packed, are streamed through two buffers, for dense
+attention, as FlexGen does: the baseline.
 """
-from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
 from ds_attention import Workspace, attend, attend_ref, dense_decode, select_tokens, write_labels
-from host_memory import PACKED, HostRows, host_layers, pack, pack_ref, packs, unpack_ref, unpacked
+from host_memory import (
+    PACKED, HostRows, host_layers, offloaded_layers, pack, pack_ref, packs, unpack_ref, unpacked
+)
 from model import KVCache, LayerCache, open_tensors
 
-# ---------------------------------------------------------------- what the host does
-
-
-def free_host_bytes():
-    """Memory that this process may still take: the machine's, or what its control group allows."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    with suppress(OSError, ValueError):  # no control group, or one without a limit
-        group = Path("/sys/fs/cgroup")
-        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(files["inactive_file"])
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    return free
-
-
-def check_host_memory(free, config, batch, max_seq_length, dtype, ds=None):
-    """Raises ValueError, naming what would fit, if `free` bytes of host memory are too few for K
-    and V."""
-    layers = offloaded_layers(config, ds)
-    token = layers * config.n_kv_heads * 2 * config.head_dim * dtype.itemsize
-    need = batch * max_seq_length * token
-    if need <= free:
-        return
-    options = []
-    if batch * token <= free:
-        options.append(f"--max_seq_length {free // (batch * token)}")
-    if batch > 1 and max_seq_length * token <= free:
-        options.append(f"a batch of {free // (max_seq_length * token)}")
-    raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs {need / 2**30:.1f} GiB of host memory "
-                     f"for K and V of {layers} layers, {free / 2**30:.1f} are available; "
-                     f"{' or '.join(options) or 'nothing'} would fit")
-
-
-def offloaded_layers(config, ds):
-    """How many of the model's layers have their K and V in host memory: the last ones."""
-    layers = config.n_layers - (ds.dense_layers if ds else 0)
-    if layers < 1:
-        raise ValueError(f"dense_layers={ds.dense_layers}: of {config.n_layers} layers none is left to offload")
-    return layers
+# ---------------------------------------------------------------- streams
 
 
 class SideStream:
-    """Work beside the current stream; on a CPU what is called is done, and nothing runs beside
-    anything."""
+    """Work beside the current stream; on a CPU what is called is done at once."""
 
     def __init__(self, device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -117,13 +78,10 @@ class SideStream:
 
 # ---------------------------------------------------------------- resident tokens
 
-# resolves since a slot was last used that replacement tells apart: two a step where tokens are
-# fetched ahead
-AGES = 64
-# What a Resident counts, of each row and KV head: tokens selected, and of them fetched when that
-# was known, in so many steps, and those that were selected and cut off; tokens predicted, those
-# selected thereafter, and those fetched ahead. Without the newest token; predicted and confirmed
-# also without the others that are attended in any case.
+AGES = 64  # resolves since a slot was last used that replacement tells apart: one or two a step
+# What a Resident counts, of each row and KV head: tokens selected, of them fetched when that was
+# known, in so many steps, and cut off; tokens predicted, of them selected thereafter, and fetched
+# ahead. Without the newest token; predicted, confirmed also without others attended in any case.
 COUNTS = ("selected", "fetched", "steps", "cut", "predicted", "confirmed", "prefetched")
 SELECTED, FETCHED, STEPS, CUT, PREDICTED, CONFIRMED, PREFETCHED = map(tl.constexpr, range(7))
 
@@ -154,8 +112,7 @@ class Resident:
         self.counts.zero_()
 
     def maps(self):
-        others = "kv", "first", "overflow"
-        return {name: x for name, x in vars(self).items() if name not in others}
+        return {name: x for name, x in vars(self).items() if torch.is_tensor(x) and name != "kv"}
 
     def of_heads(self, heads):
         """What there is of the first so many KV heads, as a view."""
@@ -183,9 +140,8 @@ def resolve_ref(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, re
     chosen: as from select_tokens, of the first KV heads, or of all: indices [B, heads, capacity]
     int32, distinct, of which the first n_tokens [B, heads] count, and counts [B, heads, any], which
     add up to what there was before tokens were cut off. seq_lens [B]. ahead: it is a prediction.
-    foreseen: of so many heads the call before was the prediction of this one. sink, recent: see
-    COUNTS.
-    """
+    foreseen: of so many heads the call before was the prediction of this one. sink, recent: those
+    of the DSConfig, for the COUNTS."""
     indices, n_tokens, counts = chosen
     r = r.of_heads(indices.shape[1])
     valid = torch.arange(indices.shape[2], device=indices.device) < n_tokens[..., None]
@@ -383,16 +339,14 @@ def fetch_ref(kv, placed, host, newest, indices, seq_lens):
 
 
 @triton.jit
-def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, rows, missing, n_missing, newest_row,
-                  capacity, S, kv_rows, all_heads, HEADS: tl.constexpr, HKV: tl.constexpr,
-                  ROW: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr,
+def _fetch_kernel(host, rest, tops, newest, kv, seq_lens, indices, rows, missing, n_missing,
+                  newest_row, capacity, S, kv_rows, all_heads, HEADS: tl.constexpr,
+                  HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr,
                   TOKENS: tl.constexpr):
-    """fetch_ref. The programs share out what is missing, TOKENS rows at a time, one head after the
-    other.
+    """fetch_ref. The programs share out what is missing, TOKENS rows at a time, head after head.
 
-    A token's row is its K and V, ROW elements; with `tops` (see HostRows) ROW words of two values,
-    and the newest rows stay to be packed.
-    """
+    A token's row is its K and V, ROW elements; with `tops` ROW words of two values, host and rest
+    are the words and rest of HostRows, and the newest rows stay to be packed. """
     program, programs = tl.program_id(0), tl.num_programs(0)
     offs, each = tl.arange(0, BLOCK), tl.arange(0, GIVEN)
     if indices is not None:
@@ -416,7 +370,7 @@ def _fetch_kernel(host, tops, newest, kv, seq_lens, indices, rows, missing, n_mi
                 source = host + (base * S + token)[:, None] * ROW + offs[None, :]
                 fetched = tl.load(source, mask=inside, other=0.0)
             else:
-                fetched = unpacked(host, tops, base * S + token, mask, ROW, BLOCK)
+                fetched = unpacked(host, rest, tops, base * S + token, mask, ROW, BLOCK)
             target = kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :]
             tl.store(target, fetched, mask=inside)
     if newest is not None:
@@ -441,13 +395,14 @@ def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128
     programs = programs or min(64, max(8, B * heads // 4))
     assert host.kv.is_contiguous() and (newest is None or newest.is_contiguous())
     assert indices is None or indices.is_contiguous() and indices.shape == placed.rows.shape
-    whole, fresh = host.kv, newest
-    if host.tops is not None:
-        whole, fresh, kv = (x if x is None else x.view(torch.int32) for x in (whole, fresh, kv))
+    whole, rest, fresh = host.kv, None, newest
     _, HKV, S, _, D = whole.shape
+    if host.tops is not None:
+        whole, rest, D = host.words, host.rest, D // 2
+        fresh, kv = (x if x is None else x.view(torch.int32) for x in (fresh, kv))
     _fetch_kernel[(programs,)](
-        host=whole, tops=host.tops, newest=fresh, kv=kv, seq_lens=seq_lens, indices=indices,
-        rows=placed.rows, missing=placed.missing, n_missing=placed.n_missing,
+        host=whole, rest=rest, tops=host.tops, newest=fresh, kv=kv, seq_lens=seq_lens,
+        indices=indices, rows=placed.rows, missing=placed.missing, n_missing=placed.n_missing,
         newest_row=placed.newest, capacity=capacity, S=S, kv_rows=kv.shape[2], all_heads=B * HKV,
         HEADS=heads, HKV=HKV, ROW=2 * D, BLOCK=triton.next_power_of_2(2 * D),
         GIVEN=triton.next_power_of_2(B * heads), TOKENS=tokens, num_warps=num_warps)
@@ -458,7 +413,7 @@ def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128
 # ---------------------------------------------------------------- the cache
 
 MODES = ("exact", "predicted")
-MIN_AGREEMENT = 0.7  # all of tiny's reach it (0.77 to 0.84) but one predicted from embeddings (0.13)
+MIN_AGREEMENT = 0.7  # all of tiny's reach it but one predicted from embeddings (0.13)
 
 
 def predictable_layers(channels, min_agreement, mode):
@@ -468,8 +423,8 @@ def predictable_layers(channels, min_agreement, mode):
         shares = file.get_tensor("agreement").tolist()
     found = [i for i, share in enumerate(shares) if i and share >= min_agreement]
     if mode == "predicted" and not found:
-        raise ValueError(f"min_agreement={min_agreement:g}: no layer is predicted so well by {channels}; lower it, or take "
-                         "--offload_mode exact")
+        raise ValueError(f"min_agreement={min_agreement:g}: no layer is predicted so well by "
+                         f"{channels}; lower it, or take --offload_mode exact")
     return found
 
 
@@ -479,11 +434,12 @@ IDLE_BYTES, IDLE_BYTES_PER_TOKEN = 14e6, 330
 
 
 def idle_heads(config, batch, tokens, dtype, device, packed=True):
-    """Of how many KV heads so many tokens, none of them resident, are fetched in that time; none on
-    a CPU. At most three of eight: more was not measured."""
+    """Of how many KV heads so many tokens, none resident, are fetched in that time; 0 on a CPU. At
+    most three of eight: more was not measured."""
     if torch.device(device).type == "cpu":
         return 0
-    row_bytes = 2 * config.head_dim * dtype.itemsize * (PACKED if packed and packs(config.head_dim, dtype) else 1)
+    row_bytes = 2 * config.head_dim * dtype.itemsize
+    row_bytes *= PACKED if packed and packs(config.head_dim, dtype) else 1
     idle_bytes = IDLE_BYTES + IDLE_BYTES_PER_TOKEN * tokens
     return min(round(idle_bytes / (batch * tokens * row_bytes)), config.n_kv_heads * 3 // 8)
 
@@ -500,14 +456,14 @@ class HostLayer(LayerCache):
         return self.newest.nbytes
 
     def write(self, k, v, positions, labels=True):
-        assert k.shape[2] == 1, "prefill goes through prefill_layers, and a step has one token a row"
+        assert k.shape[2] == 1, "prefill goes through prefill_layers"
         self.newest.copy_(torch.stack([k, v], 3)[:, :, 0])
 
 
 @dataclass
 class Foresight:
-    """What the layers of a cache choose and fetch tokens ahead with. In the mode "exact" both
-    streams are one: a third branch made some of a step's CUDA graphs slower by 4%."""
+    """What layers choose and fetch tokens ahead with. In the mode "exact" both streams are one: a
+    third branch made some of a step's CUDA graphs slower by 4%."""
 
     choosing: SideStream
     fetching: SideStream
@@ -525,8 +481,7 @@ class OffloadedLayer(HostLayer):
     ahead: int  # KV heads, the first ones, whose tokens are chosen and fetched ahead
     predicted: bool  # what was chosen ahead is attended to
     following: "OffloadedLayer | None" = None
-    # of the latest prediction
-    foreseen: tuple | None = None  # what it is made of, see choose_ahead
+    foreseen: tuple | None = None  # what the latest prediction is made of, see choose_ahead
     chosen: tuple | None = None  # what select_tokens returned
     slots_known: torch.cuda.Event | None = None
     rows_there: torch.cuda.Event | None = None
@@ -602,21 +557,27 @@ class OffloadedLayer(HostLayer):
 
 class Streaming:
     """The two GPU buffers that all layers of a dense cache pass through in a step, and the copies
-    on their way."""
+    on their way; where rows are packed, one buffer more, for them unpacked."""
 
     def __init__(self, hosts, device):
         B, HKV = hosts[0].kv.shape[:2]
         self.hosts, self.side = hosts, SideStream(device)
-        self.buffers = [torch.empty_like(hosts[0].kv, device=device) for _ in range(2)]
+        like = [hosts[0].streamed()] * 2 + [hosts[0].kv] * (hosts[0].tops is not None)
+        self.buffers = [torch.empty_like(x, device=device) for x in like]
         self.placed = Placement(B, HKV, 1, device)  # of the newest tokens alone
         self.copied = [None] * len(hosts)
 
     def begin(self, layer):
-        """Copies a layer's K and V, if there is one, to the buffer that the layer two before it has
-        left."""
+        """Copies a layer's K and V, if there is one, to the buffer of the layer two before it."""
         if layer < len(self.hosts):
-            to, source = self.buffers[layer % 2], self.hosts[layer].kv
+            to, source = self.buffers[layer % 2], self.hosts[layer].streamed()
             self.copied[layer] = self.side.run(lambda: to.copy_(source, non_blocking=True))
+
+    def arrived(self, layer):
+        """A layer's K and V [B, HKV, S, 2, D] on the GPU."""
+        self.side.wait(self.copied[layer])
+        buffer, host = self.buffers[layer % 2], self.hosts[layer]
+        return buffer if host.tops is None else host.streamed_to(buffer, self.buffers[2])
 
 
 @dataclass(kw_only=True)
@@ -628,25 +589,22 @@ class StreamedLayer(HostLayer):
     number: int  # of this layer
 
     def decode(self, q, seq_lens):
-        """As of any dense layer, over the buffer that its K and V were streamed to, while the next
-        layer's are on their way."""
+        """As of any dense layer, while the next layer's K and V are on their way."""
         stream = self.streaming
         if self.number == 0:
             stream.placed.newest.copy_((seq_lens - 1)[:, None].expand_as(stream.placed.newest))
             stream.begin(0)
             stream.begin(1)
-        stream.side.wait(stream.copied[self.number])
-        buffer = stream.buffers[self.number % 2]
+        kv = stream.arrived(self.number)
         run = fetch if q.is_cuda else fetch_ref
-        run(buffer, stream.placed, self.host, self.newest, None, seq_lens)
-        out = dense_decode(q, *buffer.unbind(3), seq_lens, self.window, workspace=self.workspace)
+        run(kv, stream.placed, self.host, self.newest, None, seq_lens)
+        out = dense_decode(q, *kv.unbind(3), seq_lens, self.window, workspace=self.workspace)
         stream.begin(self.number + 2)
         return out
 
 
 class OffloadCache(KVCache):
-    """As KVCache, with K and V in host memory: of the layers after ds.dense_layers, or without ds
-    of all."""
+    """As KVCache; in host memory are K and V of layers after ds.dense_layers, without ds all."""
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None,
                  resident_tokens=None, prefetch_heads=None, mode="exact", predictable=None,
@@ -668,22 +626,18 @@ class OffloadCache(KVCache):
         least = max(budget, dense)
         self.resident_tokens = min(longest, resident_tokens or least)
         if self.resident_tokens < least:
-            raise ValueError(
-                f"resident_tokens={resident_tokens}: must be at least {least}, the tokens that a "
-                f"step may attend to (budget {budget}, dense_below {ds.dense_below}); raise it, or "
-                "lower --dense_below")
+            raise ValueError(f"resident_tokens={resident_tokens}: must be at least {least}, what a "
+                             "step may attend to; raise it, or lower --dense_below")
         if prefetch_heads is None:
             prefetch_heads = idle_heads(config, batch, budget, dtype, device, packed) if ds else 0
         if prefetch_heads > HKV:
-            raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {HKV}, the model's "
-                             "KV heads")
+            raise ValueError(f"prefetch_heads={prefetch_heads}: must be at most {HKV} KV heads")
         self.n_layers, self.mode = config.n_layers, mode
         self.predictable = range(1, config.n_layers) if predictable is None else predictable
         self.ahead = (HKV if mode == "predicted" else prefetch_heads) if ds else 0
 
         shape = (batch, HKV, max_seq_length, 2, D)
         host = host_layers(count, shape, dtype, device) if host is None else host
-        packed = packed and ds is not None
         self.host = [HostRows(kv, device, packed) for kv in host[len(host) - count :]]
         self.side = SideStream(device)
         self.streaming = Streaming(self.host, device) if ds is None else None
@@ -708,9 +662,8 @@ class OffloadCache(KVCache):
         choosing = SideStream(device) if self.mode == "predicted" else fetching
         self.foresight = Foresight(choosing, fetching, [None, None],
                                    [Placement(B, self.ahead, ahead, device) for _ in range(2)])
-        self.attending = None
-        if device.type != "cpu":
-            self.attending = Workspace(B, config.n_heads, HKV, D, rows, device)
+        of_rows = partial(Workspace, B, config.n_heads, HKV, D, rows, device)
+        self.attending = None if device.type == "cpu" else of_rows()
         if self.ahead and (device.type != "cpu" or ds.impl == "triton"):
             heads = self.ahead * config.n_heads // HKV
             even = Workspace(B, heads, self.ahead, D, S, device, ds)
@@ -719,8 +672,7 @@ class OffloadCache(KVCache):
             self.foresight.workspaces = [even, odd]
 
     def make_layer(self, shape, dtype, device, settings):
-        """As in KVCache; a layer with K and V in host memory, unless it is one of the first, dense
-        ones."""
+        """As in KVCache; with K and V in host memory, unless it is one of the first, dense ones."""
         if self.ds is not None and "ds" not in settings:
             return super().make_layer(shape, dtype, device, settings)
         B, HKV, S, _, D = shape
@@ -750,8 +702,7 @@ class OffloadCache(KVCache):
         layer, following = self.layers[i], self.layers[i + 1] if i + 1 < len(self.layers) else None
         if isinstance(following, OffloadedLayer) and following.ahead:
             block = blocks[i + 1]
-            # the norm here: layer i changes x in place
-            following.foreseen = block, block.attn_norm(x), cos, sin
+            following.foreseen = block, block.attn_norm(x), cos, sin  # layer i changes x in place
             if following.predicted or not isinstance(layer, OffloadedLayer):
                 following.choose_ahead(self.seq_lens)
             if not isinstance(layer, OffloadedLayer):
@@ -783,7 +734,7 @@ class OffloadCache(KVCache):
                 continue
             buffer = buffers[i % 2]
             self.side.wait(copied[i % 2])
-            kernels = layer.ds is not None and layer.ds.use_triton(buffer)
+            kernels = layer.ds.use_triton(buffer) if layer.ds else buffer.is_cuda
             if start:
                 layer.host.read(b, buffer[:, :, :start], kernels)
             labels = None if layer.labels is None else layer.labels[b : b + 1]
@@ -815,35 +766,34 @@ class OffloadCache(KVCache):
 
     def statistics(self):
         """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them
-        those fetched ahead, a packed row counted as what those of all live tokens take on average;
-        the share of selected tokens that was resident once the selection was known, and the share
-        of predicted tokens that were among them, in all and by layer; how many selected tokens were
-        cut off; and where K and V lie."""
-        host_bytes = sum(host.kv.nbytes for host in self.host)
-        found = {"host_bytes": host_bytes, "slot_map_bytes": self.slot_map_bytes(),
+        those fetched ahead, a row counted as what those of all live tokens take on average; the
+        share of live rows that are not packed; the share of selected tokens that was resident once
+        the selection was known, and the share of predicted tokens that were among them; how many
+        selected tokens were cut off; and where K and V lie."""
+        layers, lens = self.offloaded(), self.seq_lens
+        row_bytes = torch.tensor([host.row_bytes(lens) for host in self.host], dtype=torch.float64)
+        found = {"host_bytes": sum(host.kv.nbytes for host in self.host),
+                 "as_is": sum(host.as_is(lens) for host in self.host) / len(self.host),
+                 "slot_map_bytes": self.slot_map_bytes(),
                  "prefetch_heads": self.ahead if self.mode == "exact" else None}
         if self.streaming:
-            return found | {"pcie_bytes_per_step": host_bytes}
-        layers = self.offloaded()
+            rows = self.host[0].kv[..., 0, 0].numel()
+            return found | {"pcie_bytes_per_step": row_bytes.sum().item() * rows}
         counts = torch.stack([layer.resident.counts for layer in layers]).sum((1, 2)).double().cpu()
         for layer in layers:
             layer.resident.counts.zero_()
         c = dict(zip(COUNTS, counts.T))  # [layers] each
-        steps = (c["steps"][0] / layers[0].resident.clock.numel()).clamp(min=1)
-        row_bytes = [host.row_bytes(self.seq_lens) for host in self.host]
-        bytes_per_row = torch.tensor(row_bytes, dtype=torch.float64) / steps
+        row_bytes /= (c["steps"][0] / layers[0].resident.clock.numel()).clamp(min=1)
         predicted = torch.tensor([layer.predicted for layer in layers])
         ahead = torch.where(predicted, c["fetched"], c["prefetched"])
 
         def share(part, whole):
-            return (part.sum() / whole.sum()).item() if whole.sum() else None, [
-                (a / b).item() if b else None for a, b in zip(part, whole)]
+            return (part.sum() / whole.sum()).item() if whole.sum() else None
 
-        hit_rate, hits_by_layer = share(c["selected"] - c["fetched"], c["selected"])
-        agreement, agreement_by_layer = share(c["confirmed"], c["predicted"])
         fetched = c["fetched"] + c["prefetched"]
-        return found | {"pcie_bytes_per_step": (fetched * bytes_per_row).sum().item(),
-                        "prefetched_bytes_per_step": (ahead * bytes_per_row).sum().item(),
-                        "hit_rate": hit_rate, "hit_rate_by_layer": hits_by_layer,
-                        "agreement": agreement, "agreement_by_layer": agreement_by_layer,
+        return found | {"pcie_bytes_per_step": (fetched * row_bytes).sum().item(),
+                        "prefetched_bytes_per_step": (ahead * row_bytes).sum().item(),
+                        "hit_rate": share(c["selected"] - c["fetched"], c["selected"]),
+                        "agreement": share(c["confirmed"], c["predicted"]),
+                        "tokens_attended": share(c["selected"] + c["steps"], c["steps"]),
                         "cut": int(c["cut"].sum()), "predicted_layers": int(predicted.sum())}
