@@ -624,11 +624,12 @@ def converse(step, tokenizer, args):
         except KeyboardInterrupt:
             result = None
         stream.finish()
-        if not stream.tokens:  # stopped before the prompt was in the cache
+        answer = result.token_ids[0] if result else stream.tokens
+        if not answer:  # stopped before the prompt was in the cache
             ids, messages = whole[:kept], messages[:-1]
             continue
-        ids = whole + stream.tokens
-        messages.append({"role": "assistant", "content": tokenizer.decode(stream.tokens)})
+        ids = whole + answer
+        messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
         if result:
             print_statistics(run_statistics(result, step.cache, args.device), args.device)
 
