@@ -533,6 +533,9 @@ def model_shapes(args, device, settings, modes, example):
     """The shapes asked for, by default `settings`, (name, B, S, modes) each, on a CPU a small one: yields (model, shape)."""
     presets = {"tiny": CPU_MODEL} if device == "cpu" else PRESETS
     if device == "cpu":
+        for name in ("model", "shapes"):
+            if getattr(args, name):
+                raise ValueError(f"{name}={getattr(args, name)}: without a GPU one small shape is run; leave it out")
         settings = [("tiny", 2, 300, modes)]
     elif args.model or args.shapes:
         shapes = parse_sizes("shapes", args.shapes or example, "4x16384,16x16384")
@@ -725,7 +728,12 @@ class Prompts(RandomText):
                          predictable=predictable_layers(channels, MIN_AGREEMENT, mode))
         data, texts = texts_of(args.data) if args.data else ("key-value retrieval", None)
         windows = {}  # of each length, all that the text has: cutting takes longer than decoding
-        for B, S in parse_sizes("shapes", args.shapes or "32x4000", "32x4000,1x4000"):
+        shapes = parse_sizes("shapes", args.shapes or "32x4000", "32x4000,1x4000")
+        longest = max(S for _, S in shapes) + args.steps + WARM_UP
+        if longest > model.config.max_positions:
+            raise ValueError(f"shapes={args.shapes}: with the steps these are {longest} tokens, more than the model's "
+                             f"{model.config.max_positions} positions")
+        for B, S in shapes:
             if texts and S not in windows:
                 windows[S] = text_windows(tokenizer, texts, S - len(tokenizer.prefix))
             if texts:
@@ -773,6 +781,8 @@ def offload_rows(source, modes, configs, budgets, ahead, steps, packed=True, poo
     c, size, dtype = model.config, S + steps + WARM_UP, model.dtype
     pool, rows, outs, copy_speed = pool or PinnedPool(), [], {}, None
     on_gpu = device != "cpu"
+    if max(heads or 0 for heads in ahead) > c.n_kv_heads:
+        raise ValueError(f"prefetch_heads={max(ahead)}: must be at most the model's {c.n_kv_heads} KV heads")
     for mode, config, options in offload_runs(source, modes, configs, budgets, ahead, size, packed):
         streams = mode in ("flexgen", "flexgen_packed")
         row = {"bench": "offload", "model": source.name, "weights": source.weights,
@@ -947,8 +957,8 @@ def parse_sizes(name, text, example, by="x"):
         sizes = [tuple(map(int, part.split(by))) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{name}={text}: must look like {example}") from None
-    if any(len(size) != 2 or min(size) < 1 for size in sizes):
-        raise ValueError(f"{name}={text}: must look like {example}, all sizes positive")
+    if any(len(size) != 2 or min(size) < 1 or max(size) >= 2**31 for size in sizes):
+        raise ValueError(f"{name}={text}: must look like {example}, all sizes from 1 to 2**31 - 1")
     return sizes
 
 

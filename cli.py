@@ -186,7 +186,7 @@ def read_json_lines(path):
     """The objects in a file of one JSON object a line; none if there is no such file. Raises
     ValueError, with the line's number, for what is none."""
     rows, path = [], Path(path)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)

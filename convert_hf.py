@@ -96,6 +96,10 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: cannot be read: truncated, or not a weight file? ({cause})") from None
     if not isinstance(shard, dict) or not all(isinstance(value, torch.Tensor) for value in shard.values()):
         raise ValueError(f"{path}: not a dict of tensors")
+    for name, tensor in shard.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise ValueError(f"{path}: {name} is a {'meta' if tensor.is_meta else 'sparse'} tensor, which holds no weights as "
+                             "they are; save the model again with dense ones")
     return shard
 
 

@@ -57,6 +57,7 @@ DEFAULTS = {
 # Of keys that are read, those that must have a value that is implemented.
 REQUIRED_VALUES = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None),
                    "mlp_bias": (False, None)}
+MAX_LAYERS = 4096  # of a config that is believed
 # Keys that are read elsewhere, or have no effect on inference: not worth a word.
 SILENT_KEYS = set(
     "architectures model_type rope_scaling rope_parameters quantization_config auto_map bos_token_id "
@@ -141,7 +142,6 @@ class ModelConfig:
                 n_experts=c.get("num_local_experts", 0),
                 experts_per_token=c.get("num_experts_per_tok", 0),
                 eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
-            rope_frequencies(config)
         except KeyError as error:
             raise ValueError(f"missing key {error}") from None
         except (TypeError, AttributeError, ZeroDivisionError) as error:
@@ -155,10 +155,18 @@ class ModelConfig:
                 raise ValueError(f"{name}={value!r}: must be a positive integer below 2**31")
         if not all(type(i) is int and i >= 0 for i in config.eos_ids):
             raise ValueError(f"eos_token_id={eos!r}: must be a token id, or a list of them")
+        if config.n_layers > MAX_LAYERS:
+            raise ValueError(f"n_layers={config.n_layers}: must be at most {MAX_LAYERS}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(config, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a positive number")
+        try:
+            rope_frequencies(config)
+        except KeyError as error:
+            raise ValueError(f"rope_scaling: missing key {error}") from None
+        except (TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"rope_scaling={scaling}: has a value of the wrong type ({error})") from None
         if config.n_heads % config.n_kv_heads:
             raise ValueError(f"n_heads={config.n_heads}: must be a multiple of n_kv_heads={config.n_kv_heads}")
         if config.head_dim % 2:
@@ -209,7 +217,8 @@ def _read_rope(c, content):
     """(theta, scaling or None, trained positions). c: a config with its defaults; content: as it is
     written."""
     rope = dict(content.get("rope_scaling") or content.get("rope_parameters") or {})
-    theta = float(rope.pop("rope_theta", None) or c["rope_theta"])
+    theta = rope.pop("rope_theta", None) or c["rope_theta"]
+    theta = float(theta) if type(theta) is int else theta
     kind = rope.pop("type", "default")
     rope.setdefault("rope_type", kind)
     by_layer = any(isinstance(value, dict) for value in rope.values())

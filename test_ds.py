@@ -4287,3 +4287,44 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(monkeypatch, capsys):
     assert seen[1] == (len(answered) - 1, [51, *tokenizer.encode_line("two")])
     assert seen[2] == (len(answered) - 2, [*answered[-2:-1], *tokenizer.encode_line("three")])
     assert "Ctrl-C" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key, value", [
+    ("rope_theta", "x"), ("rope_theta", math.inf), ("rms_norm_eps", "1e-5"), ("num_hidden_layers", 10**9), ("hidden_size", True),
+    ("num_attention_heads", 2.5), ("vocab_size", 2**40), ("intermediate_size", None), ("rope_scaling", {"rope_type": "linear"}),
+    ("rope_scaling", {"rope_type": "linear", "factor": "2"})], ids=str)
+def test_a_config_value_of_the_wrong_type_is_named(key, value):
+    content = json.loads((TINY / "config.json").read_text()) | {key: value}
+    ours = {"rms_norm_eps": "norm_eps", "num_hidden_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads",
+            "intermediate_size": "ffn_dim"}
+    with pytest.raises(ValueError, match=ours.get(key, key)):
+        ModelConfig.from_dict(content)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_weights_that_are_not_there_are_refused(kind, tmp_path):
+    tensor = torch.eye(4).to_sparse() if kind == "sparse" else torch.empty(4, 4, device="meta")
+    torch.save({"model.norm.weight": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"norm.weight is a {kind} tensor"):
+        convert_hf.open_shard(tmp_path / "pytorch_model.bin")
+
+
+def test_two_processes_may_convert_the_same_checkpoint(tmp_path, monkeypatch):
+    """The one that is late finds what the other made, and says that it is there, too."""
+    whole = convert_hf.write_weights
+
+    def late(path, *arguments):
+        monkeypatch.setattr(convert_hf, "write_weights", whole)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)  # a process that is running
+            convert_hf.convert(hf, tmp_path / "out")
+        whole(path, *arguments)
+
+    hf = tmp_path / "hf"
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                                 num_key_value_heads=2)).save_pretrained(hf)
+    shutil.copy(TINY / "tokenizer.model", hf)
+    monkeypatch.setattr(convert_hf, "write_weights", late)
+    assert convert_hf.convert(hf, tmp_path / "out") == tmp_path / "out"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+    load_file(tmp_path / "out" / "model.safetensors")
