@@ -921,6 +921,7 @@ def draw_offload(rows, axes):
     axes.barh([f"{r['model']} {r['B']} x {r['S']}, {mode_name(r)}" for r in rows], [r["tokens_per_s"] for r in rows])
     axes.set(xscale="log", xlabel="tokens/s")
     axes.invert_yaxis()
+    axes.figure.set_figheight(1 + len(rows) / 4)  # a line of text each
 
 
 BENCHES = {"attention": Bench(run_attention, attention_setting, attention_table, draw_attention),
