@@ -9,18 +9,15 @@ runs/quality.jsonl; a command that was interrupted continues where it was (--for
                token), and how much of the exact attention the chosen tokens hold
   passkey, kv_retrieval, lines   right if greedy decoding gives exactly the answer
   ruler        share of what is asked for that a greedy answer has; of its file, or items of our own
-  longbench    F1 or ROUGE-L of a greedy answer; without --prompts the wording is ours
-  mmlu         right if the right letter is the likeliest of the four
-Scores of the last three are not those of the benchmarks' own scripts.
+  lm_eval      any of the tasks of EleutherAI's lm-eval, by its prompts and metrics
 
-Usage: python eval.py --context 1024 --limit 4        perplexity and retrieval, dense and ds
+Usage: python eval.py      a short tour on this machine: perplexity and retrieval, dense and ds
        python eval.py perplexity --data FILE --budgets n=256 n=128 --methods ds exact_topk quest
        python eval.py perplexity --data FILE --context 32768 --last 2048 --checkpoint DIR
        python eval.py passkey --lengths 2000 4000 --limit 20
        python eval.py ruler --data ruler.jsonl.xz --chat --lengths 4096   without --data: any length
-       python eval.py longbench --data multifieldqa_en.jsonl --context 8000
-       python eval.py mmlu --data DIR    the published archive: DIR/dev, DIR/test, a .csv a subject
-       python eval.py table               of results/quality.jsonl, the README's
+       python eval.py lm_eval --tasks mmlu,longbench_triviaqa --limit 18 --context 8000
+       python eval.py table               of results/quality.jsonl, as in results/README.md
 """
 import contextlib
 import datetime
@@ -43,195 +40,15 @@ from cli import (
     ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_value, default_dtype,
     pick_device, read_json_lines, run_command
 )
-from ds_attention import (
-    DSConfig, attend, attend_ref, bits_of, eligible_tokens, pool_ref, score_ref, select_ref,
-    select_tokens, widths_name
-)
+from ds_attention import DSConfig, bits_of, widths_name
 from generate import HERE, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
-from items import BUILTIN, LENGTHS, METRICS, TASKS, WIKITEXT2, size
-from model import KVCache, LayerCache, fingerprint, open_tensors
+from items import BUILTIN, LENGTHS, TASKS, WIKITEXT2, size
+from methods import METHODS, DoubleSparsity
+from model import KVCache, fingerprint, open_tensors
 from tokenizer import read_text
 
-RESULTS = HERE / "results" / "quality.jsonl"  # the README's rows
+RESULTS = HERE / "results" / "quality.jsonl"  # the rows of the published tables
 RUNS = HERE / "runs"  # everybody's own, and what continues an interrupted run; git ignores it
-
-# ---------------------------------------------------------------- how a sparse layer chooses tokens
-
-
-class Sparse(LayerCache):
-    """A sparse layer of one sequence, whose decode rows are positions of it.
-
-    Made of a LayerCache. A method is how it chooses the rows' tokens; budget, first and newest
-    tokens are its DSConfig's, at every length. Counts the tokens that its rows attend to.
-    """
-
-    labelled = False  # whether the choice reads labels
-    calibration, bits = None, None  # of the labels, where the method has its own
-    in_order = False  # whether rows must come from the first token on: they depend on those before
-    EVERY = 8  # one row of so many is asked how much of the exact attention its tokens hold
-
-    def __init__(self, layer):
-        """Raises ValueError for a configuration that the method is not made for."""
-        ds = replace(layer.ds, dense_below=0)
-        super().__init__(layer.kv, layer.window, ds, layer.label_map, layer.labels)
-        self.start()
-
-    def start(self, probed=False):
-        """Counts from nought. probed: also sums up the attention that the chosen tokens hold."""
-        self.probed = probed
-        self.attended = self.mass = 0.0
-        self.probes = 0
-
-    def row(self, b):
-        return self  # there is no other sequence
-
-    def write(self, k, v, positions, labels=True):
-        super().write(k, v, positions, labels=self.labelled)
-
-    def scores(self, q, seq_lens):
-        """By which select_ref chooses: [R, HKV, S] fp32, S the longest row's length."""
-        raise NotImplementedError
-
-    def decode(self, q, seq_lens):
-        scores = self.scores(q, seq_lens)
-        chosen = select_ref(scores, seq_lens, self.ds, self.window)
-        self.count(q, seq_lens, chosen.sum(2), chosen[:: self.EVERY])
-        k, v = (x.expand(len(q), -1, -1, -1) for x in self.past(chosen.shape[2]))
-        return attend_ref(q, k, v, seq_lens, chosen)
-
-    def count(self, q, seq_lens, n_tokens, chosen):
-        """n_tokens [R, HKV]; chosen: the tokens of every EVERY-th row, [R / EVERY, HKV, S] bool."""
-        self.attended = self.attended + n_tokens.double().mean() * len(q)
-        if self.probed:
-            logits = self.logits(q[:: self.EVERY], seq_lens[:: self.EVERY], chosen.shape[2])
-            self.mass = self.mass + calibrate.attention_on(chosen, logits).double().sum()
-            self.probes += len(chosen)
-
-    def logits(self, q, seq_lens, S):
-        return calibrate.exact_logits(q, self.past(S)[0][0], seq_lens, self.window)
-
-
-class DoubleSparsity(Sparse):
-    """By label scores; on a GPU by the kernels."""
-
-    labelled = True
-
-    def asking(self, q):
-        """The queries [R, any, D] that tokens are scored for."""
-        return q
-
-    def scores(self, q, seq_lens):
-        labels = self.labels[..., : int(seq_lens.max())].expand(len(q), -1, -1, -1)
-        return score_ref(self.asking(q), labels, self.label_map, seq_lens, self.ds, self.window)
-
-    def decode(self, q, seq_lens):
-        if not self.ds.use_triton(q):
-            return super().decode(q, seq_lens)
-        labels = self.labels.expand(len(q), -1, -1, -1)
-        indices, n_tokens, counts = select_tokens(
-            self.asking(q), None, labels, self.label_map, seq_lens, self.ds, self.window)
-        probed, n = indices[:: self.EVERY].long(), n_tokens[:: self.EVERY, :, None]
-        S = indices.shape[2]
-        probed = probed.where(torch.arange(S, device=q.device) < n, S)  # the rest was not written
-        chosen = torch.zeros(*probed.shape[:2], S + 1, dtype=torch.bool, device=q.device)
-        chosen = chosen.scatter_(2, probed, True)[..., : int(seq_lens.max())]
-        self.count(q, seq_lens, n_tokens, chosen)
-        k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
-        return attend(q, k, v, seq_lens, indices, counts, self.window)
-
-
-class Paper(DoubleSparsity):
-    """The paper's choice: single channels of 4 bits, by mean |q_c k_c|, and the mean of a group's
-    scores, which is the score of its mean query."""
-
-    calibration, bits = "qk", 4
-
-    def asking(self, q):
-        return q.float().unflatten(1, (self.kv.shape[1], -1)).mean(2)
-
-
-class ExactTopK(Sparse):
-    """By q . k / sqrt(D) itself, pooled as label scores are: what labels can reach."""
-
-    def scores(self, q, seq_lens):
-        return pool_ref(self.logits(q, seq_lens, int(seq_lens.max())))
-
-
-class Streaming(Sparse):
-    """The first and the newest tokens (StreamingLLM, arXiv 2309.17453, positions not shifted)."""
-
-    def scores(self, q, seq_lens):
-        position = torch.arange(int(seq_lens.max()), dtype=torch.float32, device=q.device)
-        return position.expand(len(q), self.kv.shape[1], -1)
-
-
-class Quest(Sparse):
-    """Pages of 16 tokens by a bound of q . k from the page's extremes (arXiv 2406.10774), pooled as
-    scores are. A page is attended to whole, so that tokens are somewhat more than the budget."""
-
-    PAGE = 16
-
-    def __init__(self, layer):
-        super().__init__(layer)
-        # a row's last page may hold tokens after it: all of its own are among the newest
-        if self.ds.recent < self.PAGE - 1:
-            raise ValueError(f"recent={self.ds.recent}: must be {self.PAGE - 1} at least for quest")
-
-    def scores(self, q, seq_lens):
-        S, D = int(seq_lens.max()), q.shape[2]
-        q = q.float().unflatten(1, (self.kv.shape[1], -1)) / math.sqrt(D)  # [R, HKV, G, D]
-        short = -S % self.PAGE  # tokens that the last page lacks
-        k = self.past(S)[0][0].float()  # [HKV, S, D]
-        k = torch.cat([k, k[:, -1:].expand(-1, short, -1)], 1)  # repeats a key: no new extreme
-        low, high = k.unflatten(1, (-1, self.PAGE)).aminmax(dim=2)  # [HKV, pages, D]
-        bound = (torch.einsum("rhgd,hpd->rhgp", q.clamp(min=0), high)
-                 + torch.einsum("rhgd,hpd->rhgp", q.clamp(max=0), low))
-        eligible = F.pad(eligible_tokens(seq_lens, S, self.window), (0, short))
-        eligible = eligible.unflatten(1, (-1, self.PAGE)).any(2)[:, None, None]
-        scores = pool_ref(bound.masked_fill(~eligible, float("-inf")))
-        return scores.repeat_interleave(self.PAGE, -1)[..., :S]
-
-
-class H2O(Sparse):
-    """Half the budget for the newest tokens, half for those with the most attention so far; others
-    are evicted for good (arXiv 2306.14048; no tokens are forced). Row by row: it is slow."""
-
-    in_order = True
-
-    def __init__(self, layer):
-        super().__init__(layer)
-        if self.window is not None:
-            raise ValueError(f"window={self.window}: h2o is not made for sliding windows")
-
-    def decode(self, q, seq_lens):
-        """As of any layer, row by row: what one keeps depends on the attention of those before."""
-        _, HKV, S, _, D = self.kv.shape
-        out, heads = torch.empty_like(q), torch.arange(HKV, device=q.device)
-        for row, length in enumerate(seq_lens.tolist()):
-            n = self.ds.budget(length)
-            if length == 1:  # slots for the tokens that are kept, in no order
-                slots = self.ds.budget(S)
-                self.kept = torch.zeros(HKV, slots, dtype=torch.long, device=q.device)  # positions
-                self.received = torch.zeros(HKV, slots, device=q.device)  # attention, summed
-                self.kept_kv = torch.zeros(HKV, slots, 2, D, device=q.device)
-            slot = torch.full_like(heads, n - 1)
-            if n == self.ds.budget(length - 1):  # no more than before: another makes place
-                newest = self.kept[:, :n] >= length - max(1, n // 2)
-                slot = self.received[:, :n].masked_fill(newest, float("inf")).argmin(1)
-            self.kept[heads, slot] = length - 1
-            self.received[heads, slot] = 0.0
-            self.kept_kv[heads, slot] = self.kv[0, :, length - 1].float()
-            k, v = self.kept_kv[:, :n].unbind(2)  # [HKV, n, D]
-            grouped = q[row].float().view(HKV, -1, D)
-            weights = (torch.einsum("hgd,hnd->hgn", grouped, k) / math.sqrt(D)).softmax(-1)
-            self.received[:, :n] += weights.sum(1)
-            out[row] = torch.einsum("hgn,hnd->hgd", weights, v).flatten(0, 1).to(q.dtype)
-            self.attended += n
-        return out
-
-
-METHODS = {"ds": DoubleSparsity, "exact_topk": ExactTopK, "paper": Paper, "quest": Quest,
-           "streaming": Streaming, "h2o": H2O}
 
 # ---------------------------------------------------------------- settings
 
@@ -302,14 +119,20 @@ class Decoder:
         self.cache = KVCache(model.config, 1, max_seq_length, device, dtype, ds, label_maps)
         self.cache.layers = [method(layer) if layer.ds else layer for layer in self.cache.layers]
         self.sparse = [layer for layer in self.cache.layers if layer.ds]
+        self.in_order = any(layer.in_order for layer in self.sparse)
+        self.prefilled = []  # tokens whose K, V and labels lie in the cache
 
     def start(self, tokens=(), probed=False, like=None):
-        """Forgets the sequence and prefills another, dense (h2o decodes it, row by row).
+        """Forgets the sequence and prefills another, dense (h2o decodes it, row by row); what was
+        prefilled just before is there already.
 
         like: a Decoder that has prefilled the same tokens, whose K and V are taken.
         """
+        tokens = list(tokens)
         self.cache.seq_lens.zero_()
-        if tokens and any(layer.in_order for layer in self.sparse):
+        if tokens == self.prefilled and not self.in_order:
+            self.cache.seq_lens += len(tokens)
+        elif tokens and self.in_order:
             for part in torch.tensor(tokens, device=self.model.device).split(self.rows):
                 self.model.decode_rows(part, self.cache)
         elif tokens and like:
@@ -319,6 +142,7 @@ class Decoder:
             self.cache.seq_lens += len(tokens)
         elif tokens:
             self.model.prefill([tokens], self.cache)
+        self.prefilled = tokens
         self.length, self.decoded, self.live = len(tokens), 0, 0
         for layer in self.sparse:
             layer.start(probed)
@@ -405,21 +229,15 @@ def score_answer(item, dense, decoders):
         if "answer" in item:
             answer = item["answer"]
             logits = torch.cat(list(decoder.logits(ids[first:] + answer[:-1])))[-len(answer) :]
-            if "among" in item:
-                best = [item["among"][i] for i in logits[:, item["among"]].argmax(-1).tolist()]
-            else:
-                best = logits.argmax(-1).tolist()
-            score = 100.0 * (best == answer)
+            score = 100.0 * (logits.argmax(-1).tolist() == answer)
         else:
-            metric, one_line = METRICS[item["metric"]], item["one_line"]
+            outputs = [output.lower() for output in item["outputs"]]
 
             def done(text):  # what follows would change nothing
-                if one_line:
-                    return "\n" in text.lstrip()
-                return item["metric"] == "found" and metric(text, item["outputs"]) == 100
+                return all(output in text.lower() for output in outputs)
 
-            text = decoder.greedy(ids[first:], item["max_new_tokens"], done).strip()
-            score = metric(text.split("\n")[0] if one_line else text, item["outputs"])
+            text = decoder.greedy(ids[first:], item["max_new_tokens"], done).lower()
+            score = 100 * statistics.mean(output in text for output in outputs)
         kinds = {name: item[name] for name in ("task", "length", "depth") if name in item}
         results.append({"score": score} | kinds)
     return results
@@ -465,7 +283,7 @@ def score_items(score, items, dense, decoders, partials, name):
 # What makes two rows the same line of the table, of which the newest counts; and the same
 # measurement, not to be repeated.
 SETTING = ("task", "checkpoint", "data", "context", "last", "method", "budget", "n_items", "gpu",
-           "config", "channels", "prompts", "chat")
+           "config", "channels", "fewshot", "chat")
 IDENTITY = ("task", "model", "data", "inputs", "method", "config", "calibration", "gpu")
 
 
@@ -580,25 +398,18 @@ class Evaluation:
                   **provenance(self.device)}
         common |= {"last": args.last} if text and args.last else {}
         common |= {"chat": True} if args.chat else {}
-        if task == "longbench":
-            common["prompts"] = Path(args.prompts).name if args.prompts else "own"
-        rows, new = [], []  # new: (row, its Decoder, the file of its items)
+        rows, dense = [], None
+        new = []  # (row, its Decoder, the file of its items)
         for setting in [("dense", None), *settings]:
             decoder, says = self.decoder(longest, *setting)
-            dense = decoder if not rows else dense
+            dense = dense or decoder
             row = common | {"method": setting[0]} | says
-            key = key_of(row, IDENTITY)
-            if key in self.saved:
-                row = self.saved[key]
-                print(f"{task} {setting[0]} {row['budget']}: measured on {row['date']} at commit "
-                      f"{row['commit']}, taken from {self.path}; --force measures it again",
-                      file=sys.stderr)
-            else:
-                partial = RUNS / "partial" / f"{short_hash(key)}.jsonl"
+            rows.append(self.saved_or(row))
+            if rows[-1] is row:
+                partial = RUNS / "partial" / f"{short_hash(key_of(row, IDENTITY))}.jsonl"
                 if args.force:
                     partial.unlink(missing_ok=True)
                 new.append((row, decoder, partial))
-            rows.append(row)
         if new:
             score, summary = (score_text, of_text) if text else (score_answer, of_answers)
             _, decoders, partials = zip(*new)
@@ -607,10 +418,48 @@ class Evaluation:
                 attended, decoded = (sum(r[x] for r in found) for x in ("attended", "decoded"))
                 row |= {"mean_tokens": attended / decoded, **summary(found)}
                 row["dense_score"] = rows[0]["score"]
-                append_json_lines(self.path, [row])
-                self.saved[key_of(row, IDENTITY)] = row
+                self.save(row)
                 partial.unlink()
         return rows
+
+    def harness_rows(self, task, settings):
+        """As rows, of a task of lm-eval."""
+        try:
+            import harness  # takes seconds
+        except ImportError:
+            raise ValueError("lm_eval needs the package: pip install lm-eval") from None
+        args, most = self.args, self.model.config.max_positions
+        size = min(args.context, most)
+        asked = [args.limit, args.fewshot, args.chat, size, harness.lm_eval.__version__]
+        common = {"task": "lm_eval", "checkpoint": self.checkpoint.name, "model": self.hash,
+                  "data": task, "inputs": short_hash(json.dumps(asked)), "context": size,
+                  "fewshot": args.fewshot, **provenance(self.device)}
+        common |= {"chat": True} if args.chat else {}
+        rows = []
+        for setting in [("dense", None), *settings]:
+            decoder, says = self.decoder(size, *setting)
+            row = common | {"method": setting[0]} | says
+            rows.append(self.saved_or(row))
+            if rows[-1] is row:
+                print(f"{task} of lm-eval by {setting[0]}", file=sys.stderr)
+                row |= harness.run(decoder, task, args.limit, args.fewshot, args.chat,
+                                   args.include_path)
+                row["dense_metrics"] = rows[0]["metrics"]
+                self.save(row)
+        return rows
+
+    def saved_or(self, row):
+        """The saved row of the same measurement; without one the row itself."""
+        saved = self.saved.get(key_of(row, IDENTITY))
+        if saved:
+            print(f"{row['task']} {row['data']} {row['method']} {row['budget']}: measured on "
+                  f"{saved['date']} at commit {saved['commit']}, taken from {self.path}; --force "
+                  "measures it again", file=sys.stderr)
+        return saved or row
+
+    def save(self, row):
+        append_json_lines(self.path, [row])
+        self.saved[key_of(row, IDENTITY)] = row
 
 
 # ---------------------------------------------------------------- table
@@ -639,6 +488,17 @@ ANSWERS = {"task": "{task}", "items": "{data}", "tokens of items": "{context}"} 
     "% by length": by("length"), "% by task": by("task"), "% by depth": by("depth")} | LABELS
 
 
+def metrics(name):
+    """A cell of lm-eval's metrics, in its own units."""
+    return lambda row: ", ".join(f"{key} {value:.4g}" for key, value in row[name].items())
+
+
+HARNESS = {"task of lm-eval": "{data}", "context": "{context}"} | SETTINGS | {
+    "found": metrics("metrics"), "dense": metrics("dense_metrics"),
+    "standard error": metrics("stderr"), "items": "{n_items}", "cut to context": "{cut}"} | LABELS
+COLUMNS = {"perplexity": TEXT, "lm_eval": HARNESS}  # of other tasks ANSWERS
+
+
 def cell(row, column):
     try:
         return column(row) if callable(column) else column.format(**row)
@@ -658,10 +518,10 @@ def table(rows):
         days = sorted(row["date"] for row in found)
         parts.append("**{}**, {}: {}, torch {}, triton {}, commits {}, {} to {}".format(
             name, *said, days[0], days[-1]))
-        for columns in (TEXT, ANSWERS):
+        for columns in (TEXT, ANSWERS, HARNESS):
             groups = {}
             for row in found:
-                if (row["task"] == "perplexity") == (columns is TEXT):
+                if COLUMNS.get(row["task"], ANSWERS) is columns:
                     key = [row.get(x) for x in ("task", "data", "context", "last", "n_items")]
                     groups.setdefault(str(key), []).append(row)
             cells = [[cell(row, column) for column in columns.values()]
@@ -681,19 +541,24 @@ def main():
     """The command line: measures, or prints a table."""
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("tasks", nargs="*", help=f"{', '.join(TASKS)} (default: perplexity kv_retrieval); or table")
+    add("tasks", nargs="*",
+        help=f"{', '.join(TASKS)}, lm_eval (default: perplexity kv_retrieval, and without any "
+             "argument little of both); or table")
     add("--checkpoint", default=str(HERE / "tiny"),
         help="directory, GGUF file or hub id (default: the tiny model)")
     add("--data",
         help="perplexity, passkey, ruler: UTF-8 text, .jsonl[.xz] with a \"text\" per line, or "
              f"{WIKITEXT2}, from the hub (default: the {BUILTIN}); kv_retrieval: items in the "
              "published format, .jsonl[.gz] (default: generated); ruler: items in RULER's form, in "
-             "a file of that name; longbench: NAME.jsonl; mmlu: a directory")
-    add("--prompts", type=InputFile(), metavar="FILE",
-        help="longbench: its dataset2prompt.json (default: our own wording)")
-    add("--chat", action="store_true", help="ruler, longbench: ask through the chat template")
+             "a file of that name")
+    add("--tasks", dest="harness_tasks", metavar="NAMES",
+        help="lm_eval: its tasks or groups of tasks, with commas between")
+    add("--fewshot", type=Number(int, 0),
+        help="lm_eval: examples in front (default: as the task has it)")
+    add("--include_path", metavar="DIR", help="lm_eval: a directory with more tasks (.yaml)")
+    add("--chat", action="store_true", help="ruler, lm_eval: ask through the chat template")
     add("--context", type=Number(int, 1), default=4096,
-        help="tokens per window, or at most per longbench item (default %(default)s)")
+        help="tokens per window, or at most per request of lm_eval (default %(default)s)")
     add("--last", type=Number(int, 1), metavar="N",
         help="decode and score only the last N tokens of each window, the rest is prefilled "
              "(default: all)")
@@ -701,8 +566,8 @@ def main():
         help=f"tokens of generated items, at most (default {' '.join(map(str, LENGTHS))}); "
              "of a file in RULER's form: only those")
     add("--limit", type=Number(int, 1),
-        help="windows or items at most, of generated and ruler's items of each length and task "
-             "(default: all; of generated items 20, of ruler's 4)")
+        help="windows or items at most, of generated and ruler's items of each length and task, of "
+             "lm_eval of each task (default: all; of generated items 20, of ruler's 4)")
     add("--methods", nargs="+", default=["ds"],
         help=f"ways to choose the tokens: {', '.join(METHODS)}; ds:CALIBRATION, ds/BITS and "
              "ds:CALIBRATION/BITS are ds with other labels, of these --label_bits, calibrated by "
@@ -731,15 +596,19 @@ def main():
 
 def evaluate(args):
     """The rows of a command line, from a file or measured."""
+    if len(sys.argv) == 1:  # a newcomer's tour, of a minute or two
+        args.context, args.lengths, args.limit = 1024, [1024], 4
+        print("a tour: text of 1,024 tokens and retrieval from as many, 4 of each, decoded by the "
+              "embedded model; too little to quote, see --help for more", file=sys.stderr)
     args.tasks = args.tasks or ["perplexity", "kv_retrieval"]
     for task in args.tasks:
-        if task not in TASKS:
-            raise ValueError(f"tasks={task}: must be some of {', '.join(TASKS)}, or table alone")
-    for task in args.tasks:
-        if task in ("longbench", "mmlu") and not args.data:
-            raise ValueError(f"{task} needs the benchmark's own file: give --data")
-        if task == "lines" and args.data:
-            raise ValueError(f"data={args.data}: lines are generated; leave out --data")
+        if task not in (*TASKS, "lm_eval"):
+            raise ValueError(f"tasks={task}: must be some of {', '.join(TASKS)}, lm_eval, or table "
+                             "alone")
+    if ("lm_eval" in args.tasks) != bool(args.harness_tasks):
+        raise ValueError("lm_eval takes --tasks, as in: eval.py lm_eval --tasks arc_easy,mmlu")
+    if "lines" in args.tasks and args.data:
+        raise ValueError(f"data={args.data}: lines are generated; leave out --data")
     ds = sparsity_from(args)
     if ds is None and args.budgets != [None]:
         raise ValueError(f"sparsity={args.sparsity:g}: dense has no budgets; give one above 1")
@@ -749,7 +618,13 @@ def evaluate(args):
         parse_method(method)
         parse_budget(budget, ds) if budget else None
     evaluation = Evaluation(args, ds)
-    rows = [row for task in args.tasks for row in evaluation.rows(task, settings)]
+    rows = []
+    for task in args.tasks:
+        if task != "lm_eval":
+            rows += evaluation.rows(task, settings)
+            continue
+        for name in args.harness_tasks.split(","):
+            rows += evaluation.harness_rows(name, settings)
     print(f"rows are in {evaluation.path}", file=sys.stderr)
     return rows
 

@@ -1,13 +1,12 @@
-"""What eval.py asks: text, retrieval tasks, RULER, LongBench and MMLU, as token ids.
+"""What eval.py asks: text, retrieval tasks and RULER's, as token ids.
 
 An item is a dict of JSON values. "prompt" is token ids, the first "prefilled" of which are not
 decoded. Scored is, with
-  nothing more   text: each decoded token, given all before it
-  "answer"       its ids: each must be the likeliest, "among" some ids, after the right ones before
-  "outputs", "metric", "max_new_tokens", "one_line"    a greedy answer, by one of METRICS
+  nothing more                  text: each decoded token, given all before it
+  "answer"                      its ids: each must be the likeliest after the right ones before
+  "outputs", "max_new_tokens"   a greedy answer: the share of the outputs that it holds
 A row says its score by "task", "length" and "depth", too, where items have them.
 """
-import csv
 import functools
 import gzip
 import hashlib
@@ -15,11 +14,9 @@ import json
 import lzma
 import random
 import re
-import statistics
 import string
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -203,40 +200,7 @@ def retrieval_items(document, tokenizer, args):
     return name, generated_items(tokenizer, document, lengths, count, "\n\n".join(texts))
 
 
-# ---------------------------------------------------------------- greedy answers
-
-
-def f_measure(common, found, wanted):
-    """Harmonic mean of precision and recall, in percent."""
-    return 200 * common / (found + wanted) if common else 0.0
-
-
-def f1(prediction, answer):
-    """Of the words that both have, as often as both do; without case, punctuation and articles."""
-    def words(text):
-        text = "".join(c for c in text.lower() if c not in string.punctuation)
-        return [word for word in text.split() if word not in ("a", "an", "the")]
-
-    found, wanted = words(prediction), words(answer)
-    return f_measure(sum((Counter(found) & Counter(wanted)).values()), len(found), len(wanted))
-
-
-def rouge_l(prediction, answer):
-    """Of the longest common subsequence of words, as they stand."""
-    found, wanted = prediction.split(), answer.split()
-    row = [0] * (len(wanted) + 1)
-    for word in found:
-        before = 0
-        for i, other in enumerate(wanted, 1):
-            before, row[i] = row[i], before + 1 if word == other else max(row[i], row[i - 1])
-    return f_measure(row[-1], len(found), len(wanted))
-
-
-METRICS = {  # (an answer's text, the outputs wanted) -> percent
-    "f1": lambda text, outputs: max(f1(text, output) for output in outputs),
-    "rouge_l": lambda text, outputs: max(rouge_l(text, output) for output in outputs),
-    "found": lambda text, outputs: 100 * statistics.mean(part.lower() in text.lower()
-                                                         for part in outputs)}
+# ---------------------------------------------------------------- RULER (arXiv 2404.06654)
 
 
 def prompt_ids(tokenizer, text, chat, prefix=""):
@@ -247,85 +211,6 @@ def prompt_ids(tokenizer, text, chat, prefix=""):
     message = tokenizer.chat([{"role": "user", "content": text}])
     return message + tokenizer.encode(prefix.lstrip(), special=False)
 
-
-def answer_item(ids, outputs, metric, max_new_tokens, one_line=False, **more):
-    """All of the prompt but its last token is prefilled, as generate.py does."""
-    return {"prompt": ids, "prefilled": len(ids) - 1, "outputs": outputs, "metric": metric,
-            "max_new_tokens": max_new_tokens, "one_line": one_line, **more}
-
-
-# LongBench (arXiv 2308.14508): tokens of an answer, metric, whether the answer is one line, and a
-# wording of our own for when its prompts are not at hand
-LONGBENCH = {
-    "multifieldqa_en": (64, "f1", False, "{context}\n\nAnswer from the text above, in few words.\n"
-                                         "Question: {input}\nAnswer:"),
-    "triviaqa": (32, "f1", True, "{context}\n\nAnswer in a few words.\n{input}\nAnswer:"),
-    "gov_report": (512, "rouge_l", False, "{context}\n\nA summary of this report, on one page.\n"
-                                          "Summary:"),
-}
-
-
-def longbench_items(tokenizer, args):
-    """Items of the LongBench dataset of --data's name; a long prompt loses its middle."""
-    name = Path(args.data).name.split(".")[0].removeprefix("longbench_")
-    if name not in LONGBENCH:
-        raise ValueError(f"{args.data}: must be named after one of {', '.join(LONGBENCH)}")
-    max_new_tokens, metric, one_line, wording = LONGBENCH[name]
-    if args.prompts:
-        try:
-            wording = json.loads(read_text(args.prompts))[name]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{args.prompts}: no JSON object with a prompt for {name}") from None
-    room, items, keys = args.context - max_new_tokens, [], ("context", "input", "answers")
-    if room < 2:
-        raise ValueError(f"context={args.context}: leaves no room for an answer of "
-                         f"{max_new_tokens} tokens")
-    for context, question, answers in read_json_lines(args.data, keys)[: args.limit]:
-        try:
-            text = wording.format(context=context, input=question)
-        except (KeyError, IndexError):
-            raise ValueError(f"{args.prompts}: the prompt for {name} may name {{context}} and "
-                             "{input} alone") from None
-        ids = prompt_ids(tokenizer, text, args.chat)
-        if not answers:
-            raise ValueError(f"{args.data}: an item without answers")
-        ids = ids if len(ids) <= room else ids[: room // 2] + ids[-(room - room // 2) :]
-        items.append(answer_item(ids, answers, metric, max_new_tokens, one_line))
-    return Path(args.data).name, items
-
-
-def mmlu_items(tokenizer, args):
-    """Prompts with five solved questions of the subject in front; the answer is a letter."""
-    def read(path):
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-        if not rows or any(len(row) != 6 or row[5] not in tuple("ABCD") for row in rows):
-            raise ValueError(f"{path}: each line must hold a question, four choices and a letter")
-        return rows
-
-    def ask(question, *choices):
-        listed = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices)]
-        return "\n".join([question, *listed, "Answer:"])
-
-    letters = [tokenizer.encode(f"Answer: {letter}", special=False)[-1] for letter in "ABCD"]
-    items = []
-    for path in sorted(Path(args.data, "test").glob("*_test.csv")):
-        subject = path.name.removesuffix("_test.csv")
-        solved = read(Path(args.data, "dev", f"{subject}_dev.csv"))[:5]
-        head = [f"Questions about {subject.replace('_', ' ')}, with the letters of their answers.",
-                *(f"{ask(*row[:5])} {row[5]}" for row in solved)]
-        for row in read(path):
-            ids = tokenizer.encode("\n\n".join([*head, ask(*row[:5])]))
-            answer = letters["ABCD".index(row[5])]
-            items.append({"prompt": ids, "prefilled": len(ids) - 1, "answer": [answer],
-                          "among": letters})
-    if not items:
-        raise ValueError(f"{args.data}: no test/*_test.csv in it; --data takes the directory of "
-                         "the published archive")
-    return Path(args.data).name, spread(items, args.limit)
-
-
-# ---------------------------------------------------------------- RULER (arXiv 2404.06654)
 
 RULER_KEYS = ("task", "max_seq_length", "input", "outputs", "answer_prefix")
 ANSWER_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}
@@ -414,8 +299,10 @@ RULER = {**dict.fromkeys(NEEDLES, needles_task), "vt": chain_task, "cwe": common
 def ruler_items(tokenizer, args):
     """Items of a file in RULER's form (RULER_KEYS in each line), or generated."""
     def item(task, length, text, outputs, prefix):
-        ids, tokens = prompt_ids(tokenizer, text, args.chat, prefix.rstrip()), task.split("_")[0]
-        return answer_item(ids, outputs, "found", ANSWER_TOKENS[tokens], task=task, length=length)
+        ids = prompt_ids(tokenizer, text, args.chat, prefix.rstrip())
+        # all but the last token is prefilled, as generate.py does
+        return {"prompt": ids, "prefilled": len(ids) - 1, "outputs": outputs, "task": task,
+                "max_new_tokens": ANSWER_TOKENS[task.split("_")[0]], "length": length}
 
     if args.data and "ruler" in Path(args.data).name:
         groups = {}
@@ -443,5 +330,4 @@ LENGTHS = (1024, 2048, 4096)  # tokens of generated items
 # (tokenizer, args) -> (name of the data, items)
 TASKS = {"perplexity": text_items, "passkey": functools.partial(retrieval_items, passkey_document),
          "kv_retrieval": functools.partial(retrieval_items, kv_document),
-         "lines": functools.partial(retrieval_items, lines_document), "ruler": ruler_items,
-         "longbench": longbench_items, "mmlu": mmlu_items}
+         "lines": functools.partial(retrieval_items, lines_document), "ruler": ruler_items}

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 from ds_attention import DSConfig
 from generate import HERE
-from model import ArgumentParser, run_command
+from cli import ArgumentParser, run_command
 
 PAGES = "README.md", "results/README.md"
 PICTURE = HERE / "results" / "summary.svg"

@@ -1290,8 +1290,8 @@ def test_streaming_equals_dense_decoding(packed):
 
 
 def test_a_selection_past_the_cap_is_cut(monkeypatch):
-    """Queries of zeros make all scores equal, and every token reaches the threshold: more than there
-    are rows for. Those that are listed first are attended to, and the others counted."""
+    """Queries of zeros make all scores equal, and every token reaches the threshold: more than
+    there are rows for. Those listed first are attended to, and the others counted."""
     steps = [offload_step(kind, 120) for kind in (KVCache, PREFETCHING)]
     for step in steps:
         for layer in step.model.layers:
@@ -1637,9 +1637,9 @@ def test_methods_and_budgets_are_read_and_named_alike():
         config = evaluation.parse_budget(text, base)
         assert config == replace(base, **wanted)
         assert evaluation.parse_budget(evaluation.budget_name(config), base) == config
-    assert evaluation.parse_method("quest") == (evaluation.Quest, None, None)
-    assert evaluation.parse_method("paper") == (evaluation.Paper, "qk", 4)
-    assert evaluation.parse_method("ds:qk/2") == (evaluation.DoubleSparsity, "qk", 2)
+    for text, name, *labels in (("quest", "quest", None, None), ("paper", "paper", "qk", 4),
+                                ("ds:qk/2", "ds", "qk", 2)):
+        assert evaluation.parse_method(text) == (evaluation.METHODS[name], *labels)
     for text in ("quest:qk", "quest/2", "dense", "ds:best", "ds/x", "ds/4,2"):
         with pytest.raises(ValueError, match=f"methods={text}"):
             evaluation.parse_method(text)
@@ -1722,6 +1722,70 @@ def test_labels_of_other_calibrations_are_made_once(evaluate, monkeypatch):
     assert len(calls) == 2
 
 
+def local_task(folder, name, kind, lines, **more):
+    """A task of lm-eval's, as its .yaml and the items beside it."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"{name}.yaml").write_text(json.dumps({  # JSON is YAML
+        "task": name, "dataset_path": "json", "test_split": "train", "output_type": kind,
+        "dataset_kwargs": {"data_files": str(folder / f"{name}.jsonl")}} | more))
+
+
+def test_tasks_of_lm_eval(evaluate, tmp_path, monkeypatch):
+    """Choices, answers and whole texts, dense and with a budget of all tokens, are what the model
+    itself says; what does not fit the context is cut in front."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    model, tokenizer = load_model(TINY, "cpu", torch.float32), Tokenizer(TINY)
+
+    def nats(text, wanted):
+        n, ids = len(tokenizer.encode(text)), tokenizer.encode(text + wanted)
+        found = model(torch.tensor([ids]))[0, n - 1 : -1].log_softmax(-1)
+        return found.gather(1, torch.tensor(ids[n:])[:, None]).sum().item()
+
+    asked_for, choices = ["The sea was", "She said that he"], [" calm and", " gone", " not"]
+    best = [max(range(3), key=lambda i: nats(text, choices[i])) for text in asked_for]
+    local_task(tmp_path, "pick", "multiple_choice", [
+        {"text": text, "choices": choices, "label": i} for text, i in zip(asked_for, best)],
+        doc_to_text="{{text}}", doc_to_choice="{{choices}}", doc_to_target="{{label}}",
+        target_delimiter="", metric_list=[{"metric": "acc"}])
+    step = generate.DecodeStep(model, KVCache(model.config, 1, 64, "cpu", torch.float32))
+    answers = [tokenizer.decode(generate.generate(step, [tokenizer.encode(text)], 6).token_ids[0])
+               for text in asked_for]
+    local_task(tmp_path, "say", "generate_until", [
+        {"text": text, "answer": answer} for text, answer in zip(asked_for, answers)],
+        doc_to_text="{{text}}", doc_to_target="{{answer}}", metric_list=[{"metric": "exact_match"}],
+        generation_kwargs={"until": ["\n\n\n"], "max_gen_toks": 6})
+    local_task(tmp_path, "roll", "loglikelihood_rolling", [{"text": text} for text in asked_for],
+               doc_to_text="", doc_to_target="{{text}}",
+               metric_list=[{"metric": "word_perplexity"}])
+    common = "lm_eval", "--include_path", tmp_path, "--n_tokens", 60, "--context", 64, "--tasks"
+    rows, out, _ = evaluate(*common, "pick,say,roll")
+    for dense, ds_row in zip(rows[::2], rows[1::2]):
+        assert (dense["method"], ds_row["method"]) == ("dense", "ds") and dense["n_items"] == 2
+        assert ds_row["metrics"] == pytest.approx(dense["metrics"], rel=1e-3)
+        assert ds_row["dense_metrics"] == dense["metrics"] and ds_row["cut"] == 0
+    words = sum(len(text.split()) for text in asked_for)
+    want = math.exp(-sum(nats("", text) for text in asked_for) / words)
+    assert [row["score"] for row in rows[::2]] == [1, 1, pytest.approx(want, rel=1e-3)]
+    assert "| roll | 64 | ds |" in out
+
+    local_task(tmp_path, "long", "multiple_choice", [
+        {"text": "The sea was. " * 30 + asked_for[0], "choices": choices, "label": 0}],
+        doc_to_text="{{text}}", doc_to_choice="{{choices}}", doc_to_target="{{label}}",
+        metric_list=[{"metric": "acc"}])
+    rows, _, _ = evaluate(*common, "long", "--methods", "h2o")
+    assert [row["cut"] for row in rows[6:]] == [3, 3] and rows[7]["mean_tokens"] == 60
+    with pytest.raises(ValueError, match="tasks=nothing: no task of lm-eval"):
+        evaluate(*common, "nothing")
+
+
+def test_lm_eval_is_optional(evaluate, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "harness", raising=False)
+    with pytest.raises(ValueError, match="pip install lm-eval"):
+        evaluate("lm_eval", "--tasks", "mmlu")
+
+
 def test_wikitext_comes_from_the_hub(tmp_path, monkeypatch):
     """From a stand-in for the hub; another text than the published one is refused."""
     text, found = " = Robert <unk> = \n caf\u00e9", str(tmp_path / "archive.zip")
@@ -1738,6 +1802,7 @@ def test_wikitext_comes_from_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["lines", "--data", "x"], "leave out --data"), (["--lengths", "0"], "lengths=0"),
+    (["lm_eval"], "lm_eval takes --tasks"), (["--tasks", "mmlu"], "lm_eval takes --tasks"),
     (["--sparsity", "1", "--budgets", "n=9"], "sparsity=1: dense has no budgets"),
     (["perplexity", "table"], "or table alone"), (["--budgets", "n=x"], "budgets=n=x"),
     (["ruler", "--lengths", "100"], "lengths=100: too short"), (["--last", "0"], "last=0"),
@@ -1754,7 +1819,27 @@ def test_bad_settings_of_eval_are_named(evaluate, arguments, message, tmp_path):
         evaluate(*(argument.format(tmp_path) for argument in arguments))
 
 
-# ---------------------------------------------------------------- bench
+@pytest.mark.parametrize("method, settings, message", [
+    ("h2o", dict(window=100), "window=100: h2o is not made"),
+    ("quest", dict(ds=DSConfig(recent=9)), "recent=9: must be 15 at least for quest")])
+def test_methods_that_cannot_run_say_so_when_they_are_made(method, settings, message):
+    layer = dict(kv=None, window=None, ds=DSConfig(), label_map=None, labels=None) | settings
+    with pytest.raises(ValueError, match=message):
+        evaluation.METHODS[method](SimpleNamespace(**layer))
+
+
+# ---------------------------------------------------------------- bench and pages
+
+
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_tables_are_printed(name):
+    """And pages.py's, of the rows in results/."""
+    run = command("bench.py", "table", name)
+    assert run.returncode == 0 and run.stdout.count("\n|") > 3, run.stderr
+    run = command("pages.py", "numbers")
+    assert run.returncode == 0 and run.stdout.count("\n- **") == 3, run.stderr
+    run = command("pages.py", "steps")
+    assert run.returncode == 0 and run.stdout.count("\n") == 7, run.stderr
 
 
 def test_bench_checks_its_attention_on_a_cpu():

@@ -155,6 +155,15 @@ def test_models_equal_hugging_face_s(config, positions, tmp_path):
     assert config is not MISTRAL or ours.window(0) == 4096
 
 
+@torch.inference_mode()
+def test_a_long_prompt_in_mistral_s_default_window(tmp_path):
+    """Regression: absent, it was taken for none, and texts past 4,096 tokens went their own way."""
+    hf, model = converted(tmp_path, MISTRAL | dict(num_hidden_layers=1))
+    prompt = torch.randint(64, (1, 4200), generator=torch.Generator().manual_seed(0))
+    ours, theirs = model(prompt)[:, -9:], hf(prompt).logits[:, -9:]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("text, eos_ids", [
     ('{"eos_token_id": [2, 9]}', (2, 9)), ('{"eos_token_id": 4}', (4,)), ("{}", ())])
 def test_end_tokens_are_those_of_generation_config(text, eos_ids, tmp_path):

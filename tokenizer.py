@@ -258,13 +258,17 @@ class Tokenizer:
         """token ids -> text. Special tokens, and ids past the tokenizer's, are nothing in it."""
         return self.backend.decode(ids)
 
-    def chat(self, messages):
-        """A conversation, list of {"role", "content"} -> token ids, where the answer comes next.
+    def chat_text(self, messages, add_generation_prompt=True):
+        """A conversation, list of {"role", "content"} -> the chat template's text of it.
 
         Raises ValueError without a chat template, and for whatever the template does wrong.
         """
         if self.chat_template is None:
             raise ValueError(f"{self.checkpoint}: has no chat template; leave out --chat")
-        variables = {"messages": messages, "add_generation_prompt": True, "tools": None,
-                     "documents": None}
-        return self.encode(render(self.chat_template, self.named | variables), special=False)
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt,
+                     "tools": None, "documents": None}
+        return render(self.chat_template, self.named | variables)
+
+    def chat(self, messages):
+        """A conversation -> token ids, where the answer comes next; raises as chat_text does."""
+        return self.encode(self.chat_text(messages), special=False)
