@@ -231,12 +231,14 @@ def write_gguf_tokenizer(metadata: _Metadata, made: Path) -> None:
 
 
 def _byte_level_bpe(tokens: list, merges: list, split: list) -> Tokenizer:
+    """The tokenizer of these tokens and merges ("a b" each), for text cut into words by `split`."""
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    try:
-        tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges],
-                                         ignore_merges=split is _LLAMA3))
-    except Exception as error:  # of no narrower class
-        raise ValueError(f"its tokens and merges are not a tokenizer's ({error})") from None
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
+            raise ValueError("its tokens and merges are not a tokenizer's (they have no "
+                             f"{' + '.join(pair)})")
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=split is _LLAMA3))
     if split is _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = Sequence(split)

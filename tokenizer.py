@@ -36,7 +36,9 @@ def from_json(path):
     """tokenizer.json -> tokenizers.Tokenizer, without the truncation and padding saved in it."""
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception:  # of no narrower class
+    except Exception as error:
+        if type(error) is not Exception:  # which is what the package raises
+            raise
         raise ValueError(f"{path}: not a file of the package tokenizers") from None
     backend.no_truncation()
     backend.no_padding()
@@ -179,6 +181,11 @@ class Generation(Extension):
         return nodes.Scope(parser.parse_statements(["name:endgeneration"], True), lineno=line)
 
 
+# what a program that somebody else wrote raises, of types, names, sizes and its own
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
+                   TypeError, ValueError)
+
+
 def raise_exception(message):
     raise TemplateError(message)
 
@@ -200,7 +207,7 @@ def render(template, variables):
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     try:
         return environment.from_string(template).render(variables)
-    except Exception as error:  # whatever the template may raise
+    except TEMPLATE_ERRORS as error:
         said = " ".join(str(error).split())
         raise ValueError(f"the chat template fails: {said} ({type(error).__name__})") from None
 
