@@ -7,7 +7,6 @@ Usage: python pages.py            all: the picture, and in README.md and results
        python pages.py steps      its table of whole steps
        python pages.py picture    results/summary.svg alone (needs matplotlib)
 """
-import argparse
 import json
 import re
 import shlex
@@ -15,9 +14,9 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+from cli import ArgumentParser, run_command
 from ds_attention import DSConfig
 from generate import HERE
-from cli import ArgumentParser, run_command
 
 PAGES = "README.md", "results/README.md"
 PICTURE = HERE / "results" / "summary.svg"
@@ -173,8 +172,7 @@ def refresh(page):
 
 def main():
     """The command line."""
-    parser = ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", choices=("numbers", "steps", "picture"))
     what = parser.parse_args().what
     if what in ("numbers", "steps"):

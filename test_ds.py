@@ -1,5 +1,5 @@
 """Tests of the engine. A CPU suffices: the kernels run in Triton's interpreter; on a GPU they are
-compiled. Whether files of others are read as others read them is test_loading.py's concern.
+compiled. Other people's files are test_loading.py's concern, the command lines test_cli.py's.
 
 What is held against what: kernels against the reference, the reference against plain attention and
 definitions, the decode step against prefill, offload against the GPU's cache.
@@ -40,6 +40,7 @@ from triton.runtime import JITFunction
 
 import bench
 import calibrate
+import cli
 import ds_attention as ds
 import eval as evaluation
 import generate
@@ -1893,9 +1894,9 @@ def test_bench_generate_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match="run bench.py generate first"):
         bench.newest_rows("generate")
-    bench.save([{**dense, "ms_per_step": 123.0}], "generate")
-    bench.save(rows, "generate")
-    bench.save([{**dense, "B": 64, "ms_per_step": None, "error": "out of memory"}], "generate")
+    failed = {**dense, "B": 64, "ms_per_step": None, "error": "out of memory"}
+    saved = [{**dense, "ms_per_step": 123.0}, *rows, failed]
+    cli.append_json_lines(tmp_path / "generate.jsonl", saved)
     table = bench.generate_table(bench.newest_rows("generate"))
     assert f"| {dense['ms_per_step']:.2f} ms |" in table and "123.00" not in table
     assert "| out of memory |" in table
@@ -1970,172 +1971,3 @@ def test_bench_offload_continues_prompts(data):
     assert (ours["weights"], ours["model"], ours["B"], ours["S"]) == ("trained", "tiny", 2, 400)
     assert ours["data"] == predicted["data"] == ("model.py" if data else "key-value retrieval")
     assert ours["same_tokens"] and ours["hit_rate"] > 0.5 and ours["agreement"] > 0.6
-
-
-# ---------------------------------------------------------------- command lines
-
-
-def on_the_command_line(tmp_path, *arguments, script="generate.py", **more):
-    """(what a run of generate.py writes as JSON, its stdout, its stderr)."""
-    out = tmp_path / "out.json"
-    run = command(script, "--device", "cpu", "--json", out, *arguments, **more)
-    assert run.returncode == 0, run.stderr
-    return json.loads(out.read_text()), run.stdout, run.stderr
-
-
-def test_generate_writes_its_json_and_streams_text(tmp_path):
-    prompts = "--prompt", "The sea was calm", "--prompt", "He said that", "--max_new_tokens", 8
-    out, text, _ = on_the_command_line(tmp_path, *prompts)
-    assert {"prompt_token_ids", "token_ids", "text", "prompts", "decode_tokens_per_s",
-            "decode_tokens_per_s_per_sequence", "kv_cache_bytes", "label_cache_bytes",
-            "peak_memory_bytes", "config", "dense_kv_bytes_per_step"} <= set(out)
-    weights = sum(p.nbytes for p in load_model(TINY, "cpu", torch.float32).parameters())
-    assert 0.5 * weights < out["bytes_per_step"] - out["kv_bytes_per_step"] <= weights
-    assert 0 < out["ttft_ms"] < 1e3 * out["cold_start_s"]
-    assert out["median_ms_per_token"] <= out["p99_ms_per_token"]
-    assert [len(ids) for ids in out["token_ids"]] == [8, 8]
-    assert all(words in text for words in out["text"])
-    _, alone, told = on_the_command_line(tmp_path, *prompts[2:])
-    assert alone.strip() == out["text"][1].strip() and "tokens/s" in told
-
-
-def test_compare_shows_texts_and_figures_of_both(tmp_path):
-    text = (ROOT / "model.py").read_text(encoding="utf-8")[:1500]
-    common = "--compare", "--dense_below", 0, "--max_new_tokens", 8, "--prompt", text[:800]
-    out, shown, told = on_the_command_line(tmp_path, *common, "--n_tokens", 20, "--prompt", text)
-    for b in range(2):
-        dense, ours = (out["token_ids"][mode][b] for mode in ("dense", "ds"))
-        n = out["first_difference"][b]
-        assert dense == ours if n is None else dense[:n] == ours[:n] and dense[n] != ours[n]
-        assert all(out["text"][mode][b] in shown for mode in ("dense", "ds"))
-    assert out["kl"] > 1e-4 and f"{out['kl']:.6f} nats" in shown and told.count("tokens/s") == 2
-    read = {mode: out[mode]["kv_bytes_per_step"] for mode in ("dense", "ds")}
-    assert read["ds"] < read["dense"] == out["dense"]["dense_kv_bytes_per_step"]
-    same, shown, _ = on_the_command_line(tmp_path, *common, "--n_tokens", 2000)
-    assert abs(same["kl"]) < 1e-6 and "the same 8 tokens" in shown
-
-
-def test_generation_ends_where_the_cache_is_full(tmp_path):
-    prompt = "The sea was calm"
-    n = len(Tokenizer(TINY).encode(prompt))
-    asked_for = "--prompt", prompt, "--max_seq_length"
-    out, _, _ = on_the_command_line(tmp_path, *asked_for, n + 3)
-    assert len(out["token_ids"][0]) == 3
-    run = command("generate.py", "--device", "cpu", *asked_for, n)
-    refused_in_one_line(run, f"max_seq_length={n}: must be more than the {n} tokens")
-    run = command("generate.py", "--device", "cpu", "--interactive", "--max_seq_length", n + 3,
-                  input=f"{prompt}\nAnd then\n")
-    assert run.returncode == 0 and f"used up its {n + 3} tokens" in run.stderr, run.stderr
-
-
-def test_offload_on_the_command_line_says_the_same(tmp_path):
-    text = (ROOT / "model.py").read_text(encoding="utf-8")[:900]
-    common = ["--prompt", text, "--prompt", text[:500], "--n_tokens", 32, "--dense_below", 0,
-              "--max_new_tokens", 5]
-    ahead = ["--offload", "--prefetch_heads", 1]
-    settings = {"plain": [], "tight": ahead, "roomy": [*ahead, "--resident_tokens", 100],
-                "late": ["--offload"], "predicted": ["--offload", "--offload_mode", "predicted"]}
-    found, told = {}, {}
-    for name, more in settings.items():
-        found[name], _, told[name] = on_the_command_line(tmp_path, *common, *more)
-    plain, tight, roomy, late, predicted = found.values()
-    assert plain["text"] == tight["text"] == roomy["text"] == late["text"]
-    assert late["hit_rate"] < tight["hit_rate"] < roomy["hit_rate"] and late["agreement"] is None
-    assert tight["pcie_bytes_per_step"] > roomy["pcie_bytes_per_step"] > 0
-    assert "over PCIe per step" in told["tight"] and predicted["predicted_layers"] == 5
-    assert "5 layers attended to predicted" in told["predicted"]
-    assert tight["host_bytes"] == plain["kv_cache_bytes"] * 5 / 7
-    sixteen = [*common, "--dtype", "bfloat16", "--offload"]
-    packed, whole = (on_the_command_line(tmp_path, *sixteen, *more)[0]
-                     for more in ([], ["--no_pack"]))
-    assert packed["text"] == whole["text"] and packed["hit_rate"] == whole["hit_rate"]
-    assert 0.751 < packed["pcie_bytes_per_step"] / whole["pcie_bytes_per_step"] < 0.8
-    _, _, streamed = on_the_command_line(tmp_path, *common, "--offload", "--compare")
-    assert streamed.count("over PCIe per step") == 2, "dense is streamed"
-
-
-def test_demonstration_finds_its_fact(tmp_path):
-    """As the README runs it, in a process of its own."""
-    arguments = ["generate.py", "--device", "cpu", "--sparsity", "16", "--json", tmp_path / "out"]
-    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and "the answer is right" in run.stderr, run.stderr
-    out = json.loads((tmp_path / "out").read_text())
-    live = len(out["prompt_token_ids"][0]) + 20  # in the middle of the answer
-    assert 3800 < live <= 4020 and out["text"][0].strip() == run.stdout.strip()
-    # fp32 K and V of N tokens, and labels, in five of seven layers
-    share = (live / 16 * 2 * 128 * 4 + live * 16) / (live * 2 * 128 * 4)
-    expected = (2 + 5 * share) / 7
-    found = out["kv_bytes_per_step"] / out["dense_kv_bytes_per_step"]
-    assert found == pytest.approx(expected, rel=0.01)
-
-
-@pytest.fixture(scope="module")
-def damaged(tmp_path_factory):
-    """Directories with one thing wrong each."""
-    tmp_path = tmp_path_factory.mktemp("damaged")
-
-    def copy(name, **config):
-        leave = shutil.ignore_patterns("*.py", "__pycache__")
-        shutil.copytree(TINY, tmp_path / name, ignore=leave)
-        keys = json.loads((TINY / "config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps(keys | config))
-        return tmp_path / name
-
-    path = copy("truncated") / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:100_000])
-    copy("foreign", architectures=["GPT2LMHeadModel"], model_type="gpt2")
-    copy("shape", num_hidden_layers=8)
-    edit_weights(copy("channels"), lambda tensors: tensors["norm.weight"].add_(1))
-    hashed = {"checkpoint": evaluation.fingerprint(TINY / "model.safetensors")}
-    save_file({"basis_k": torch.zeros(1)}, copy("older") / "channels.safetensors", hashed)
-    (tmp_path / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
-    return tmp_path
-
-
-HELLO = ["--prompt", "hello", "--dense_below", "0"]
-BAD_INPUT = {
-    "missing": (["--checkpoint", "{}/nothing"], "no such directory"),
-    "truncated": (["--checkpoint", "{}/truncated"], "truncated"),
-    "foreign": (["--checkpoint", "{}/foreign"], "architecture GPT2LMHeadModel"),
-    "shape": (["--checkpoint", "{}/shape"], "missing, unexpected or of another shape"),
-    "channels": (["--checkpoint", "{}/channels"], "run calibrate.py"),
-    "older": (["--checkpoint", "{}/older"], "older form; run calibrate.py"),
-    "too-long": (["--prompt", "hello", "--max_new_tokens", "9000"], "8192 positions"),
-    "empty": (["--prompt", ""], "prompt is empty"),
-    "sparsity-0": (["--sparsity", "0"], "sparsity=0: must be above 1"),
-    "sparsity-word": (["--sparsity", "much"], "invalid float value: 'much'"),
-    "n-0": (["--n_tokens", "0"], "n_tokens=0: must be at least 1"),
-    "dense-below": (["--dense_below", "-1"], "dense_below=-1: must be at least 0"),
-    "compare-dense": (["--compare", "--sparsity", "1", "--prompt", "x"], "sets sparse against"),
-    "resident-few": ([*HELLO, "--offload", "--resident_tokens", "9"],
-                     "resident_tokens=9: must be at least 128"),
-    "resident-alone": (["--resident_tokens", "9"], "without --offload"),
-    "prefetch-alone": (["--prefetch_heads", "9"], "prefetch_heads=9: without --offload"),
-    "pack-alone": (["--no_pack"], "no_pack=True: without --offload"),
-    "agreement": ([*HELLO, "--offload", "--min_agreement", "-1"], "=-1.0: must be at least 0"),
-    "predicted-dense": ([*HELLO, "--offload", "--sparsity", "1", "--offload_mode", "predicted"],
-                        "nothing is selected with --sparsity 1"),
-    "offload-none": ([*HELLO, "--offload", "--dense_layers", "7"],
-                     "dense_layers=7: of 7 layers none is left"),
-    "no-template": (["--chat", "--prompt", "x"], "has no chat template; leave out --chat"),
-    "chat-alone": (["--chat"], "--chat: needs a --prompt"),
-    "interactive-chat": (["--interactive", "--chat"], "leave out"),
-    "template-alone": (["--no_chat_template", "--prompt", "x"], "only --interactive"),
-    "not-utf8": (["--prompt_file", "{}/latin1.txt"], "not UTF-8"),
-    "no-file": (["--prompt_file", "{}/absent.txt"], "No such file"),
-    "no-gpu": pytest.param(["--device", "cuda"], "no GPU",
-                           marks=pytest.mark.skipif(GPU, reason="there is a GPU")),
-}
-
-
-@pytest.mark.parametrize("arguments, message", BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_is_one_line_and_status_2(arguments, message, damaged):
-    before = sorted(damaged.rglob("*"))
-    run = command("generate.py", *(argument.format(damaged) for argument in arguments))
-    refused_in_one_line(run, message)
-    assert sorted(damaged.rglob("*")) == before
-
-
-def test_more_tokens_than_there_are_means_dense_and_says_so(tmp_path):
-    arguments = "--prompt", "The sea", "--max_new_tokens", 3, "--n_tokens", 500
-    assert "every token is attended (dense)" in on_the_command_line(tmp_path, *arguments)[2]
