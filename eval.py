@@ -113,8 +113,8 @@ class Decoder:
         memory, not results."""
         self.model, self.tokenizer = model, tokenizer
         # scores of all rows and heads take 512 MiB at most; a CPU is fastest with few
-        most = 2**27 // (model.config.n_heads * max_seq_length)
-        self.rows = rows or (64 if model.device.type == "cpu" else max(16, min(512, most)))
+        fitting = 2**27 // (model.config.n_heads * max_seq_length)
+        self.rows = rows or (64 if model.device.type == "cpu" else max(16, min(512, fitting)))
         device, dtype = model.device, model.dtype
         self.cache = KVCache(model.config, 1, max_seq_length, device, dtype, ds, label_maps)
         self.cache.layers = [method(layer) if layer.ds else layer for layer in self.cache.layers]
@@ -165,8 +165,8 @@ class Decoder:
 
     def mass(self):
         """Share of the exact attention that the chosen tokens hold; None where none was asked."""
-        asked = [layer for layer in self.sparse if layer.probes]
-        shares = [float(layer.mass) / layer.probes for layer in asked]
+        probed = [layer for layer in self.sparse if layer.probes]
+        shares = [float(layer.mass) / layer.probes for layer in probed]
         return statistics.mean(shares) if shares else None
 
     def greedy(self, tokens, max_new_tokens, done):
@@ -208,6 +208,8 @@ def score_text(item, dense, decoders):
 
 
 def of_text(results):
+    """What a row says of score_text's results: perplexity, bits per byte of text, and the means of
+    KL, of agreement in the likeliest token (percent) and of the attention held."""
     nats, kl, same, tokens, text_bytes = (
         sum(r[name] for r in results) for name in ("nats", "kl", "same", "tokens", "bytes"))
     mass = None if results[0]["mass"] is None else statistics.mean(r["mass"] for r in results)
@@ -238,21 +240,21 @@ def score_answer(item, dense, decoders):
 
             text = decoder.greedy(ids[first:], item["max_new_tokens"], done).lower()
             score = 100 * statistics.mean(output in text for output in outputs)
-        kinds = {name: item[name] for name in ("task", "length", "depth") if name in item}
-        results.append({"score": score} | kinds)
+        groups = {name: item[name] for name in ("task", "length", "depth") if name in item}
+        results.append({"score": score} | groups)
     return results
 
 
 def of_answers(results):
     """The mean, also by task, by length in tokens, by fifth of the depth of what is asked for."""
     found = {"score": statistics.mean(r["score"] for r in results)}
-    kinds = {"task": lambda r: r["task"], "length": lambda r: str(r["length"]),
-             "depth": lambda r: f"{int(5 * r['depth']) + 1}/5"}
-    for name, kind in kinds.items():
+    groups = {"task": lambda r: r["task"], "length": lambda r: str(r["length"]),
+              "depth": lambda r: f"{int(5 * r['depth']) + 1}/5"}
+    for name, group in groups.items():
         if name in results[0]:
             scores = {}
             for r in sorted(results, key=lambda r: r[name] if name == "depth" else 0):
-                scores.setdefault(kind(r), []).append(r["score"])
+                scores.setdefault(group(r), []).append(r["score"])
             found[f"by_{name}"] = {key: statistics.mean(values) for key, values in scores.items()}
     return found
 
@@ -359,11 +361,11 @@ class Evaluation:
         self.hash = fingerprint(self.checkpoint / "model.safetensors")
 
     def decoder(self, longest, method, budget):
-        """(a Decoder for so many tokens, what a row says of it) of a setting."""
+        """(a Decoder for so many tokens, a row's fields that describe it) of a setting."""
         if method == "dense":
-            says = {"budget": "all", "config": None, "calibration": None}
-            return Decoder(self.model, self.tokenizer, longest), says
-        way, calibration, bits = parse_method(method)
+            fields = {"budget": "all", "config": None, "calibration": None}
+            return Decoder(self.model, self.tokenizer, longest), fields
+        method_class, calibration, bits = parse_method(method)
         ds = parse_budget(budget, self.ds) if budget else self.ds
         ds = replace(ds, label_bits=bits, label_channels=None) if bits else ds
         channels = self.args.channels
@@ -373,12 +375,12 @@ class Evaluation:
         maps = load_maps(self.checkpoint, self.model.config, ds, self.device, channels)
         widths = ds.widths(self.model.config.head_dim)
         given = {} if ds.label_bits else {"label_bits": bits_of(widths)}  # the default may change
-        says = {"budget": budget_name(ds), "config": asdict(ds) | given, "calibration": None}
-        if way.labelled:
+        fields = {"budget": budget_name(ds), "config": asdict(ds) | given, "calibration": None}
+        if method_class.labelled:
             path = channels or self.checkpoint / "channels.safetensors"
-            says |= {"labels": f"{widths_name(widths)} bit", "calibration": calibration_of(path),
-                     "channels": None if calibration or not channels else Path(channels).name}
-        return Decoder(self.model, self.tokenizer, longest, ds, maps, way), says
+            fields |= {"labels": f"{widths_name(widths)} bit", "calibration": calibration_of(path),
+                       "channels": None if calibration or not channels else Path(channels).name}
+        return Decoder(self.model, self.tokenizer, longest, ds, maps, method_class), fields
 
     def rows(self, task, settings):
         """The rows of a task at [(method, budget)], dense's first: from the file, or measured."""
@@ -387,10 +389,10 @@ class Evaluation:
         if not items:
             raise ValueError(f"{args.data or data}: no items in it")
         longest = max(map(size, items)) - 1  # the last token is not decoded
-        most = self.model.config.max_positions
-        if longest > most:
-            raise ValueError(f"{longest} tokens are more than the model's {most} positions: take a "
-                             "smaller --context or --lengths, or --data with shorter items")
+        positions = self.model.config.max_positions
+        if longest > positions:
+            raise ValueError(f"{longest} tokens are more than the model's {positions} positions: "
+                             "take a smaller --context or --lengths, or --data with shorter items")
         mean_size = round(statistics.mean(map(size, items)))
         common = {"task": task, "checkpoint": self.checkpoint.name, "model": self.hash,
                   "data": data, "inputs": short_hash(json.dumps(items)),
@@ -401,9 +403,9 @@ class Evaluation:
         rows, dense = [], None
         new = []  # (row, its Decoder, the file of its items)
         for setting in [("dense", None), *settings]:
-            decoder, says = self.decoder(longest, *setting)
+            decoder, fields = self.decoder(longest, *setting)
             dense = dense or decoder
-            row = common | {"method": setting[0]} | says
+            row = common | {"method": setting[0]} | fields
             rows.append(self.saved_or(row))
             if rows[-1] is row:
                 partial = RUNS / "partial" / f"{short_hash(key_of(row, IDENTITY))}.jsonl"
@@ -428,17 +430,17 @@ class Evaluation:
             import harness  # takes seconds
         except ImportError:
             raise ValueError("lm_eval needs the package: pip install lm-eval") from None
-        args, most = self.args, self.model.config.max_positions
-        size = min(args.context, most)
-        asked = [args.limit, args.fewshot, args.chat, size, harness.lm_eval.__version__]
+        args = self.args
+        size = min(args.context, self.model.config.max_positions)
+        inputs = [args.limit, args.fewshot, args.chat, size, harness.lm_eval.__version__]
         common = {"task": "lm_eval", "checkpoint": self.checkpoint.name, "model": self.hash,
-                  "data": task, "inputs": short_hash(json.dumps(asked)), "context": size,
+                  "data": task, "inputs": short_hash(json.dumps(inputs)), "context": size,
                   "fewshot": args.fewshot, **provenance(self.device)}
         common |= {"chat": True} if args.chat else {}
         rows = []
         for setting in [("dense", None), *settings]:
-            decoder, says = self.decoder(size, *setting)
-            row = common | {"method": setting[0]} | says
+            decoder, fields = self.decoder(size, *setting)
+            row = common | {"method": setting[0]} | fields
             rows.append(self.saved_or(row))
             if rows[-1] is row:
                 print(f"{task} of lm-eval by {setting[0]}", file=sys.stderr)
@@ -466,7 +468,7 @@ class Evaluation:
 
 
 def by(name):
-    """A cell of scores by kind."""
+    """A cell of scores by task, length or depth."""
     def found(row):
         scores = row[f"by_{name}"].items()
         return ", ".join(f"{key}: {score:.0f}" for key, score in scores) or "-"
@@ -500,6 +502,7 @@ COLUMNS = {"perplexity": TEXT, "lm_eval": HARNESS}  # of other tasks ANSWERS
 
 
 def cell(row, column):
+    """What a row has in a column: a format or a function."""
     try:
         return column(row) if callable(column) else column.format(**row)
     except (KeyError, TypeError):  # the row has no such field, or None there

@@ -52,6 +52,7 @@ class Harness(TemplateLM):
         return ids[-room:]
 
     def count(self):
+        """Adds what the Decoder did since its start to the sums over all requests."""
         self.attended += self.decoder.attended()
         self.decoded += self.decoder.decoded
 
@@ -64,10 +65,10 @@ class Harness(TemplateLM):
         self.decoder.start(ids[: n - 1])
         nats, greedy = 0.0, True
         for logits in self.decoder.logits(ids[n - 1 : -1]):
-            now, wanted = wanted[: len(logits)], wanted[len(logits) :]
+            targets, wanted = wanted[: len(logits)], wanted[len(logits) :]
             found = logits.float().log_softmax(-1)
-            nats += found[range(len(now)), now].sum().item()
-            greedy = greedy and found.argmax(-1).tolist() == now
+            nats += found[range(len(targets)), targets].sum().item()
+            greedy = greedy and found.argmax(-1).tolist() == targets
         self.count()
         return nats, greedy
 
@@ -88,6 +89,7 @@ class Harness(TemplateLM):
         return found
 
     def generate_until(self, requests, disable_tqdm=False):
+        """Greedy answers, each up to the first of the texts that end it."""
         answers = []
         for request in tqdm(requests, desc="generated", leave=False, disable=disable_tqdm):
             text, how = request.args

@@ -97,6 +97,7 @@ def text_windows(tokenizer, texts, context, limit=None):
 
 
 def text_items(tokenizer, args):
+    """(name of the text, windows of it, of which the last args.last tokens are decoded)."""
     name, texts = texts_of(args.data)
     windows = text_windows(tokenizer, texts, args.context, args.limit)
     prefilled = max(0, len(windows[0]) - 1 - args.last) if args.last else 0
@@ -185,6 +186,8 @@ def generated_items(tokenizer, document, lengths, count, text=""):
 
 
 def retrieval_items(document, tokenizer, args):
+    """(name of the data, questions about documents of this kind): generated, or read where --data
+    has published key-value items."""
     if document is kv_document and args.data:
         items, keys = [], ("ordered_kv_records", "key", "value")
         for records, key, value in read_json_lines(args.data, keys)[: args.limit]:
@@ -315,9 +318,9 @@ def ruler_items(tokenizer, args):
                                       for parts in group[: args.limit]]
     name, texts = texts_of(args.data)
     items, text = [], "\n\n".join(texts)
-    kinds = [(task, length, i) for length in args.lengths or LENGTHS for task in RULER
-             for i in range(args.limit or 4)]
-    for task, length, i in tqdm(kinds, desc="items", leave=False, delay=2):
+    places = [(task, length, i) for length in args.lengths or LENGTHS for task in RULER
+              for i in range(args.limit or 4)]
+    for task, length, i in tqdm(places, desc="items", leave=False, delay=2):
         def make(n):
             rng = random.Random(f"{task} {length} {i}")
             return item(task, length, *RULER[task](task, rng, n, text))
