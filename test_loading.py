@@ -9,6 +9,7 @@ the package accelerate, with which transformers reads them.
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -45,7 +46,7 @@ from tokenizer import Tokenizer, from_sentencepiece, read_text
 needs_gguf = pytest.mark.skipif(gguf is None, reason="needs the package gguf")
 
 
-# ---------------------------------------------------------------- model, against Hugging Face
+# ---------------------------------------------------------------- model
 
 
 # Keys as published models have them, sizes aside; what is absent takes transformers' default.
@@ -196,6 +197,19 @@ def test_configs_that_would_change_the_result_are_refused(change, match):
                  intermediate_size=64)
     with pytest.raises(ValueError, match=match):
         ModelConfig.from_dict(sizes | LLAMA | change)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("rope_theta", "x"), ("rope_theta", math.inf), ("rms_norm_eps", "1e-5"),
+    ("num_hidden_layers", 10**9), ("hidden_size", True), ("num_attention_heads", 2.5),
+    ("vocab_size", 2**40), ("intermediate_size", None), ("rope_scaling", {"rope_type": "linear"}),
+    ("rope_scaling", {"rope_type": "linear", "factor": "2"})], ids=str)
+def test_a_config_value_of_the_wrong_type_is_named(key, value):
+    content = json.loads((TINY / "config.json").read_text()) | {key: value}
+    ours = {"rms_norm_eps": "norm_eps", "num_hidden_layers": "n_layers", "hidden_size": "dim",
+            "num_attention_heads": "n_heads", "intermediate_size": "ffn_dim"}
+    with pytest.raises(ValueError, match=ours.get(key, key)):
+        ModelConfig.from_dict(content)
 
 
 # ---------------------------------------------------------------- convert_hf
@@ -363,6 +377,31 @@ BROKEN = {  # what is done to a checkpoint, and what its refusal says
 def test_a_broken_checkpoint_is_named(change, match, hf, out):
     change(hf)
     refused(hf, out, match)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_weights_that_are_not_there_are_refused(kind, tmp_path):
+    tensor = torch.eye(4).to_sparse() if kind == "sparse" else torch.empty(4, 4, device="meta")
+    torch.save({NORM: tensor}, tmp_path / BIN)
+    with pytest.raises(ValueError, match=f"norm.weight is a {kind} tensor"):
+        convert_hf.open_shard(tmp_path / BIN)
+
+
+def test_two_processes_may_convert_the_same_checkpoint(hf, out, monkeypatch):
+    """The one that is late finds what the other made, and says that it is there, too."""
+    whole = convert_hf.write_weights
+
+    def late(path, *arguments):
+        monkeypatch.setattr(convert_hf, "write_weights", whole)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)  # a process that is running
+            convert_hf.convert(hf, out)
+        whole(path, *arguments)
+
+    monkeypatch.setattr(convert_hf, "write_weights", late)
+    assert convert_hf.convert(hf, out) == out
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    load_file(out / SAFE)
 
 
 def test_what_cannot_be_written_is_refused(hf, out, monkeypatch):
