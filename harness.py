@@ -4,6 +4,8 @@ What lm-eval asks about is prefilled, dense, but for its last token; every token
 or scored is decoded, with its own choice of tokens. What does not fit in the cache loses its
 beginning, as in lm-eval's own models; how many requests did is told.
 """
+import functools
+
 import lm_eval
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -108,13 +110,19 @@ class Harness(TemplateLM):
         return answers
 
 
+@functools.cache
+def tasks_with(include_path):
+    """lm-eval's tasks and those of a directory, or None; reading them takes many seconds."""
+    return TaskManager(include_path=include_path)
+
+
 def run(decoder, task, limit=None, fewshot=None, chat=False, include_path=None):
     """A task, or a group of tasks, of lm-eval -> what a row says of it.
 
     limit: documents of each task. fewshot: examples in front, None for as many as the task says.
     include_path: a directory with more tasks. Raises ValueError for a task that there is not.
     """
-    manager, model = TaskManager(include_path=include_path), Harness(decoder, chat)
+    manager, model = tasks_with(include_path), Harness(decoder, chat)
     if task not in manager.all_tasks:
         raise ValueError(f"tasks={task}: no task of lm-eval {lm_eval.__version__}; give the "
                          "directory of its .yaml with --include_path")

@@ -1760,6 +1760,10 @@ def test_tasks_of_lm_eval(evaluate, tmp_path, monkeypatch):
                doc_to_text="", doc_to_target="{{text}}",
                metric_list=[{"metric": "word_perplexity"}])
     common = "lm_eval", "--include_path", tmp_path, "--n_tokens", 60, "--context", 64, "--tasks"
+    local_task(tmp_path, "long", "multiple_choice", [
+        {"text": "The sea was. " * 30 + asked_for[0], "choices": choices, "label": 0}],
+        doc_to_text="{{text}}", doc_to_choice="{{choices}}", doc_to_target="{{label}}",
+        metric_list=[{"metric": "acc"}])
     rows, out, _ = evaluate(*common, "pick,say,roll")
     for dense, ds_row in zip(rows[::2], rows[1::2]):
         assert (dense["method"], ds_row["method"]) == ("dense", "ds") and dense["n_items"] == 2
@@ -1770,10 +1774,6 @@ def test_tasks_of_lm_eval(evaluate, tmp_path, monkeypatch):
     assert [row["score"] for row in rows[::2]] == [1, 1, pytest.approx(want, rel=1e-3)]
     assert "| roll | 64 | ds |" in out
 
-    local_task(tmp_path, "long", "multiple_choice", [
-        {"text": "The sea was. " * 30 + asked_for[0], "choices": choices, "label": 0}],
-        doc_to_text="{{text}}", doc_to_choice="{{choices}}", doc_to_target="{{label}}",
-        metric_list=[{"metric": "acc"}])
     rows, _, _ = evaluate(*common, "long", "--methods", "h2o")
     assert [row["cut"] for row in rows[6:]] == [3, 3] and rows[7]["mean_tokens"] == 60
     with pytest.raises(ValueError, match="tasks=nothing: no task of lm-eval"):
