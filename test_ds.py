@@ -49,7 +49,7 @@ import items as asked
 import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
-    PRESETS, Attention, KVCache, ModelConfig, Transformer, apply_rope, check_memory,
+    PRESETS, Attention, KVCache, Linear, ModelConfig, Transformer, apply_rope, check_memory,
     load_label_maps, load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
@@ -580,8 +580,11 @@ DECODES = {  # with dim 40, ffn_dim 36 and a vocabulary of 65: no multiples of a
     "head-norms": dict(B=3, n_heads=2, n_kv_heads=1, head_dim=128, qk_norm=True),
     "head-norms-two-heads-a-program": dict(B=17, n_heads=3, n_kv_heads=1, head_dim=16, qk_norm=True,
                                            dim=280),
-    # steps of BLOCK_K, the last not full; prefetched
+    # steps of BLOCK_K, the last not full
     "several-steps": dict(B=17, n_heads=2, n_kv_heads=1, dim=280, ffn_dim=528),
+    "int8": dict(B=3, n_heads=7, n_kv_heads=1, qkv_bias=True, quantize=True),
+    "int8-in-parts": dict(B=3, n_heads=4, n_kv_heads=2, dim=512, ffn_dim=1280, quantize=True),
+    "int8-many": dict(B=17, n_heads=2, n_kv_heads=1, dim=528, ffn_dim=1040, quantize=True),
 }
 
 
@@ -593,10 +596,12 @@ def test_decode_kernels_equal_the_blocks(case, dtype):
     """Logits and cache of a ragged step, against the blocks' own forward in fp32; the cache is
     written where it should be."""
     shape = dict(dim=40, n_layers=2, head_dim=64, ffn_dim=36, vocab_size=65) | case
-    B = shape.pop("B")
+    B, quantize = shape.pop("B"), shape.pop("quantize", False)
     model = random_model(**shape)[0].to(DEVICE, dtype)
     for name, parameter in model.named_parameters():
         parameter.mul_(0.3) if parameter.ndim > 1 else parameter.normal_(1, 0.3)
+    if quantize:
+        model.quantize()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(65, (B,), generator=generator).to(DEVICE)
     lens = torch.tensor([7 * b % 40 for b in range(1, B)] + [0], dtype=torch.int32, device=DEVICE)
@@ -635,6 +640,38 @@ def test_experts_of_few_tokens_equal_the_loop_over_experts():
     logits, experts = ffn.router(x).topk(2, -1)
     found = ffn.by_token(x, experts, logits.softmax(-1))
     torch.testing.assert_close(found, ffn(x[None])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_int8_weights_are_the_nearest_codes():
+    linear = Linear(50, 5000)
+    with torch.no_grad():
+        linear.weight.mul_(torch.rand(5000, 1) * 100)
+        linear.weight[7] = 0
+    exact = linear.weight.detach().clone()
+    linear.requires_grad_(False).quantize()
+    assert linear.weight.dtype == torch.int8 and linear.weight.abs().max() == 127
+    half = linear.scale[:, None] / 2
+    assert ((linear.rows(5000, torch.float32) - exact).abs() <= half * 1.0001).all()
+    x = torch.randn(3, 50)
+    want = torch.nn.functional.linear(x, linear.rows(5000, torch.float32))
+    torch.testing.assert_close(linear(x), want)
+    assert linear.rows(3, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_checkpoint_loaded_in_int8(tmp_path):
+    """Its bytes, and that it is the model with its weights rounded; memory_need knows its size."""
+    whole = load_model(TINY, "cpu", torch.float32)
+    model = load_model(TINY, "cpu", torch.float32, "int8")
+    whole.quantize()
+    same = zip(whole.state_dict().items(), model.state_dict().items(), strict=True)
+    assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in same)
+    assert model.dtype == torch.float32 and model.embed.weight.dtype == torch.float32
+    need = memory_need(model.config, 1, 10, torch.float32, quantize="int8")
+    assert need["weights"] == sum(p.nbytes for p in model.parameters())
+    config = replace(PRESETS["Mixtral-8x7B-v0.1"], n_layers=1, dim=8, ffn_dim=8, vocab_size=8,
+                     head_dim=2)
+    with pytest.raises(ValueError, match="not for a model with experts"):
+        Transformer(config).quantize()
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
@@ -1855,16 +1892,16 @@ def test_bench_checks_its_attention_on_a_cpu():
 def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
     model = bench.random_model(replace(bench.CPU_MODEL, n_kv_heads=2), DEVICE, torch.float32)
     S, size = 20, 30
-    module, cache = bench.GptFast(model, 2, size), bench.random_cache(model, 2, size, None, DEVICE)
-    for i, layer in enumerate(cache.layers):
-        for name, mine in zip("kv", layer.past(size)):
-            getattr(module, f"{name}{i}").copy_(mine)
+    theirs, cache = bench.GptFast(model, 2, size), bench.random_cache(model, 2, size, None, DEVICE)
+    for cached, layer in zip(theirs.caches, cache.layers):
+        for kept, mine in zip(cached, layer.past(size)):
+            kept.copy_(mine)
     cache.seq_lens.fill_(S)
     tokens = torch.tensor([5, 9], device=DEVICE)
     for position in range(S, size):
-        theirs = module(tokens[:, None], torch.tensor([position], device=DEVICE))[:, 0]
+        found = theirs.step(tokens[:, None], torch.tensor([position], device=DEVICE))[:, 0]
         tokens = model.decode(tokens, cache).argmax(-1)
-        assert torch.equal(theirs, tokens)
+        assert torch.equal(found, tokens)
 
 
 def bench_rows(run, **more):
@@ -1873,6 +1910,18 @@ def bench_rows(run, **more):
                 no_pack=False, steps=3, shapes=None, model=None, compile=False, checkpoint=None,
                 data=None)
     return [row for rows in run(SimpleNamespace(**(args | more)), "cpu") for row in rows]
+
+
+def test_bench_generate_times_int8_beside_the_weights_as_they_are():
+    modes = ["dense", "dense_int8", "ds_int8"]
+    dense, int8, sparse = bench_rows(bench.run_generate, modes=modes, dense_layers=[2])
+    assert [row["mode"] for row in (int8, sparse)] == ["dense_int8", "ds_int8"]
+    shapes = [shape for name, shape in parameter_shapes(bench.CPU_MODEL).items()
+              if len(shape) == 2 and name != "embed.weight"]
+    saved = sum(3 * math.prod(shape) - 4 * shape[0] for shape in shapes)  # of fp32; 4: the scales
+    assert dense["bytes_per_step"] - int8["bytes_per_step"] == saved
+    assert sparse["bytes_per_step"] < int8["bytes_per_step"]
+    assert int8["speedup_vs_dense"] == dense["ms_per_step"] / int8["ms_per_step"]
 
 
 def test_bench_generate_rows(tmp_path, monkeypatch):
