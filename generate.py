@@ -433,7 +433,7 @@ def print_statistics(found, device, name=""):
         print(name, file=sys.stderr)
     for key, value in lines.items():
         print(f"{key:<19}  {value}", file=sys.stderr)
-    if device == "cpu" and "tokens_attended" in found:
+    if device == "cpu" and found["kv_bytes_per_step"] < found["dense_kv_bytes_per_step"]:
         print("On a CPU a sparse step shows what the method does, not how fast it is.", file=sys.stderr)
 
 
@@ -736,7 +736,13 @@ def main():
             return converse(step, tokenizer, args)
         bar = tqdm(total=sum(map(len, prompts)), desc="prefill", unit="token", leave=False, delay=2)
         stream = Streamer(tokenizer, prompts[0]) if len(prompts) == 1 else None
-        result = generate(step, prompts, min(args.max_new_tokens, size - max(map(len, prompts))), 0, stream, bar.update)
+
+        def on_token(b, token):
+            bar.close()  # the first one ends the prefill
+            stream(b, token)
+
+        result = generate(step, prompts, min(args.max_new_tokens, size - max(map(len, prompts))), 0,
+                          stream and on_token, bar.update)
         bar.close()
         outputs = [new_tokens_text(tokenizer, *pair) for pair in zip(prompts, result.token_ids)]
         if stream:
