@@ -28,6 +28,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -49,8 +50,8 @@ import items as asked
 import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
-    PRESETS, Attention, KVCache, Linear, ModelConfig, Transformer, apply_rope, check_memory,
-    load_label_maps, load_model, memory_need, parameter_shapes
+    PRESETS, Attention, KVCache, Linear, ModelConfig, MoEFeedForward, Residual, Transformer,
+    apply_rope, check_memory, load_label_maps, load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
 from tokenizer import Tokenizer
@@ -569,6 +570,21 @@ def test_ragged_batch_gives_what_each_prompt_gives_alone(sparse, below, shape):
     assert max(map(len, together)) == 30
 
 
+def test_tokens_attended_to_in_sparse_steps_are_counted():
+    """By the kernels; a short row of a mixed batch attends to all its tokens."""
+    step = decode_step(60, 2, more=dict(impl="triton", dense_below=20))
+    cache = step.cache
+    scratch = cache.layers[0].workspace or ds.Workspace(2, 4, 2, 16, 60, DEVICE, cache.ds, splits=1)
+    for layer in cache.layers:
+        layer.workspace = scratch
+    for n in (2, 1):  # begin() counts anew
+        generate.generate(step, [[1] + list(range(3, 32)), [1, 5, 9, 20, 7]], n)
+        wanted = [cache.ds.budget(length + i) for length in (30, 5) for i in range(n)]
+        assert wanted[n:] == list(range(5, 5 + n)) and wanted[0] == 8
+        found = cache.statistics()["tokens_attended"]
+        assert found == pytest.approx(sum(wanted) / len(wanted), abs=0.3), "ties may add some"
+
+
 DECODES = {  # with dim 40, ffn_dim 36 and a vocabulary of 65: no multiples of any block
     "mha": dict(B=1, n_heads=2, n_kv_heads=2),
     "gqa": dict(B=3, n_heads=4, n_kv_heads=2),
@@ -632,6 +648,28 @@ def test_decode_kernels_equal_the_blocks(case, dtype):
     for got in (logits, {name: kv[new] for name, kv in caches.items()}):
         error = {name: relative_error(got[name], got["exact"]) for name in ("triton", "torch")}
         assert error["triton"] <= allowance * error["torch"] + 1e-5
+
+
+@pytest.mark.parametrize("tiles", [
+    dict(BLOCK_N=16, BLOCK_K=32), dict(BLOCK_N=64, BLOCK_K=64, STAGES=2), dict(AHEAD=99)
+], ids=["small", "large", "early"])
+def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE, torch.float16)
+
+    table, gain, w13, w2 = normal(9, 96), normal(96), normal(2 * 70, 96), normal(96, 70) / 8
+    outs = []
+    for more in ({}, tiles):
+        residual = Residual(table, gain, 1e-5)
+        residual.add(residual.swiglu(w13, **more), w2, gain, **more)
+        outs += [residual.x, residual.logits(w13, **more)]
+    for got, want in zip(outs[2:], outs):
+        assert relative_error(got, want) < 1e-3
+    normed = F.rms_norm(table.float(), (96,), gain.float(), 1e-5)
+    gate, up = (normed @ w13.float().T).chunk(2, -1)
+    assert relative_error(outs[0], table + (F.silu(gate) * up) @ w2.float().T) < 2e-3
 
 
 def test_experts_of_few_tokens_equal_the_loop_over_experts():
@@ -709,6 +747,23 @@ def test_compiled_blocks_equal_eager_ones_and_are_compiled_once_for_all_layers()
     counters.clear()
     assert [generate.generate(step, [prompt], 4).token_ids for prompt in prompts] == want
     assert counters["stats"]["unique_graphs"] == 4, "of prefill and decode, before and behind it"
+
+
+def test_compiled_blocks_leave_experts_to_torch(monkeypatch):
+    seen, forward = [], MoEFeedForward.forward
+
+    def watched(self, x):
+        seen.append(torch.compiler.is_compiling())
+        return forward(self, x)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(MoEFeedForward, "forward", watched)
+    model, *_ = random_model(n_experts=4, experts_per_token=2, dim=40, ffn_dim=72)
+    tokens = torch.arange(30)[None]
+    want = model(tokens)
+    model.compile_blocks()
+    torch.testing.assert_close(model(tokens), want)
+    assert len(seen) == 6 and not any(seen), "three layers, twice"
 
 
 def test_memory_need_counts_what_is_allocated():
@@ -803,6 +858,31 @@ def test_frozen_rows_repeat_their_step_to_no_effect():
     assert torch.equal(step.sampled[::2], sampled[::2]) and step.tokens.tolist()[::2] == [3, 5]
     for x, y in zip(before, contents()):
         assert torch.equal(x[::2], y[::2]) and not torch.equal(x[1], y[1])
+
+
+@pytest.mark.parametrize("reader", ["streaming", "stopping", "neither"])
+def test_tokens_are_read_one_step_behind_or_at_the_end(reader, monkeypatch):
+    """Step i + 1 has begun before the host asks for the tokens of step i."""
+    step = decode_step(40, 2)
+    object.__setattr__(step.model.config, "eos_ids", (99,) if reader == "stopping" else ())
+    order, run, now = [], step.run, generate.now
+    monkeypatch.setattr(step, "run", lambda sparse: (order.append("run"), run(sparse)))
+
+    def recorded(device):
+        event = now(device)
+        wait, number = event.synchronize, order.count("run") - 1
+        noted = {"synchronize": lambda: (order.append(number), wait())}
+        return SimpleNamespace(**{"elapsed_time": event.elapsed_time} | vars(event) | noted)
+
+    monkeypatch.setattr(generate, "now", recorded if not GPU else now)
+    streamed = [[], []]
+    on_token = (lambda b, token: streamed[b].append(token)) if reader == "streaming" else None
+    result = generate.generate(step, [[1, 5, 9], [1, 7]], 5, on_token=on_token)
+    assert [len(ids) for ids in result.token_ids] == [5, 5]
+    assert streamed == (result.token_ids if reader == "streaming" else [[], []])
+    at_the_end = ["run"] * 5 + [0, 1, 2, 3, 4]
+    behind = ["run", "run", 0, "run", 1, "run", 2, "run", 3, 4]
+    assert GPU or order == (at_the_end if reader == "neither" else behind)
 
 
 def test_short_sequences_are_decoded_dense_and_leave_labels():
@@ -1878,6 +1958,17 @@ def test_tables_are_printed(name):
     assert run.returncode == 0 and run.stdout.count("\n- **") == 3, run.stderr
     run = command("pages.py", "steps")
     assert run.returncode == 0 and run.stdout.count("\n") == 7, run.stderr
+
+
+def test_bench_times_labels_that_fit_the_head(monkeypatch):
+    timed = []
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: None)
+    monkeypatch.setattr(bench, "attention_row", lambda B, S, HQ, HKV, D, dtype, config, *_:
+                        timed.append(config.channels(D)))
+    args = SimpleNamespace(sparsity=16, label_channels=None, label_bits=None, shapes=None,
+                           head_dim=32, dtype="bfloat16")
+    rows = list(bench.run_attention(args, "cuda"))
+    assert len(rows) == len(timed) == 2 * len(bench.SHAPES) + 3
 
 
 def test_bench_checks_its_attention_on_a_cpu():
