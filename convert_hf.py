@@ -6,10 +6,11 @@ Usage:
     python convert_hf.py mistralai/Mistral-7B-v0.1 checkpoints/mistral-7b --dtype bfloat16
     python convert_hf.py SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
 
-q, k, v (and gate, up) become consecutive row ranges of one tensor, so nothing is concatenated: the output's header is
-written first, then each source tensor goes to its own place in the file. Host memory stays near one source shard.
-RoPE stays in Hugging Face's half-split order: weights are copied, never permuted. A GGUF file is
-taken as what Hugging Face would have for it, and dequantised some rows at a time.
+q, k, v (and gate, up) become consecutive row ranges of one tensor, so nothing is concatenated: the
+output's header is written first, then each source tensor goes to its own place in the file. Host
+memory stays near one source shard. RoPE stays in Hugging Face's half-split order: weights are
+copied, never permuted. A GGUF file is taken as what Hugging Face would have for it, and dequantised
+some rows at a time.
 """
 
 import errno
@@ -28,9 +29,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-# HTTPError is the base of whichever HTTP client this version of huggingface_hub uses: a download that broke off.
+# HTTPError is a download that broke off, in whichever HTTP client this huggingface_hub uses.
 from huggingface_hub.errors import (
-    GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+    RepositoryNotFoundError
 )
 from tqdm import tqdm
 
@@ -40,13 +42,14 @@ from model import ModelConfig, ignored_keys, open_tensors, parameter_shapes, rea
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-COPIED_FILES = ["config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+COPIED_FILES = ["config.json", "generation_config.json", "tokenizer.model", "tokenizer.json",
+                "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                "chat_template.jinja"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 2**20  # elements cast and written at a time
 
 def hf_dir_of(source: str | Path, patterns: list[str]) -> Path:
-    """The directory that `source` names, or the hub's snapshot of it with the files that match `patterns`."""
+    """The directory `source`, or the hub's snapshot of it with the files that match `patterns`."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -54,18 +57,19 @@ def hf_dir_of(source: str | Path, patterns: list[str]) -> Path:
     except HFValidationError:
         raise ValueError(f"{source}: no such directory, and not a hub id (owner/name)") from None
     except GatedRepoError:
-        raise ValueError(f"{source}: gated: accept its terms at https://huggingface.co/{source}, then run"
-                         " `hf auth login`") from None
+        raise ValueError(f"{source}: gated: accept its terms at https://huggingface.co/{source}, "
+                         "then run `hf auth login`") from None
     except RepositoryNotFoundError:
-        raise ValueError(f"{source}: neither a local directory nor a hub repository that you can see: check the name,"
-                         " or run `hf auth login` if it is private") from None
+        raise ValueError(f"{source}: neither a local directory nor a hub repository that you can "
+                         "see: check the name, or run `hf auth login` if it is private") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
-        raise ValueError(f"{source}: no such directory, and the Hugging Face hub cannot be reached: give a local"
-                         f" directory, or try again online ({type(error).__name__})") from None
+        raise ValueError(f"{source}: no such directory, and the Hugging Face hub cannot be "
+                         "reached: give a local directory, or try again online "
+                         f"({type(error).__name__})") from None
 
 
 def weight_files(hf_dir: Path) -> list[Path]:
-    """The files that hold the weights, safetensors before .bin. Raises ValueError when none or not all are there."""
+    """The weights' files, safetensors before .bin. Raises ValueError unless all are there."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (hf_dir / single).is_file():
             return [hf_dir / single]
@@ -75,15 +79,18 @@ def weight_files(hf_dir: Path) -> list[Path]:
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not a weight index ({error!r}): download it again") from None
+            raise ValueError(f"{index}: not a weight index ({error!r}): "
+                             "download it again") from None
         if absent := [shard for shard in shards if not (hf_dir / shard).is_file()]:
-            raise ValueError(f"{hf_dir}: {_listed('missing weight files', absent)}: download them again")
+            raise ValueError(f"{hf_dir}: {_listed('missing weight files', absent)}: "
+                             "download them again")
         return [hf_dir / shard for shard in shards]
-    raise ValueError(f"{hf_dir}: no model.safetensors or pytorch_model.bin, whole or sharded with an index")
+    raise ValueError(f"{hf_dir}: no model.safetensors or pytorch_model.bin, whole or sharded "
+                     "with an index")
 
 
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weight file, memory-mapped: what is not used is not read, and it is let go with the dict."""
+    """A weight file's tensors, memory-mapped: what is unused is not read; let go with the dict."""
     if path.suffix == ".safetensors":
         with open_tensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
@@ -91,22 +98,25 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
         mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and are read whole
         shard = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError,  # a truncated or foreign file
-            AttributeError, LookupError, TypeError, ValueError) as error:  # flipped bits, in torch's own unpickler
+            AttributeError, LookupError, TypeError, ValueError) as error:  # flipped bits, in torch
         cause = (str(error) or repr(error)).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read: truncated, or not a weight file? ({cause})") from None
-    if not isinstance(shard, dict) or not all(isinstance(value, torch.Tensor) for value in shard.values()):
+        raise ValueError(f"{path}: cannot be read: truncated, or not a weight file? "
+                         f"({cause})") from None
+    if not isinstance(shard, dict) or not all(isinstance(value, torch.Tensor)
+                                              for value in shard.values()):
         raise ValueError(f"{path}: not a dict of tensors")
     for name, tensor in shard.items():
         if tensor.is_meta or tensor.layout != torch.strided:
-            raise ValueError(f"{path}: {name} is a {'meta' if tensor.is_meta else 'sparse'} tensor, which holds no weights as "
-                             "they are; save the model again with dense ones")
+            raise ValueError(f"{path}: {name} is a {'meta' if tensor.is_meta else 'sparse'} "
+                             "tensor, which holds no weights as they are; save the model again "
+                             "with dense ones")
     return shard
 
 
 def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{our name: {Hugging Face name: shape}}: the pieces that, one after the other, are the bytes of our tensor.
+    """{our name: {Hugging Face name: shape}}: the pieces whose bytes, in turn, are our tensor's.
 
-    `fused_experts`: Mixtral as transformers 5 holds it, all experts in one tensor, instead of as it is on the hub.
+    `fused_experts`: Mixtral as of transformers 5, all experts in one tensor, not as on the hub.
     """
     dim, ffn, E = config.dim, config.ffn_dim, config.n_experts
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -123,7 +133,8 @@ def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, t
                                                 f"{hf}.self_attn.v_proj.bias": (kv_rows,)}
         if config.qk_norm:
             for norm in ("q_norm", "k_norm"):
-                pieces[f"{ours}.attn.{norm}.weight"] = {f"{hf}.self_attn.{norm}.weight": (config.head_dim,)}
+                pieces[f"{ours}.attn.{norm}.weight"] = {
+                    f"{hf}.self_attn.{norm}.weight": (config.head_dim,)}
         pieces[f"{ours}.attn.wo.weight"] = {f"{hf}.self_attn.o_proj.weight": (dim, q_rows)}
         pieces[f"{ours}.ffn_norm.weight"] = {f"{hf}.post_attention_layernorm.weight": (dim,)}
         if E == 0:
@@ -139,7 +150,8 @@ def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, t
             pieces[f"{ours}.ffn.router.weight"] = {f"{moe}.gate.weight": (E, dim)}
             pieces[f"{ours}.ffn.w13"] = {f"{moe}.experts.{e}.{w}.weight": (ffn, dim)
                                          for e in range(E) for w in ("w1", "w3")}
-            pieces[f"{ours}.ffn.w2"] = {f"{moe}.experts.{e}.w2.weight": (dim, ffn) for e in range(E)}
+            pieces[f"{ours}.ffn.w2"] = {f"{moe}.experts.{e}.w2.weight": (dim, ffn)
+                                        for e in range(E)}
     pieces["norm.weight"] = {"model.norm.weight": (dim,)}
     if not config.tie_embeddings:
         pieces["head.weight"] = {HEAD: (config.vocab_size, dim)}
@@ -147,7 +159,7 @@ def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, t
 
 
 def check_tensors(found: dict, wanted: dict, config: ModelConfig, source: str | Path) -> None:
-    """Raises ValueError unless what is `found`, {name: (shape, dtype)}, is what is `wanted`, {name: shape}."""
+    """Raises ValueError unless `found`, {name: (shape, dtype)}, is as `wanted`, {name: shape}."""
     harmless = {HEAD} if config.tie_embeddings else set()
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted and name not in harmless
@@ -162,23 +174,27 @@ def check_tensors(found: dict, wanted: dict, config: ModelConfig, source: str | 
     problems = {"missing": missing, "unexpected": extra, "of another shape": wrong_shape,
                 "not in float32, bfloat16 or float16": wrong_dtype}
     if any(problems.values()):
-        parts = [_listed(f"tensors {problem}", names) for problem, names in problems.items() if names]
+        parts = [_listed(f"tensors {problem}", names)
+                 for problem, names in problems.items() if names]
         raise ValueError(f"{source}: the weights are not what config.json says: {'; '.join(parts)}")
 
 
 def _listed(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+    return (f"{len(names)} {what} ({', '.join(sorted(names)[:3])}"
+            f"{', ...' if len(names) > 3 else ''})")
 
 
 def output_dtype(dtype: str, hf_config: dict, first_weight: torch.dtype) -> torch.dtype:
-    """`dtype` by name; "auto" is the one that the Hugging Face config names, or else the first weight's."""
+    """`dtype` by name; "auto": what the Hugging Face config names, or else the first weight's."""
     named = hf_config.get("dtype") or hf_config.get("torch_dtype")  # transformers 5, and before
     return DTYPES.get(named, first_weight) if dtype == "auto" else DTYPES[dtype]
 
 
-def file_layout(shapes: dict, pieces: dict, dtype: torch.dtype, source: str) -> tuple[bytes, dict[str, int], int]:
-    """The output's leading bytes (safetensors header), {Hugging Face name: byte offset in the file}, and its size."""
-    assert shapes.keys() == pieces.keys(), f"model and converter disagree on {shapes.keys() ^ pieces.keys()}"
+def file_layout(shapes: dict, pieces: dict, dtype: torch.dtype,
+                source: str) -> tuple[bytes, dict[str, int], int]:
+    """The output's header (its first bytes), {Hugging Face name: byte offset}, and its size."""
+    assert shapes.keys() == pieces.keys(), (
+        f"model and converter disagree on {shapes.keys() ^ pieces.keys()}")
     header = {"__metadata__": {"format": "double-sparsity", "source": source}}
     offsets, end = {}, 0  # relative to the data's start
     for name, shape in shapes.items():
@@ -186,23 +202,28 @@ def file_layout(shapes: dict, pieces: dict, dtype: torch.dtype, source: str) -> 
         for hf_name, piece in pieces[name].items():
             offsets[hf_name] = end
             end += math.prod(piece) * dtype.itemsize
-        assert end - begin == math.prod(shape) * dtype.itemsize, f"{name}: pieces do not add up to {list(shape)}"
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        assert end - begin == math.prod(shape) * dtype.itemsize, (
+            f"{name}: pieces do not add up to {list(shape)}")
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape),
+                        "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     start = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, {name: start + offset for name, offset in offsets.items()}, start + end
+    return (struct.pack("<Q", len(text)) + text,
+            {name: start + offset for name, offset in offsets.items()}, start + end)
 
 
 def _chunks(tensor: torch.Tensor | GGUFTensor) -> Iterable[torch.Tensor]:
     """A tensor's elements in order, some CHUNK at a time."""
-    return tensor.chunks(CHUNK) if isinstance(tensor, GGUFTensor) else tensor.reshape(-1).split(CHUNK)
+    return (tensor.chunks(CHUNK) if isinstance(tensor, GGUFTensor)
+            else tensor.reshape(-1).split(CHUNK))
 
 
 def write_weights(path: Path, layout: tuple, shards: list[Callable], dtype: torch.dtype) -> None:
-    """Writes model.safetensors. `layout` as from file_layout; raises ValueError if a cast to `dtype` overflows."""
+    """Writes model.safetensors; layout: of file_layout. ValueError if a cast to dtype overflows."""
     header, offsets, n_bytes = layout
-    with open(path, "wb") as file, tqdm(total=n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+    with open(path, "wb") as file, tqdm(total=n_bytes, unit="B", unit_scale=True,
+                                        disable=None) as bar:
         bar.update(file.write(header))
         for shard in shards:
             _write_shard(file, offsets, shard(), dtype, bar)
@@ -215,7 +236,8 @@ def _write_shard(file, offsets: dict[str, int], shard: dict, dtype: torch.dtype,
             cast = chunk.to(dtype)
             if not cast.isfinite().all():
                 if chunk.isfinite().all():
-                    raise ValueError(f"{name}: not finite as {dtype}: use --dtype bfloat16 or float32")
+                    raise ValueError(f"{name}: not finite as {dtype}: "
+                                     "use --dtype bfloat16 or float32")
                 raise ValueError(f"{name}: has weights that are infinite or not a number")
             bar.update(file.write(cast.view(torch.uint8).numpy()))
 
@@ -246,7 +268,8 @@ def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Pat
         raise ValueError(f"dtype={dtype}: must be auto, {', '.join(DTYPES)}")
     out_dir = Path(out_dir).resolve()
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir}: exists and is not an empty directory: remove it, or choose another")
+        raise ValueError(f"{out_dir}: exists and is not an empty directory: "
+                         "remove it, or choose another")
 
     if not Path(source).is_dir() and (Path(source).suffix == ".gguf" or Path(source).is_file()):
         with tempfile.TemporaryDirectory() as made:
@@ -264,10 +287,13 @@ def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Pat
         raise ValueError(f"{source}: no config.json: not a Hugging Face checkpoint")
     ModelConfig.from_file(hf_dir / "config.json")  # before the weights are downloaded
     if ignored := ignored_keys(read_json(hf_dir / "config.json")):
-        print(f"{source}: config.json has keys that change nothing here: {', '.join(ignored)}", file=sys.stderr)
-    hf_dir = hf_dir_of(source, COPIED_FILES + ["model*.safetensors", "model.safetensors.index.json"])
+        print(f"{source}: config.json has keys that change nothing here: {', '.join(ignored)}",
+              file=sys.stderr)
+    hf_dir = hf_dir_of(source,
+                       COPIED_FILES + ["model*.safetensors", "model.safetensors.index.json"])
     if not any(hf_dir.glob("model*.safetensors")):
-        hf_dir = hf_dir_of(source, COPIED_FILES + ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+        hf_dir = hf_dir_of(source,
+                           COPIED_FILES + ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
     shards = [partial(open_shard, path) for path in weight_files(hf_dir)]
     return _convert(source, hf_dir, shards, out_dir, dtype)
 
@@ -288,8 +314,8 @@ def _convert(
         content["tie_word_embeddings"] = False
         config = replace(config, tie_embeddings=False)
     if config.n_layers > len(found):  # said before layers without end are listed
-        raise ValueError(f"{source}: the weights are not what config.json says: {len(found)} tensors "
-                         f"for {config.n_layers} layers")
+        raise ValueError(f"{source}: the weights are not what config.json says: {len(found)} "
+                         f"tensors for {config.n_layers} layers")
     fused_experts = any(name.endswith("mlp.experts.gate_up_proj") for name in found)
     pieces = hf_pieces(config, fused_experts)
     if list(tied) == [HEAD]:  # one of the two is enough
@@ -306,7 +332,8 @@ def _convert(
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(out_dir.parent).free
     if n_bytes > free_bytes:
-        raise OSError(errno.ENOSPC, f"needs {n_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free", str(out_dir))
+        raise OSError(errno.ENOSPC, f"needs {n_bytes / 1e9:.2f} GB, "
+                      f"{free_bytes / 1e9:.2f} GB are free", str(out_dir))
     try:
         with writing(out_dir, directory=True) as built:
             for path in copied:
@@ -328,10 +355,12 @@ def _equal(a: torch.Tensor | GGUFTensor, b: torch.Tensor | GGUFTensor) -> bool:
 
 def main() -> None:
     """The command line: converts one checkpoint."""
-    parser = ArgumentParser(description="Converts a Hugging Face checkpoint or a GGUF file to ours.")
+    parser = ArgumentParser(
+        description="Converts a Hugging Face checkpoint or a GGUF file to ours.")
     parser.add_argument("source", metavar="HF_DIR_OR_HUB_ID_OR_GGUF",
                         help="a local directory, a hub id such as owner/name, or a .gguf file")
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the directory to make; must be absent or empty")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path,
+                        help="the directory to make; must be absent or empty")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                         help="of the output; auto: as the source's config says, or float32 for a"
                         " GGUF file with quantised tensors, since it alone holds their values:"
