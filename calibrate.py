@@ -35,7 +35,7 @@ CONTEXT = 8192  # tokens of a window, if the model has as many
 
 @dataclasses.dataclass
 class Moments:
-    """Sums over the tokens of one layer, [HKV, D] fp64, those of queries the means over their groups."""
+    """Sums over one layer's tokens, [HKV, D] fp64, those of queries the means over their groups."""
 
     tokens: int = 0
     abs_qk: torch.Tensor | float = 0.0  # |q_c k_c| at one position
@@ -47,7 +47,8 @@ class Moments:
 
     def add(self, q, k, cos, sin):
         """q [1, HQ, T, D], k [1, HKV, T, D], both after RoPE with cos, sin [1, 1, T, D / 2]."""
-        self.unturned = self.unturned + apply_rope(k.float(), cos, -sin)[0].sum(1, dtype=torch.float64)
+        self.unturned = self.unturned + apply_rope(k.float(), cos, -sin)[0].sum(
+            1, dtype=torch.float64)
         k = k[0].float()  # [HKV, T, D]
         q = q[0].float().unflatten(0, (len(k), -1))  # [HKV, G, T, D]
         G, double = q.shape[1], torch.float64
@@ -59,7 +60,7 @@ class Moments:
 
 
 def both_halves(x):
-    """x [HKV, D] -> [HKV, D / 2]: sums over the channels c and c + D / 2 that RoPE turns together."""
+    """x [HKV, D] -> [HKV, D / 2]: sums over channels c and c + D / 2 that RoPE turns together."""
     return x.unflatten(1, (2, -1)).sum(1)
 
 
@@ -67,7 +68,7 @@ def plane_lift(q, k, ds, seq_lens, window=None):
     """How far each plane sets the attended tokens apart from the rest: [HKV, D / 2] fp64, the mean
     over queries and their group's heads.
 
-    Of a query it is (its q . k at the mean key by attention weight, less that at the plain mean key)
+    Of a query it is (its q . k at the mean key by attention weight, less that at the plain mean)
     squared, times the attention mass in question; all of the tokens that are not always attended.
     q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens [rows]: of the queries to take.
     """
@@ -102,7 +103,8 @@ def rank_channels(moments, method, generator):
         "qk": moments.abs_qk,  # the paper's: mean |q_c k_c|
         "q": moments.abs_q,
         "k": moments.abs_k,
-        "random": torch.rand(moments.kk.shape, generator=generator, dtype=torch.float64).to(moments.kk.device),
+        "random": torch.rand(moments.kk.shape, generator=generator,
+                             dtype=torch.float64).to(moments.kk.device),
     }[method]
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
     if method in ("planes", "lift"):
@@ -111,10 +113,11 @@ def rank_channels(moments, method, generator):
 
 
 def key_ranges(moments, cos, sin):
-    """(mean, std) of each channel's keys at all positions, of which cos, sin [1, 1, positions, D / 2] are: [HKV, D] each.
+    """(mean, std) of each channel's keys at all positions: [HKV, D] each.
 
-    RoPE turns the constant part of a plane's keys: in fast planes its mean is zero, slow ones keep some of it. Both of a plane's
-    channels have one std, since what turns is now in the one, now in the other.
+    cos, sin [1, 1, positions, D / 2]: of those positions. RoPE turns the constant part of a plane's
+    keys: in fast planes its mean is zero, slow ones keep some of it. Both of a plane's channels
+    have one std, since what turns is now in the one, now in the other.
     """
     constant = (moments.unturned / moments.tokens)[None, :, None]
     mean = apply_rope(constant, cos.mean(2, keepdim=True), sin.mean(2, keepdim=True))[0, :, 0]
@@ -123,8 +126,9 @@ def key_ranges(moments, cos, sin):
 
 
 def load_rankings(path, config, projection):
-    """The authors' JSON ({"model.layers.0.self_attn.qk_proj": [[channel, ...] per head], ...}; .xz too) -> [L, HKV, D].
+    """Channel rankings in the authors' JSON (.xz too) -> [L, HKV, D].
 
+    The file: {"model.layers.0.self_attn.qk_proj": [[channel, ...] per head], ...}.
     Lists per query head are merged per KV head by the channels' mean rank.
     """
     opener = lzma.open if str(path).endswith(".xz") else open
@@ -137,17 +141,21 @@ def load_rankings(path, config, projection):
     for i in range(config.n_layers):
         name = f"model.layers.{i}.self_attn.{projection}_proj"
         if not isinstance(content, dict) or name not in content:
-            raise ValueError(f"{path}: no {name}; this model has {config.n_layers} layers (see --json_projection)")
+            raise ValueError(f"{path}: no {name}; this model has {config.n_layers} layers "
+                             "(see --json_projection)")
         try:
-            heads = torch.tensor(content[name], dtype=torch.long)  # [heads, D] channels in rank order
+            heads = torch.tensor(content[name], dtype=torch.long)  # [heads, D] channels by rank
         except (TypeError, ValueError):
             raise ValueError(f"{path}: {name} is not a list of channel numbers per head") from None
-        if heads.shape not in ((config.n_heads, config.head_dim), (config.n_kv_heads, config.head_dim)):
-            raise ValueError(f"{path}: {name} has shape {list(heads.shape)}, the model {config.n_heads} query and "
-                             f"{config.n_kv_heads} KV heads of {config.head_dim} channels")
+        if heads.shape not in ((config.n_heads, config.head_dim),
+                               (config.n_kv_heads, config.head_dim)):
+            raise ValueError(f"{path}: {name} has shape {list(heads.shape)}, the model "
+                             f"{config.n_heads} query and {config.n_kv_heads} KV heads of "
+                             f"{config.head_dim} channels")
         if not torch.equal(heads.sort(-1).values, torch.arange(config.head_dim).expand_as(heads)):
-            raise ValueError(f"{path}: {name} does not rank each of {config.head_dim} channels once")
-        ranks = heads.argsort(-1).view(config.n_kv_heads, -1, config.head_dim)  # rank of each channel
+            raise ValueError(f"{path}: {name} does not rank each of {config.head_dim} channels "
+                             "once")
+        ranks = heads.argsort(-1).view(config.n_kv_heads, -1, config.head_dim)  # of each channel
         rankings.append(ranks.float().mean(1).sort(dim=-1, stable=True).indices)
     return torch.stack(rankings)
 
@@ -208,22 +216,22 @@ def prediction_agreement(q, predicted_q, k, label_map, ds, seq_lens, window=None
 
 
 def builtin_text():
-    """The Python language reference that comes with every Python: real English text that needs no download."""
+    """The Python language reference, in every Python: real English text that needs no download."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def calibration_windows(tokenizer, text, samples, context, longest):
-    """Windows of a text that do not overlap: (up to `samples` of `context` tokens, spread over it, and from its middle one of
-    `longest` tokens, held out), [1, tokens] each."""
+    """Windows of a text that do not overlap, [1, tokens] each: (up to `samples` of `context`
+    tokens, spread over it, and from its middle one of `longest`, held out)."""
     tokens = tokenizer.encode(text, special=False)
     new, held_out = (size - len(tokenizer.prefix) for size in (context, longest))  # of text
     count = min(samples, (len(tokens) - held_out) // new)
     if count < 2:
-        raise ValueError(f"the text has {len(tokens)} tokens: at least {2 * context + longest} are needed (two windows of "
-                         f"--context {context} to calibrate on, one of {longest} held out); give a longer --data or a smaller "
-                         "--context")
+        raise ValueError(f"the text has {len(tokens)} tokens: at least {2 * context + longest} are "
+                         f"needed (two windows of --context {context} to calibrate on, one of "
+                         f"{longest} held out); give a longer --data or a smaller --context")
     sizes = [new] * (count // 2) + [held_out] + [new] * (count - count // 2)
     gap, start, windows = (len(tokens) - sum(sizes)) // count, 0, []
     for size in sizes:
@@ -310,19 +318,22 @@ def main():
     parser = ArgumentParser(description=__doc__)
     add, how = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--checkpoint", required=True, help="directory; channels.safetensors is written there")
-    add("--data", type=InputFile(), help="UTF-8 text to calibrate on (default: the Python language reference)")
+    add("--data", type=InputFile(),
+        help="UTF-8 text to calibrate on (default: the Python language reference)")
     how.add_argument("--method", choices=METHODS, default="planes",
-                     help="by mean |q_c k_c|: planes (pairs that RoPE turns), qk (single channels); lift: "
-                          "the largest planes, then those that set attended tokens apart;"
-                          " q, k: by their mean size; random (default %(default)s)")
-    how.add_argument("--from_json", type=InputFile(), help="rankings in the authors' JSON format; text sets ranges")
+                     help="by mean |q_c k_c|: planes (pairs that RoPE turns), qk (single channels);"
+                          " lift: the largest planes, then those that set attended tokens apart; "
+                          "q, k: by their mean size; random (default %(default)s)")
+    how.add_argument("--from_json", type=InputFile(),
+                     help="rankings in the authors' JSON format; text sets ranges")
     add("--json_projection", choices=("qk", "q", "k"), help="which of its rankings (default qk)")
     add("--samples", type=Number(int, 2), default=4,
         help="windows of text to calibrate on, one more is for the figures (default %(default)s)")
     add("--context", type=Number(int, 64),
         help=f"tokens each (default: the model's length, at most {CONTEXT})")
     add("--seed", type=Number(int, 0, 2**63 - 1), default=0, help="of --method random")
-    add("--out", type=OutputFile(), help="output file (default: channels.safetensors in the checkpoint)")
+    add("--out", type=OutputFile(),
+        help="output file (default: channels.safetensors in the checkpoint)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
     if args.json_projection and not args.from_json:
