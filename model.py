@@ -1,12 +1,12 @@
-"""The transformer of the Llama family, with a static cache that a decode step reads dense or sparse.
+"""The transformer of the Llama family, with a static cache that decode reads dense or sparse.
 
 Llama 1/2/3, SmolLM, Vicuna, Mistral, Mixtral, Qwen2/2.5 and Qwen3. Shapes follow the key at the top
 of ds_attention.py; `dim` is the model's width. Three ways through the same blocks:
   forward        whole sequences without a cache: training
   prefill        a prompt into the cache, layer by layer and in chunks, dense causal attention
-  decode         one new token per sequence (`decode`), or the next tokens of one sequence as if each were decoded in
-                 turn (`decode_rows`): every token attends to its own past, by Double Sparsity where configured
-On a GPU `decode` runs the blocks' weights through fused kernels, below; the torch blocks are their reference.
+  decode         one new token per sequence (`decode`), or several of one sequence, as if in turn
+                 (`decode_rows`): each attends to its own past, by Double Sparsity if configured
+On a GPU `decode` runs the weights through fused kernels, below; the blocks are their reference.
 """
 import hashlib
 import json
@@ -60,8 +60,8 @@ REQUIRED_VALUES = {"hidden_act": ("silu", "swish"), "attention_bias": (False, No
 MAX_LAYERS = 4096  # of a config that is believed
 # Keys that are read elsewhere, or have no effect on inference: not worth a word.
 SILENT_KEYS = set(
-    "architectures model_type rope_scaling rope_parameters quantization_config auto_map bos_token_id "
-    "pad_token_id unk_token_id max_sequence_length _name_or_path torch_dtype dtype "
+    "architectures model_type rope_scaling rope_parameters quantization_config auto_map "
+    "bos_token_id pad_token_id unk_token_id max_sequence_length _name_or_path torch_dtype dtype "
     "transformers_version use_cache initializer_range pretraining_tp attention_dropout torchscript "
     "output_router_logits router_aux_loss_coef router_jitter_noise".split())
 
@@ -146,8 +146,8 @@ class ModelConfig:
             raise ValueError(f"missing key {error}") from None
         except (TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"a key has a value of the wrong type ({error})") from None
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size",
-                     "max_positions", "sliding_window"):
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim",
+                     "vocab_size", "max_positions", "sliding_window"):
             value = getattr(config, name)
             if name == "sliding_window" and value is None:
                 continue
@@ -166,15 +166,19 @@ class ModelConfig:
         except KeyError as error:
             raise ValueError(f"rope_scaling: missing key {error}") from None
         except (TypeError, AttributeError, ZeroDivisionError) as error:
-            raise ValueError(f"rope_scaling={scaling}: has a value of the wrong type ({error})") from None
+            raise ValueError(f"rope_scaling={scaling}: has a value of the wrong type "
+                             f"({error})") from None
         if config.n_heads % config.n_kv_heads:
-            raise ValueError(f"n_heads={config.n_heads}: must be a multiple of n_kv_heads={config.n_kv_heads}")
+            raise ValueError(f"n_heads={config.n_heads}: must be a multiple of "
+                             f"n_kv_heads={config.n_kv_heads}")
         if config.head_dim % 2:
             raise ValueError(f"head_dim={config.head_dim}: must be even, for RoPE")
         if config.sliding_window is not None and config.sliding_window < 1:
-            raise ValueError(f"sliding_window={config.sliding_window}: must be at least 1, or null for none")
+            raise ValueError(f"sliding_window={config.sliding_window}: must be at least 1, "
+                             "or null for none")
         if config.experts_per_token > config.n_experts:
-            raise ValueError(f"experts_per_token={config.experts_per_token}: must be at most n_experts={config.n_experts}")
+            raise ValueError(f"experts_per_token={config.experts_per_token}: must be at most "
+                             f"n_experts={config.n_experts}")
         return config
 
 
@@ -200,8 +204,8 @@ def _model_type(content):
     names = names if isinstance(names, list) and names else [names]
     model_type = content.get("model_type") or ARCHITECTURES.get(str(names[0]))
     if not isinstance(model_type, str) or model_type not in DEFAULTS:
-        raise ValueError(f"architecture {names[0]} (model_type {content.get('model_type')}): must be "
-                         f"one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"architecture {names[0]} (model_type {content.get('model_type')}): "
+                         f"must be one of {', '.join(ARCHITECTURES)}")
     quantization = content.get("quantization_config")
     if quantization is not None:
         if isinstance(quantization, dict):
@@ -244,13 +248,15 @@ def _read_windows(c):
     full, sliding = "full_attention", "sliding_attention"
     types = c["layer_types"] or [sliding if i >= first else full for i in range(L)]
     if len(types) != L or not {full, sliding}.issuperset(types):
-        raise ValueError(f"layer_types={types}: must name {sliding} or {full} for each of {L} layers")
+        raise ValueError(f"layer_types={types}: must name {sliding} or {full} "
+                         f"for each of {L} layers")
     full_layers = tuple(i for i, name in enumerate(types) if name == full)
     return (None, ()) if len(full_layers) == L else (c["sliding_window"], full_layers)
 
 
 def _llama(dim, ffn_dim, n_layers, n_heads, n_kv_heads, max_positions, vocab_size=32000, **more):
-    return ModelConfig(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, ffn_dim, vocab_size, max_positions, **more)
+    return ModelConfig(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, ffn_dim, vocab_size,
+                       max_positions, **more)
 
 
 # Shapes of published models, for benchmarks with random weights.
@@ -258,30 +264,36 @@ PRESETS = {
     "Llama-7B": _llama(4096, 11008, 32, 32, 32, 2048, norm_eps=1e-6),
     "Llama-2-7B": _llama(4096, 11008, 32, 32, 32, 4096),
     "Llama-2-70B": _llama(8192, 28672, 80, 64, 8, 4096),
-    "Vicuna-7B-v1.5-16K": _llama(4096, 11008, 32, 32, 32, 16384, rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "Vicuna-7B-v1.5-16K": _llama(4096, 11008, 32, 32, 32, 16384,
+                                 rope_scaling={"rope_type": "linear", "factor": 4.0}),
     "Mistral-7B-v0.1": _llama(4096, 14336, 32, 32, 8, 32768, sliding_window=4096),
-    "Mixtral-8x7B-v0.1": _llama(4096, 14336, 32, 32, 8, 32768, rope_theta=1e6, n_experts=8, experts_per_token=2),
-    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 131072, 128256, rope_theta=500000.0, eos_ids=(128001,),
-                           rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
-    "Qwen2.5-7B": _llama(3584, 18944, 28, 28, 4, 131072, 152064, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
-    "Qwen3-8B": _llama(4096, 12288, 36, 32, 8, 40960, 151936, norm_eps=1e-6, rope_theta=1e6, qk_norm=True),
+    "Mixtral-8x7B-v0.1": _llama(4096, 14336, 32, 32, 8, 32768, rope_theta=1e6, n_experts=8,
+                                experts_per_token=2),
+    "Llama-3.1-8B": _llama(
+        4096, 14336, 32, 32, 8, 131072, 128256, rope_theta=500000.0, eos_ids=(128001,),
+        rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                      "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+    "Qwen2.5-7B": _llama(3584, 18944, 28, 28, 4, 131072, 152064, norm_eps=1e-6, rope_theta=1e6,
+                         qkv_bias=True),
+    "Qwen3-8B": _llama(4096, 12288, 36, 32, 8, 40960, 151936, norm_eps=1e-6, rope_theta=1e6,
+                       qk_norm=True),
 }
 
 # ---------------------------------------------------------------- rotary embedding
 
 
 def _llama3_frequencies(frequencies, scaling):
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Llama 3.1: stretches long wavelengths by `factor`, keeps short ones, interpolates between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the trained length
+    # within the trained length
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
 ROPE_SCALINGS = {
     "default": lambda frequencies, scaling: frequencies,
-    "dynamic": lambda frequencies, scaling: frequencies,  # others past the trained length: not allowed
+    "dynamic": lambda frequencies, scaling: frequencies,  # others past the trained length: refused
     "linear": lambda frequencies, scaling: frequencies / scaling["factor"],
     "factors": lambda frequencies, scaling:  # a GGUF file's rope_freqs
         frequencies / torch.tensor(scaling["factors"], device="cpu"),
@@ -291,13 +303,14 @@ ROPE_SCALINGS = {
 
 def rope_frequencies(config):
     """Radians per position of each pair of channels, [D / 2] fp32."""
-    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    frequencies = config.rope_theta ** -(
+        torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
     scaling = config.rope_scaling or {"rope_type": "default"}
     return ROPE_SCALINGS[scaling["rope_type"]](frequencies, scaling)
 
 
 def apply_rope(x, cos, sin):
-    """x [B, H, T, D] rotated in Hugging Face's half-split order; cos, sin [B, 1, T, D / 2] fp32. x's dtype back."""
+    """x [B, H, T, D] in Hugging Face's half-split order, turned; cos, sin [B, 1, T, D / 2] fp32."""
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
@@ -314,8 +327,8 @@ class LayerCache:
     ds: DSConfig | None = None  # None: a dense layer
     label_map: LabelMap | None = None
     labels: torch.Tensor | None = None  # [B, HKV, W, S] int32
-    workspace: Workspace | None = None  # scratch of a decode step of B rows; other shapes make their own
-    all_tokens: bool = False  # decode attends to everything, whatever `ds` is; labels are written all the same
+    workspace: Workspace | None = None  # of a decode step of B rows; other shapes make their own
+    all_tokens: bool = False  # decode attends to everything whatever `ds` is, but writes labels
 
     def kv_bytes(self):
         """Bytes of GPU memory for K and V."""
@@ -327,9 +340,10 @@ class LayerCache:
         return LayerCache(self.kv[b : b + 1], self.window, self.ds, self.label_map, labels)
 
     def write(self, k, v, positions, labels=True):
-        """k, v [B, HKV, T, D] to positions [B, T]; labels=False leaves the keys' labels to `decode`."""
+        """k, v [B, HKV, T, D] to positions [B, T]; labels=False leaves the labels to `decode`."""
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.kv.transpose(1, 2)[rows, positions] = torch.stack([k, v], 3).transpose(1, 2)  # [B, T, HKV, 2, D]
+        # [B, T, HKV, 2, D]
+        self.kv.transpose(1, 2)[rows, positions] = torch.stack([k, v], 3).transpose(1, 2)
         if labels and self.ds is not None:
             write_labels(k, positions, self.labels, self.label_map, self.ds)
 
@@ -338,8 +352,8 @@ class LayerCache:
         return self.kv[:, :, :length].unbind(3)
 
     def decode(self, q, seq_lens):
-        """q [R, HQ, D], one query per row; seq_lens [R]. R = B, and the newest keys' labels are written, or R over the one
-        sequence of a B = 1 cache."""
+        """q [R, HQ, D], one query per row; seq_lens [R]. R = B, and the newest keys' labels are
+        written, or R over the one sequence of a B = 1 cache."""
         k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
         own = len(q) == len(self.kv)
         workspace = self.workspace if own else None
@@ -349,14 +363,15 @@ class LayerCache:
             newest = dict(labels=self.labels, label_map=self.label_map) if own else {}
             return dense_decode(q, k, v, seq_lens, self.window, self.ds.impl, workspace, **newest)
         labels = self.labels.expand(len(q), -1, -1, -1)
-        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace, own)
+        return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace,
+                         own)
 
 
 class KVCache:
-    """Static cache of all layers: K, V and, in sparse layers, the labels. seq_lens [B] int32 is the live length."""
+    """Static cache of all layers: K, V, in sparse ones labels. seq_lens [B] int32: live lengths."""
 
     def __init__(self, config, batch, max_seq_length, device, dtype, ds=None, label_maps=None):
-        """ds: None for dense; label_maps: one LabelMap per layer, needed from ds.dense_layers on."""
+        """ds: None for dense; label_maps: a LabelMap per layer, needed from ds.dense_layers on."""
         B, HKV, S, D = batch, config.n_kv_heads, max_seq_length, config.head_dim
         self.max_seq_length, self.window, self.ds = S, config.longest_window, ds
         self.seq_lens = torch.zeros(B, dtype=torch.int32, device=device)
@@ -368,8 +383,9 @@ class KVCache:
         for i in range(config.n_layers):
             settings = dict(window=config.window(i), workspace=workspace)
             if ds is not None and i >= ds.dense_layers:
-                padded = -(-S // 16) * 16  # each row of label words starts aligned: four are loaded at once
-                labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32, device=device)[..., :S]
+                padded = -(-S // 16) * 16  # each row starts aligned: four words are loaded at once
+                labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32,
+                                     device=device)[..., :S]
                 settings |= dict(ds=ds, label_map=label_maps[i].to(device), labels=labels)
             self.layers.append(self.make_layer((B, HKV, S, 2, D), dtype, device, settings))
 
@@ -386,16 +402,17 @@ class KVCache:
     def sparse_at(self, length):
         """Whether a step whose longest row has `length` live tokens, its own included, is sparse:
         in it each row still decides for itself whether it attends to all (DSConfig.budget)."""
-        return self.ds is not None and self.ds.sparse_at(length if self.window is None else min(length, self.window))
+        return self.ds is not None and self.ds.sparse_at(
+            length if self.window is None else min(length, self.window))
 
     def prefill_layers(self, b, start, end):
-        """Yields, layer by layer, the cache of sequence b alone, through which its tokens from start to end are prefilled."""
+        """Yields, by layer, the cache of sequence b alone, to prefill its tokens start to end."""
         for layer in self.layers:
             yield layer.row(b)
 
     def foresee(self, i, x, blocks, cos, sin):
-        """Before layer i of a decode step, whose input is x [B, 1, dim]: nothing to do, unless a cache foresees what the next
-        of the model's blocks will attend to. cos, sin [B, 1, 1, D / 2] of the new tokens."""
+        """Before layer i of a decode step, whose input is x [B, 1, dim]: for caches that foresee
+        what the next of `blocks` attends to. cos, sin [B, 1, 1, D / 2] of the new tokens."""
 
     def begin(self):
         """Before the first step of a generation: counts begin anew."""
@@ -423,11 +440,13 @@ class KVCache:
 
     def gpu_bytes(self):
         """GPU memory that it takes, by what it is for."""
-        scratch = {x for workspace in self.workspaces() for x in vars(workspace).values() if isinstance(x, torch.Tensor)}
-        return {"KV cache": self.kv_bytes(), "labels": self.label_bytes(), "workspace": sum(x.nbytes for x in scratch)}
+        scratch = {x for workspace in self.workspaces() for x in vars(workspace).values()
+                   if isinstance(x, torch.Tensor)}
+        return {"KV cache": self.kv_bytes(), "labels": self.label_bytes(),
+                "workspace": sum(x.nbytes for x in scratch)}
 
     def read_bytes(self, lengths):
-        """Bytes of cache that decode steps read at these live lengths, an int64 tensor: (as configured, if dense)."""
+        """Cache bytes that steps at these live lengths (int64) read: (as configured, if dense)."""
         dense = sparse = 0
         for layer in self.layers:
             live = lengths if layer.window is None else lengths.clamp(max=layer.window)
@@ -437,22 +456,24 @@ class KVCache:
             if layer.ds is None or layer.all_tokens:
                 sparse += live.sum().item() * token
             else:
-                sparse += (layer.ds.budget(live) * token + live * HKV * layer.labels.shape[2] * 4).sum().item()
+                sparse += (layer.ds.budget(live) * token
+                           + live * HKV * layer.labels.shape[2] * 4).sum().item()
         return sparse, dense
 
 
 # ---------------------------------------------------------------- decode kernels
 
-# The kernels of a decode step overlap: one may start once all programs of the one before have called gdc_launch_dependents
-# (programmatic dependent launch). What keeps that safe, here and in ds_attention.py: each kernel calls gdc_wait before it
-# writes anything or reads what this step has written, so that one that has ended implies that all before it have; and a kernel
-# whose successor reads more than constants before its own gdc_wait launches that successor after gdc_wait.
+# The kernels of a decode step overlap: one may start once all programs of the one before have
+# called gdc_launch_dependents (programmatic dependent launch). What keeps that safe, here and in
+# ds_attention.py: each kernel calls gdc_wait before it writes anything or reads what this step has
+# written, so that one that has ended implies that all before it have; and a kernel whose successor
+# reads more than constants before its own gdc_wait launches that successor after gdc_wait.
 
 
 @triton.jit
 def _product(tile, inputs, acc, W8: tl.constexpr):
-    """acc + tile [n, k] times inputs [b, k]: [n, b]; of an int8 tile [b, n], where no two warps widen
-    the same weights."""
+    """acc + tile [n, k] times inputs [b, k]: [n, b]; of an int8 tile [b, n], where no two warps
+    widen the same weights."""
     if W8:
         acc = tl.dot(inputs, tl.trans(tile).to(inputs.dtype), acc)
     else:
@@ -461,20 +482,23 @@ def _product(tile, inputs, acc, W8: tl.constexpr):
 
 
 @triton.jit
-def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain, cos, sin, seq_lens, kv, B, N, K, half,
-                   parts, launch_at, HQ, HKV, kv_sb, kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, NORM_PAIRS: tl.constexpr,
+def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain, cos, sin,
+                   seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV, kv_sb, kv_sh, kv_ss, eps,
+                   EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, NORM_PAIRS: tl.constexpr,
                    STAGES: tl.constexpr, W8: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
-    """x [B, K] times w [rows, K], then an epilogue: see the methods of Residual. A program owns BLOCK_N of N outputs, all of K.
+    """x [B, K] times w [rows, K], then an epilogue: see the methods of Residual.
 
-    w may be int8: then scale [rows] fp32 is what its rows are times. "silu" and "rope" take two rows
-    of w for each n: n counts pairs of rows that lie `half` apart. NORM_PAIRS: `half`, where q and k
-    are normed by head; a program then has whole heads.
+    A program owns BLOCK_N of N outputs, all of K. w may be int8: then scale [rows] fp32 is what its
+    rows are times. "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie
+    `half` apart. NORM_PAIRS: `half`, where q and k are normed by head; a program then has whole
+    heads.
     """
     PAIR: tl.constexpr = EPILOGUE == "silu" or EPILOGUE == "rope"
     NORM: tl.constexpr = EPILOGUE != "residual"
     pid = tl.program_id(0)
-    n, b, offs_k = pid * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_K)
+    n, b, offs_k = (pid * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B),
+                    tl.arange(0, BLOCK_K))
     mask_n, mask_b = n < N, b < B
     mask = mask_n[:, None] & mask_b[None, :]
     row = tl.minimum(n, N - 1)
@@ -487,7 +511,8 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
     at = b[None, :] * N + n[:, None]
     if NORM:
         offs_p = tl.arange(0, BLOCK_P)
-        part = tl.load(squares + offs_p[:, None] * B + b[None, :], mask=(offs_p < parts)[:, None] & mask_b[None, :], other=0.0)
+        part = tl.load(squares + offs_p[:, None] * B + b[None, :],
+                       mask=(offs_p < parts)[:, None] & mask_b[None, :], other=0.0)
     else:
         before = tl.load(out + at, mask=mask, other=0.0)
         gains = tl.load(gain + n, mask=mask_n, other=0.0)
@@ -499,21 +524,26 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
         head, channel = n // half, n % half
         turned = mask & (head < HQ + HKV)[:, None]  # V is not
         angle = b[None, :] * half + channel[:, None]
-        c, s = tl.load(cos + angle, mask=turned, other=1.0), tl.load(sin + angle, mask=turned, other=0.0)
+        c, s = (tl.load(cos + angle, mask=turned, other=1.0),
+                tl.load(sin + angle, mask=turned, other=0.0))
         position = tl.load(seq_lens + b, mask=mask_b, other=1) - 1
         if bias is not None:
             bias_1 = tl.load(bias + row).to(tl.float32)[:, None]
             bias_2 = tl.load(bias + row + half).to(tl.float32)[:, None]
         if NORM_PAIRS:
             to_gain = tl.where(head < HQ, q_gain + channel, k_gain + channel)
-            gain_1 = tl.load(to_gain, mask=mask_n & (head < HQ + HKV), other=1.0).to(tl.float32)[:, None]
-            gain_2 = tl.load(to_gain + half, mask=mask_n & (head < HQ + HKV), other=1.0).to(tl.float32)[:, None]
+            gain_1 = tl.load(to_gain, mask=mask_n & (head < HQ + HKV),
+                             other=1.0).to(tl.float32)[:, None]
+            gain_2 = tl.load(to_gain + half, mask=mask_n & (head < HQ + HKV),
+                             other=1.0).to(tl.float32)[:, None]
     SHAPE: tl.constexpr = [BLOCK_B, BLOCK_N] if W8 else [BLOCK_N, BLOCK_B]
     acc, acc_2 = tl.zeros(SHAPE, tl.float32), tl.zeros(SHAPE, tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         mask_k = k + offs_k < K
-        inputs = tl.load(x + b[:, None] * K + (k + offs_k)[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0)
-        tile = tl.load(rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0, eviction_policy="evict_first")
+        inputs = tl.load(x + b[:, None] * K + (k + offs_k)[None, :],
+                         mask=mask_b[:, None] & mask_k[None, :], other=0.0)
+        tile = tl.load(rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0,
+                       eviction_policy="evict_first")
         if UPCAST:
             inputs, tile = inputs.to(tl.float32), tile.to(tl.float32)
         acc = _product(tile, inputs, acc, W8)
@@ -548,9 +578,10 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
         if bias is not None:
             acc, acc_2 = acc + bias_1, acc_2 + bias_2
         if NORM_PAIRS:
-            SPLIT: tl.constexpr = [BLOCK_N // NORM_PAIRS, NORM_PAIRS, BLOCK_B]  # heads, pairs of channels
+            SPLIT: tl.constexpr = [BLOCK_N // NORM_PAIRS, NORM_PAIRS, BLOCK_B]  # heads, their pairs
             square = tl.sum(tl.reshape(acc * acc + acc_2 * acc_2, SPLIT), 1, keep_dims=True)
-            head_rstd = tl.reshape(tl.broadcast_to(tl.rsqrt(square / (2 * NORM_PAIRS) + eps), SPLIT), [BLOCK_N, BLOCK_B])
+            head_rstd = tl.reshape(tl.broadcast_to(
+                tl.rsqrt(square / (2 * NORM_PAIRS) + eps), SPLIT), [BLOCK_N, BLOCK_B])
             head_rstd = tl.where((head < HQ + HKV)[:, None], head_rstd, 1.0)
             acc, acc_2 = acc * head_rstd * gain_1, acc_2 * head_rstd * gain_2
         first, second = (acc * c - acc_2 * s).to(dtype), (acc_2 * c + acc * s).to(dtype)
@@ -578,34 +609,39 @@ def _enter_kernel(table, tokens, gain, x, scaled, squares, dim, BLOCK: tl.conste
         gains = tl.load(gain + offs, mask=offs < dim, other=0.0).to(tl.float32)
         tl.store(x + pid_b * dim + offs, value, mask=offs < dim)
         value = value.to(tl.float32)
-        tl.store(scaled + pid_b * dim + offs, (value * gains).to(x.dtype.element_ty), mask=offs < dim)
+        tl.store(scaled + pid_b * dim + offs, (value * gains).to(x.dtype.element_ty),
+                 mask=offs < dim)
         total += value * value
     tl.store(squares + pid_b, tl.sum(total, 0))
 
 
 class Residual:
-    """The residual stream of a decode step, one token for each of B sequences, and the fused linear layers that read it.
+    """The residual stream of a decode step, and the fused linear layers that read it.
 
-    Beside x [B, dim] stand x times the weight of the norm that comes next, and the sums of x**2 over parts of dim: the kernel
-    that changes x writes them, and the one that needs the norm scales its result at the end. Weights are read once, at the
-    memory's speed, for up to MAX_ROWS sequences. They may be int8, with the `scale` of each output.
+    One token for each of B sequences. Beside x [B, dim] stand x times the weight of the norm that
+    comes next, and the sums of x**2 over parts of dim: the kernel that changes x writes them, and
+    the one that needs the norm scales its result at the end. Weights are read once, at the memory's
+    speed, for up to MAX_ROWS sequences. They may be int8, with the `scale` of each output.
     `more` of any method: scale, and block sizes and the like, see _tiles.
     """
 
     MAX_ROWS = 64
 
     def __init__(self, table, gain, eps, tokens=None):
-        """Starts with rows `tokens` [B] of table [any, dim], or with all of its rows; gain [dim]: the first norm's weight."""
+        """Starts as rows tokens [B], or all, of table [any, dim]; gain [dim]: the first norm's."""
         B, dim = len(table if tokens is None else tokens), table.shape[1]
         self.eps = eps
-        self.x, self.scaled = (torch.empty(B, dim, dtype=table.dtype, device=table.device) for _ in range(2))
-        self.partial = torch.empty(triton.cdiv(dim, 16), B, dtype=torch.float32, device=table.device)
+        self.x, self.scaled = (torch.empty(B, dim, dtype=table.dtype, device=table.device)
+                               for _ in range(2))
+        self.partial = torch.empty(triton.cdiv(dim, 16), B, dtype=torch.float32,
+                                   device=table.device)
         self.enter(table, gain, tokens)
 
     def enter(self, table, gain, tokens=None):
         """x becomes rows of table, as in __init__."""
         self.squares = self.partial[:1]
-        _enter_kernel[(len(self.x),)](table, tokens, gain, self.x, self.scaled, self.squares, table.shape[1], BLOCK=1024)
+        _enter_kernel[(len(self.x),)](table, tokens, gain, self.x, self.scaled, self.squares,
+                                      table.shape[1], BLOCK=1024)
 
     def logits(self, weight, **more):
         """norm(x) times weight [vocab, dim]: [B, vocab]."""
@@ -617,27 +653,32 @@ class Residual:
         return self._linear("silu", self.scaled, weight, F_, half=F_, **more)
 
     def heads(self, attn, cos, sin, kv, seq_lens, **more):
-        """The query heads [B, HQ, D] of norm(x) after RoPE; K and V go to each row's newest position in kv [B, HKV, S, 2, D].
+        """The query heads [B, HQ, D] of norm(x) after RoPE; K and V go to the cache.
 
-        attn: an Attention; cos, sin [B, D / 2] fp32 of the newest positions, seq_lens [B] int32 - 1.
+        attn: an Attention. kv [B, HKV, S, 2, D] takes K and V at each row's newest position, one
+        less than seq_lens [B] int32; cos, sin [B, D / 2] fp32 are of these.
         """
         (HQ, HKV, _), D, weight = attn.heads, attn.head_dim, attn.wqkv.weight
         assert kv.stride(3) == D and kv.stride(4) == 1
         out = torch.empty(len(self.x), HQ, D, dtype=self.x.dtype, device=self.x.device)
-        rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV, strides=kv.stride()[:3],
-                    bias=attn.wqkv.bias, scale=attn.wqkv.scale)
+        rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV,
+                    strides=kv.stride()[:3], bias=attn.wqkv.bias, scale=attn.wqkv.scale)
         if attn.q_norm is not None:
             BLOCK_N = max(16, D // 2)
-            assert BLOCK_N % (D // 2) == 0 and BLOCK_N & (BLOCK_N - 1) == 0, f"head_dim={D}: a program has whole heads"
-            rope |= dict(NORM_PAIRS=D // 2, q_gain=attn.q_norm.weight, k_gain=attn.k_norm.weight, BLOCK_N=BLOCK_N)
-        return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out, **rope | more)
+            assert BLOCK_N % (D // 2) == 0 and BLOCK_N & (BLOCK_N - 1) == 0, (
+                f"head_dim={D}: a program has whole heads")
+            rope |= dict(NORM_PAIRS=D // 2, q_gain=attn.q_norm.weight, k_gain=attn.k_norm.weight,
+                         BLOCK_N=BLOCK_N)
+        return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out,
+                            **rope | more)
 
     def add(self, inputs, weight, gain, **more):
-        """x += inputs [B, K] times weight [dim, K]; gain [dim]: the weight of the norm that comes next."""
+        """x += inputs [B, K] times weight [dim, K]; gain [dim]: the weight of the next norm."""
         self._linear("residual", inputs, weight, weight.shape[0], out=self.x, gain=gain, **more)
 
-    def _linear(self, epilogue, x, weight, N, half=1, scale=None, out=None, gain=None, bias=None, q_gain=None, k_gain=None,
-                cos=None, sin=None, seq_lens=None, kv=None, HQ=1, HKV=1, strides=(0, 0, 0), NORM_PAIRS=0, **tiles):
+    def _linear(self, epilogue, x, weight, N, half=1, scale=None, out=None, gain=None, bias=None,
+                q_gain=None, k_gain=None, cos=None, sin=None, seq_lens=None, kv=None, HQ=1, HKV=1,
+                strides=(0, 0, 0), NORM_PAIRS=0, **tiles):
         B, K = x.shape
         assert x.is_contiguous() and weight.is_contiguous() and B <= self.MAX_ROWS
         tiles = _tiles(epilogue, N, K, B, weight.element_size()) | tiles
@@ -649,24 +690,29 @@ class Residual:
         launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
         overlap = pdl(x)
         _linear_kernel[(programs,)](
-            x, weight, scale, out, self.squares, gain, None if gain is None else self.scaled, bias, q_gain, k_gain, cos, sin, seq_lens,
-            kv, B, N, K, half, parts, launch_at, HQ, HKV, *strides, self.eps, EPILOGUE=epilogue, NORM_PAIRS=NORM_PAIRS,
-            BLOCK_B=max(8 if scale is None else 16, triton.next_power_of_2(B)), BLOCK_P=triton.next_power_of_2(parts),
-            W8=scale is not None, UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
+            x, weight, scale, out, self.squares, gain, None if gain is None else self.scaled, bias,
+            q_gain, k_gain, cos, sin, seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV,
+            *strides, self.eps, EPILOGUE=epilogue, NORM_PAIRS=NORM_PAIRS,
+            BLOCK_B=max(8 if scale is None else 16, triton.next_power_of_2(B)),
+            BLOCK_P=triton.next_power_of_2(parts), W8=scale is not None,
+            UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
             PDL=overlap, **tiles, **(dict(launch_pdl=True) if overlap else {}))
         return out
 
 
 def _tiles(epilogue, N, K, B, itemsize):
-    """Block sizes of a fused linear layer: all programs resident at once, 40 KB and more of weights on the way to each
-    multiprocessor. AHEAD: steps of BLOCK_K before its end at which the next kernel may start."""
-    pair, many = epilogue in ("silu", "rope"), B > 16  # many: inputs take as much shared memory as weights
+    """Block sizes of a fused linear layer: all programs resident, 40 KB and more of weights on the
+    way to each multiprocessor. AHEAD: steps of BLOCK_K before its end when the next may start."""
+    # many: inputs take as much shared memory as weights
+    pair, many = epilogue in ("silu", "rope"), B > 16
     short = epilogue == "residual" and K <= 8192
-    BLOCK_N = 16 if triton.cdiv(N, 32) < 128 else 64 if epilogue == "none" or (pair and many) else 32
+    BLOCK_N = (16 if triton.cdiv(N, 32) < 128
+               else 64 if epilogue == "none" or (pair and many) else 32)
     if many:
         sizes = dict(BLOCK_K=64 if pair else 128, STAGES=4, num_warps=8)
     else:
-        sizes = dict(BLOCK_K=128 if pair or BLOCK_N == 64 else 256, STAGES=3 if epilogue == "silu" else 4, num_warps=4)
+        sizes = dict(BLOCK_K=128 if pair or BLOCK_N == 64 else 256,
+                     STAGES=3 if epilogue == "silu" else 4, num_warps=4)
         if itemsize == 1:
             if epilogue == "silu":
                 sizes["STAGES"] = 6
@@ -683,9 +729,9 @@ def _tiles(epilogue, N, K, B, itemsize):
 
 
 def causal_attention(q, k, v, window=None):
-    """The last T of S tokens attend to their past: q [B, HQ, T, D], k, v [B, HKV, S, D] -> [B, HQ, T, D].
+    """The last T of S tokens attend to their past: q [B, HQ, T, D], k, v [B, HKV, S, D] -> as q.
 
-    Flash attention where it exists; no [S, S] tensor (a window's mask is [T, T + window], T at most 2048 at a time).
+    Flash attention where it exists; no [S, S] tensor (a window's mask: [T, T + window], T <= 2048).
     """
     T, S = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
@@ -696,14 +742,17 @@ def causal_attention(q, k, v, window=None):
     if window is not None and S > window:
         first = max(0, S - T - window)  # nothing before it is visible to any of the queries
         k, v = k[:, :, first:], v[:, :, first:]
-        ahead = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(first, S, device=q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=(ahead >= 0) & (ahead < window), enable_gqa=gqa)
+        ahead = (torch.arange(S - T, S, device=q.device)[:, None]
+                 - torch.arange(first, S, device=q.device))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(ahead >= 0) & (ahead < window),
+                                              enable_gqa=gqa)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    # here: it brings torch.compile's modules, which take seconds, and what prefills in one chunk does without
+    # here: it brings torch.compile's modules, seconds that a prefill in one chunk does without
     from torch.nn.attention.bias import causal_lower_right
 
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S),
+                                          enable_gqa=gqa)
 
 
 def quantized(weight):
@@ -747,7 +796,8 @@ class Attention(nn.Module):
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
         self.q_norm, self.k_norm = None, None
         if config.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, config.norm_eps)
+                                        for _ in range(2))
 
     def project(self, x, cos, sin):
         """x [B, T, dim], normed -> q [B, HQ, T, D], k, v [B, HKV, T, D]; q and k after RoPE."""
@@ -761,18 +811,21 @@ class Attention(nn.Module):
         """As `project`, of the q alone of the first so many KV heads, or of all."""
         n = self.heads[0] // self.heads[1] * (kv_heads or self.heads[1]) * self.head_dim
         bias = None if self.wqkv.bias is None else self.wqkv.bias[:n]
-        q = F.linear(x, self.wqkv.rows(n, x.dtype), bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q = F.linear(x, self.wqkv.rows(n, x.dtype), bias).unflatten(
+            -1, (-1, self.head_dim)).transpose(1, 2)
         return apply_rope(q if self.q_norm is None else self.q_norm(q), cos, sin)
 
     def attend(self, q, k, v, cache=None, step=None):
-        """q, k, v as from `project`, k and v going to the cache first if there is one -> [B, T, HQ, D]."""
+        """q, k, v as from `project`; a cache, if any, takes k and v first -> [B, T, HQ, D]."""
         B, HQ, T, D = q.shape
         if cache is None:
             return causal_attention(q, k, v, self.window).transpose(1, 2)
         cache.write(k, v, step.positions, labels=step.prefill_length is not None or T > 1)
         if step.prefill_length is not None:
-            return causal_attention(q, *cache.past(step.prefill_length), self.window).transpose(1, 2)
-        return cache.decode(q.transpose(1, 2).reshape(B * T, HQ, D), step.row_lens).view(B, T, HQ, D)
+            return causal_attention(q, *cache.past(step.prefill_length),
+                                    self.window).transpose(1, 2)
+        return cache.decode(q.transpose(1, 2).reshape(B * T, HQ, D),
+                            step.row_lens).view(B, T, HQ, D)
 
 
 class FeedForward(nn.Module):
@@ -787,8 +840,9 @@ class FeedForward(nn.Module):
 
 
 @triton.jit
-def _expert_linear_kernel(x, w, experts, out, N, K, PER_X: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out[p, n] = w[experts[p], n] . x[p // PER_X]; w [E, N, K], x [pairs / PER_X, K], out [pairs, N]."""
+def _expert_linear_kernel(x, w, experts, out, N, K, PER_X: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_K: tl.constexpr):
+    """out[p, n] = w[experts[p], n] . x[p // PER_X]: w [E, N, K], x [rows, K], out [pairs, N]."""
     pair, offs_n = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (offs_n < N)[:, None]
     w += tl.load(experts + pair).to(tl.int64) * N * K + offs_n.to(tl.int64)[:, None] * K
@@ -797,23 +851,25 @@ def _expert_linear_kernel(x, w, experts, out, N, K, PER_X: tl.constexpr, BLOCK_N
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         row = tl.load(x + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
-        acc += row[None, :] * tl.load(w + offs_k[None, :], mask=mask_n & (offs_k < K)[None, :], other=0.0).to(tl.float32)
-    tl.store(out + pair.to(tl.int64) * N + offs_n, tl.sum(acc, 1).to(out.dtype.element_ty), mask=offs_n < N)
+        acc += row[None, :] * tl.load(w + offs_k[None, :], mask=mask_n & (offs_k < K)[None, :],
+                                      other=0.0).to(tl.float32)
+    tl.store(out + pair.to(tl.int64) * N + offs_n, tl.sum(acc, 1).to(out.dtype.element_ty),
+             mask=offs_n < N)
 
 
 def expert_linear(x, w, experts, block_n=8, block_k=512, num_warps=4):
-    """Each row through its own experts, without gathering their weights: x [rows, K], w [E, N, K], experts [rows * top] int64,
-    the top ones of a row side by side -> [rows * top, N]. All contiguous."""
+    """Each row through its own experts, without gathering their weights: x [rows, K], w [E, N, K],
+    experts [rows * top] int64, a row's top ones side by side -> [rows * top, N]. All contiguous."""
     (E, N, K), pairs = w.shape, len(experts)
     out = torch.empty(pairs, N, dtype=x.dtype, device=x.device)
     # pairs vary fastest: rows with the same expert meet its weights in the L2 cache
-    _expert_linear_kernel[(pairs, triton.cdiv(N, block_n))](x, w, experts, out, N, K, pairs // len(x), block_n, block_k,
-                                                            num_warps=num_warps)
+    _expert_linear_kernel[(pairs, triton.cdiv(N, block_n))](
+        x, w, experts, out, N, K, pairs // len(x), block_n, block_k, num_warps=num_warps)
     return out
 
 
 class MoEFeedForward(nn.Module):
-    """Mixtral's: each token goes through its top experts, weighted by the softmax of their router logits."""
+    """Mixtral's: each token through its top experts, weighted by the softmax of their logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -824,7 +880,7 @@ class MoEFeedForward(nn.Module):
         self.w2 = nn.Parameter(torch.empty(E, dim, F_))
 
     def forward(self, x):
-        """x [..., tokens, dim]. Decode, on a GPU, asks nothing of the host: a CUDA graph must not."""
+        """x [..., tokens, dim]. Decode on a GPU asks nothing of the host: a CUDA graph must not."""
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # [tokens, dim]
         logits, experts = self.router(x).topk(self.top, -1)  # [tokens, top]
@@ -835,13 +891,15 @@ class MoEFeedForward(nn.Module):
         for e in range(len(self.w13)):
             token, choice = (experts == e).nonzero(as_tuple=True)
             gate, up = F.linear(x[token], self.w13[e]).chunk(2, -1)
-            out.index_add_(0, token, F.linear(F.silu(gate) * up, self.w2[e]) * weights[token, choice, None])
+            out.index_add_(
+                0, token, F.linear(F.silu(gate) * up, self.w2[e]) * weights[token, choice, None])
         return out.view(shape)
 
     def by_token(self, x, experts, weights):
-        """The same for few tokens: x [tokens, dim]; experts, weights [tokens, top] -> [tokens, dim]."""
-        gate, up = expert_linear(x, self.w13, experts.flatten()).chunk(2, -1)  # [tokens * top, ffn_dim]
-        parts = expert_linear(F.silu(gate) * up, self.w2, experts.flatten()).view(*experts.shape, -1)
+        """For few tokens: x [tokens, dim]; experts, weights [tokens, top] -> [tokens, dim]."""
+        gate, up = expert_linear(x, self.w13, experts.flatten()).chunk(2, -1)  # [tokens * top, F_]
+        parts = expert_linear(F.silu(gate) * up, self.w2,
+                              experts.flatten()).view(*experts.shape, -1)
         return (parts * weights[..., None]).sum(1)
 
 
@@ -867,7 +925,7 @@ class Block(nn.Module):
         return self.after(x, self.attn.attend(q, k, v, cache, step))
 
     def decode(self, residual, cos, sin, cache, seq_lens, next_gain):
-        """`forward` of one new token per sequence by fused kernels. next_gain: the weight of the norm after this block."""
+        """`forward` of one token per sequence by fused kernels. next_gain: of the norm after it."""
         q = residual.heads(self.attn, cos, sin, cache.kv, seq_lens)
         y = cache.decode(q, seq_lens)  # [B, HQ, D]
         wo = self.attn.wo
@@ -880,7 +938,7 @@ class Block(nn.Module):
             residual.enter(residual.x + self.ffn(self.ffn_norm(residual.x)), next_gain)
 
 
-PREFILL_CHUNK = 8192  # tokens: enough for matrix products at full speed, few enough that activations stay below 2 GB at 7B
+PREFILL_CHUNK = 8192  # tokens: matrix products at full speed, activations below 2 GB at 7B
 
 
 @dataclass
@@ -889,7 +947,7 @@ class Step:
 
     positions: torch.Tensor  # [B, T] int32
     prefill_length: int | None = None  # tokens in the cache once these are written; None: decode
-    row_lens: torch.Tensor | None = None  # [B * T] int32: each decode row's own live length, itself included
+    row_lens: torch.Tensor | None = None  # [B * T] int32: a decode row's live length, with itself
 
 
 class Transformer(nn.Module):
@@ -925,13 +983,15 @@ class Transformer(nn.Module):
         return angles.cos(), angles.sin()
 
     def weight_bytes(self, batch):
-        """Bytes of weights that a decode step of `batch` sequences reads: all but the embedding table, of which it takes a row
-        each, and of an expert layer the experts of all sequences (as if they chose different ones, while there are any)."""
+        """Bytes of weights that a decode step of `batch` sequences reads: all but the embedding
+        table, of which it takes a row each, and of an expert layer the experts of all sequences (as
+        if they chose different ones, while there are any)."""
         total = self.embed.weight.nbytes if self.head is None else 0
         for name, parameter in self.named_parameters():
             if not name.startswith("embed."):
                 expert = parameter.ndim == 3  # [E, out, in]
-                share = min(1, batch * self.config.experts_per_token / len(parameter)) if expert else 1
+                share = (min(1, batch * self.config.experts_per_token / len(parameter))
+                         if expert else 1)
                 total += int(parameter.nbytes * share)
         return total
 
@@ -949,14 +1009,15 @@ class Transformer(nn.Module):
         return self.logits(x)
 
     def compile_blocks(self):
-        """What a block does before and after attention goes through torch.compile: once for all layers, at first use. It
-        takes a tenth off a prefill, and adds some 15 s to the first one."""
+        """What blocks do before and after attention goes through torch.compile, once for all
+        layers, at first use: a tenth less for a prefill, some 15 s more for the first one."""
         for name in ("before", "after"):
             compiled = torch.compile(getattr(Block, name), dynamic=True)  # prompts have any length
             for layer in self.layers:
                 setattr(layer, name, partial(compiled, layer))
         for layer in self.layers:
-            if isinstance(layer.ffn, MoEFeedForward):  # how many tokens an expert gets is data: a compiler would stop at each
+            # how many tokens an expert gets is data: a compiler would stop at each
+            if isinstance(layer.ffn, MoEFeedForward):
                 layer.ffn.forward = torch.compiler.disable(layer.ffn.forward)
 
     def _run(self, tokens, cache, step):
@@ -969,22 +1030,26 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, prompts, cache, start=0, chunk=PREFILL_CHUNK, progress=None):
-        """Writes prompts (one list of token ids per sequence) to the cache from position `start` on.
+        """Writes prompts (a list of token ids per sequence) to the cache from position `start` on.
 
-        Each layer sees all chunks of a prompt before the next layer does: a cache need not hold more than one at a time.
-        progress: called as work is given to the device, with a number of tokens that adds up to those of all prompts.
+        Each layer sees all chunks before the next one does: a cache may hold one layer at a time.
+        progress: called as work goes to the device, with numbers of tokens that add up to all.
         """
         for b, prompt in enumerate(prompts):
             end = start + len(prompt)
             cache.seq_lens[b] = end
-            parts = torch.tensor(prompt, device=self.device, dtype=torch.long)[None].split(chunk, 1) if prompt else ()
-            positions = torch.arange(start, end, device=self.device, dtype=torch.int32)[None].split(chunk, 1)
+            parts = (torch.tensor(prompt, device=self.device,
+                                  dtype=torch.long)[None].split(chunk, 1) if prompt else ())
+            positions = torch.arange(start, end, device=self.device,
+                                     dtype=torch.int32)[None].split(chunk, 1)
             hidden = [self.embed(part) for part in parts]
             ropes = [self.rope(position) for position in positions]
-            steps = [Step(position, min(start + (i + 1) * chunk, end)) for i, position in enumerate(positions)]
+            steps = [Step(position, min(start + (i + 1) * chunk, end))
+                     for i, position in enumerate(positions)]
             done = 0  # tokens, each counted once per layer
             # the cache's layers come first: they are asked for one more after the last
-            for layer_cache, layer in zip(cache.prefill_layers(b, start, end), self.layers) if prompt else ():
+            for layer_cache, layer in (zip(cache.prefill_layers(b, start, end), self.layers)
+                                       if prompt else ()):
                 for i, part in enumerate(hidden):
                     hidden[i] = layer(part, *ropes[i], layer_cache, steps[i])
                     before, done = done, done + part.shape[1]
@@ -995,26 +1060,28 @@ class Transformer(nn.Module):
     def decode(self, tokens, cache, grow=1, impl="auto"):
         """Appends one token per sequence: tokens [B] -> logits of the next, [B, vocab].
 
-        grow: 1, or a [B] tensor of bool or int: a sequence with 0 repeats its last step (whose token must be given again),
-        which leaves its cache as it is. impl: "triton" for the fused kernels, "torch", or "auto": the kernels for up to 64
-        sequences of a 16-bit model on a GPU.
+        grow: 1, or a [B] tensor of bool or int: a sequence with 0 repeats its last step (whose
+        token must be given again), which leaves its cache as it is. impl: "triton" for the fused
+        kernels, "torch", or "auto": the kernels for up to 64 sequences of a 16-bit model on a GPU.
         """
         assert impl in ("auto", "torch", "triton"), f"impl={impl}"
         cache.seq_lens += grow
         positions = (cache.seq_lens - 1)[:, None]
-        fused = self.dtype.itemsize == 2 and self.device.type == "cuda" and len(tokens) <= Residual.MAX_ROWS
+        fused = (self.dtype.itemsize == 2 and self.device.type == "cuda"
+                 and len(tokens) <= Residual.MAX_ROWS)
         if impl == "triton" or (impl == "auto" and fused):
             return self._decode_fused(tokens, positions, cache)
         x = self._run(tokens[:, None], cache, Step(positions, row_lens=cache.seq_lens))
         return self.logits(x[:, 0])
 
     def _decode_fused(self, tokens, positions, cache):
-        """`decode` by fused kernels; cache.seq_lens counts the new tokens already, positions [B, 1] are theirs."""
+        """`decode` by fused kernels; positions [B, 1]: of the new tokens, which seq_lens counts."""
         rope = self.rope(positions)
         cos, sin = (table.flatten(1) for table in rope)  # [B, D / 2]
         gains = [layer.attn_norm.weight for layer in self.layers] + [self.norm.weight]
         residual = Residual(self.embed.weight, gains[0], self.config.norm_eps, tokens)
-        for i, (layer, layer_cache, next_gain) in enumerate(zip(self.layers, cache.layers, gains[1:])):
+        for i, (layer, layer_cache, next_gain) in enumerate(
+                zip(self.layers, cache.layers, gains[1:])):
             cache.foresee(i, residual.x[:, None], self.layers, *rope)
             layer.decode(residual, cos, sin, layer_cache, cache.seq_lens, next_gain)
         if self.head is None:
@@ -1023,7 +1090,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def decode_rows(self, tokens, cache):
-        """Appends T known tokens to the one sequence of a B = 1 cache, each decoded from its own past.
+        """Appends T known tokens to the sequence of a B = 1 cache, each decoded from its own past.
 
         tokens [T] -> logits [T, vocab]; the same as T calls of `decode`, in one.
         """
@@ -1036,7 +1103,7 @@ class Transformer(nn.Module):
 
 # ---------------------------------------------------------------- memory
 
-RUNTIME_BYTES = 2**30  # kernels' code, cuBLAS workspaces, CUDA graphs, and what the allocator's blocks leave unused
+RUNTIME_BYTES = 2**30  # kernels' code, cuBLAS workspaces, CUDA graphs, the allocator's unused rest
 
 
 def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache, quantize=None):
@@ -1050,16 +1117,18 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
         maps = [LabelMap.from_statistics(*(of_channels,) * 3, ds.widths(D))] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
-    # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE with its fp32 halves, K
-    # and V side by side; or the feed-forward's gate, up and product
-    widest = 3 * config.dim + max(2 * qkv + attended + 2 * HKV * D + 6 * qkv, attended + 3 * config.ffn_dim)
+    # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE
+    # with its fp32 halves, K and V side by side; or the feed-forward's gate, up and product
+    widest = 3 * config.dim + max(2 * qkv + attended + 2 * HKV * D + 6 * qkv,
+                                  attended + 3 * config.ffn_dim)
     # the residual stream of one prompt between two layers, and its RoPE tables
     between = max_seq_length * (config.dim * dtype.itemsize + D * 4)
-    sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and their fp32 copies on the way to a token
+    sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and fp32 copies
     weights = widened = 0
     for name, shape in parameter_shapes(config).items():
         linear = quantize and len(shape) == 2 and not name.startswith("embed.")
-        weights += math.prod(shape) * (1 if linear else dtype.itemsize) + (4 * shape[0] if linear else 0)
+        weights += (math.prod(shape) * (1 if linear else dtype.itemsize)
+                    + (4 * shape[0] if linear else 0))
         if linear:  # prefill makes fp32 of one at a time, and then 16 bits
             widened = max(widened, math.prod(shape) * (4 + dtype.itemsize))
     in_chunks = min(PREFILL_CHUNK, max_seq_length) * widest * dtype.itemsize
@@ -1075,9 +1144,10 @@ def most(fits, low, high):
     return low
 
 
-def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache, quantize=None, of="GPU"):
-    """Raises ValueError, naming what would fit, if `free` bytes of GPU memory, or of what `of` says, are too few for
-    memory_need's total."""
+def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache,
+                 quantize=None, of="GPU"):
+    """Raises ValueError, naming what would fit, if `free` bytes of GPU memory, or of what `of`
+    says, are too few for memory_need's total."""
     def total(batch, length):
         return sum(memory_need(config, batch, length, dtype, ds, cache_type, quantize).values())
 
@@ -1090,13 +1160,18 @@ def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type
     else:
         options = []
         if total(batch, 1) <= free:
-            options.append(f"--max_seq_length {most(lambda length: total(batch, length) <= free, 1, max_seq_length)}")
+            options.append(
+                "--max_seq_length "
+                f"{most(lambda length: total(batch, length) <= free, 1, max_seq_length)}")
         if batch > 1 and total(1, max_seq_length) <= free:
-            options.append(f"a batch of {most(lambda rows: total(rows, max_seq_length) <= free, 1, batch)}")
-        remedy = f"{' or '.join(options)} would fit" if options else "take a smaller batch and a shorter --max_seq_length"
+            options.append("a batch of "
+                           f"{most(lambda rows: total(rows, max_seq_length) <= free, 1, batch)}")
+        remedy = (f"{' or '.join(options)} would fit" if options
+                  else "take a smaller batch and a shorter --max_seq_length")
         remedy += ", or keep K and V in host memory: --offload" if cache_type is KVCache else ""
-    raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs {sum(need.values()) / 2**30:.1f} GiB of "
-                     f"{of} memory ({parts}), {free / 2**30:.1f} are free; {remedy}")
+    raise ValueError(f"max_seq_length={max_seq_length} for a batch of {batch} needs "
+                     f"{sum(need.values()) / 2**30:.1f} GiB of {of} memory ({parts}), "
+                     f"{free / 2**30:.1f} are free; {remedy}")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -1109,7 +1184,7 @@ def parameter_shapes(config):
 
 
 def open_tensors(path):
-    """safe_open of a safetensors file; raises ValueError naming a file that is truncated or of another kind."""
+    """safe_open of a safetensors file. Raises ValueError naming a file that is not a whole one."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -1119,7 +1194,7 @@ def open_tensors(path):
 
 
 def fingerprint(path):
-    """Hash of a safetensors file's tensor names, shapes and first 4 KiB each: quick, and any training changes it."""
+    """Quick hash of a safetensors file: tensor names, shapes, first 4 KiB; training changes it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -1128,13 +1203,14 @@ def fingerprint(path):
         for name, entry in sorted(header.items()):
             begin, end = entry["data_offsets"]
             file.seek(data + begin)
-            digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode() + file.read(min(4096, end - begin)))
+            digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode()
+                          + file.read(min(4096, end - begin)))
     return digest.hexdigest()[:16]
 
 
 def load_model(checkpoint, device, dtype, quantize=None):
     """Checkpoint directory of ours -> Transformer in eval mode. quantize: "int8" for the weights of
-    linear layers as Transformer.quantize has them. Raises ValueError naming what is wrong with it."""
+    linear layers as Transformer.quantize has them. Raises ValueError naming what is wrong."""
     checkpoint = Path(checkpoint)
     config = ModelConfig.from_file(checkpoint / "config.json")
     with torch.device("meta"):
@@ -1143,10 +1219,12 @@ def load_model(checkpoint, device, dtype, quantize=None):
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with open_tensors(path) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        wrong = [name for name in expected if found.get(name) != tuple(expected[name])] + sorted(set(found) - set(expected))
+        wrong = ([name for name in expected if found.get(name) != tuple(expected[name])]
+                 + sorted(set(found) - set(expected)))
         if wrong:
-            raise ValueError(f"{path}: {len(wrong)} tensors missing, unexpected or of another shape than config.json says, "
-                             f"first {wrong[0]}; convert the model again with convert_hf.py")
+            raise ValueError(f"{path}: {len(wrong)} tensors missing, unexpected or of another "
+                             f"shape than config.json says, first {wrong[0]}; "
+                             "convert the model again with convert_hf.py")
         if quantize:
             model.requires_grad_(False).quantize()
         ours, tensors = model.state_dict(), {}
@@ -1165,7 +1243,7 @@ MAP_TENSORS = ("channels", "mean", "std")  # of channels.safetensors
 
 
 def load_label_maps(checkpoint, config, ds, path=None):
-    """channels.safetensors of a checkpoint directory, or the file `path` -> one LabelMap per layer, as wide as `ds` wants.
+    """A checkpoint's channels.safetensors, or file `path` -> one LabelMap per layer, fit for `ds`.
 
     Raises ValueError when the file is absent, of an older form, or belongs to another model.
     """
@@ -1174,7 +1252,8 @@ def load_label_maps(checkpoint, config, ds, path=None):
         provenance = file.metadata() or {}
         model_hash = fingerprint(Path(checkpoint) / "model.safetensors")
         if provenance.get("checkpoint") != model_hash:
-            raise ValueError(f"{path}: calibrated for checkpoint {provenance.get('checkpoint')}, this one is {model_hash}; "
+            raise ValueError(f"{path}: calibrated for checkpoint {provenance.get('checkpoint')}, "
+                             f"this one is {model_hash}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
         if "channels" not in file.keys():
             raise ValueError(f"{path}: holds label maps of an older form; "
@@ -1191,4 +1270,5 @@ def load_label_maps(checkpoint, config, ds, path=None):
                 tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{path}: its label maps are damaged; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-    return [LabelMap.from_statistics(*of_layer, ds.widths(D)) for of_layer in zip(*tensors.values())]
+    return [LabelMap.from_statistics(*of_layer, ds.widths(D))
+            for of_layer in zip(*tensors.values())]
