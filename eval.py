@@ -47,7 +47,9 @@ from ds_attention import (
     DSConfig, attend, attend_ref, bits_of, eligible_tokens, pool_ref, score_ref, select_ref,
     select_tokens, widths_name
 )
-from generate import HERE, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
+from generate import (
+    HERE, add_quantize_argument, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
+)
 from items import BUILTIN, LENGTHS, METRICS, TASKS, WIKITEXT2, size
 from model import KVCache, LayerCache, fingerprint, open_tensors
 from tokenizer import read_text
@@ -535,10 +537,12 @@ class Evaluation:
     def __init__(self, args, ds):
         self.args, self.ds, self.device = args, ds, pick_device(args.device)
         self.model, self.tokenizer, self.checkpoint = load(
-            args.checkpoint, self.device, default_dtype(self.device))
+            args.checkpoint, self.device, default_dtype(self.device), args.quantize)
         self.path = Path(args.results or RUNS / "quality.jsonl")
         self.saved = {} if args.force else read_rows(self.path, IDENTITY)
-        self.hash = fingerprint(self.checkpoint / "model.safetensors")
+        weights = f", {args.quantize}" if args.quantize else ""
+        self.hash = fingerprint(self.checkpoint / "model.safetensors") + weights
+        self.name = self.checkpoint.name + weights
 
     def decoder(self, longest, method, budget):
         """(a Decoder for so many tokens, what a row says of it) of a setting."""
@@ -574,7 +578,7 @@ class Evaluation:
             raise ValueError(f"{longest} tokens are more than the model's {most} positions: take a "
                              "smaller --context or --lengths, or --data with shorter items")
         mean_size = round(statistics.mean(map(size, items)))
-        common = {"task": task, "checkpoint": self.checkpoint.name, "model": self.hash,
+        common = {"task": task, "checkpoint": self.name, "model": self.hash,
                   "data": data, "inputs": short_hash(json.dumps(items)),
                   "context": args.context if text else mean_size, "n_items": len(items),
                   **provenance(self.device)}
@@ -717,6 +721,7 @@ def main():
              "runs/quality.jsonl; of table: results/quality.jsonl)")
     add("--force", action="store_true", help="measure all rows again")
     add_sparsity_arguments(parser)
+    add_quantize_argument(parser)
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
     if args.tasks == ["table"]:

@@ -98,10 +98,10 @@ def open_checkpoint(name):
     return config, Tokenizer(checkpoint, config.vocab_size), checkpoint
 
 
-def load(name, device, dtype):
+def load(name, device, dtype, quantize=None):
     """A checkpoint by directory or hub id -> (model, tokenizer, our checkpoint directory)."""
     _, tokenizer, checkpoint = open_checkpoint(name)
-    return load_model(checkpoint, device, dtype), tokenizer, checkpoint
+    return load_model(checkpoint, device, dtype, quantize), tokenizer, checkpoint
 
 
 # ---------------------------------------------------------------- generation
@@ -469,6 +469,12 @@ def add_sparsity_arguments(parser):
                         help="first layers that attend to everything (default %(default)s)")
 
 
+def add_quantize_argument(parser):
+    parser.add_argument("--quantize", choices=("int8",),
+                        help="round the linear layers' weights to 8 bits, with a scale per output: "
+                             "half the bytes of a step's weights (default: as they are)")
+
+
 def sparsity_from(args):
     """DSConfig of the arguments, or None for dense. Raises ValueError for values out of bounds."""
     if args.sparsity == 1 and args.n_tokens is None:
@@ -530,6 +536,7 @@ def parse_arguments():
                         help="on a GPU, prefill through torch.compile: a tenth faster, but it starts some 15 s later")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="of weights and cache (default: bfloat16 on a GPU, float32 on a CPU)")
+    add_quantize_argument(parser)
     parser.add_argument("--interactive", action="store_true",
                         help="read lines from the terminal and answer each, by the checkpoint's "
                              "chat template if it has one; an empty line or Ctrl-D ends")
@@ -704,12 +711,12 @@ def main():
         if args.offload:
             check_host_memory(free_host_bytes(), *needs, config_ds)
         if args.device != "cpu":
-            check_memory(torch.cuda.mem_get_info()[0], *needs, config_ds, cache_type)
+            check_memory(torch.cuda.mem_get_info()[0], *needs, config_ds, cache_type, args.quantize)
         elif not args.offload:
-            check_memory(free_host_bytes(), *needs, config_ds, of="host")
+            check_memory(free_host_bytes(), *needs, config_ds, quantize=args.quantize, of="host")
     if ds and not args.channels:
         ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it takes one itself
-    model = load_model(checkpoint, args.device, dtype)
+    model = load_model(checkpoint, args.device, dtype, args.quantize)
     label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
     if ds and args.offload:
         channels = args.channels or checkpoint / "channels.safetensors"
@@ -748,7 +755,7 @@ def main():
         found |= {"prompt_token_ids": prompts, "config": {
             "checkpoint": args.checkpoint, "device": args.device, "dtype": str(dtype).removeprefix("torch."),
             "max_new_tokens": args.max_new_tokens, "max_seq_length": size, "temperature": args.temperature, "top_k": args.top_k,
-            "seed": args.seed, "compile": args.compile, "double_sparsity": asdict(ds) if ds else None,
+            "seed": args.seed, "compile": args.compile, "quantize": args.quantize, "double_sparsity": asdict(ds) if ds else None,
             "offload": {name: getattr(args, name) for name in OFFLOAD_OPTIONS} if args.offload else None}}
         with writing(args.json) as file:
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -450,22 +450,26 @@ class KVCache:
 
 
 @triton.jit
-def _prefetch(rows, BYTES: tl.constexpr):
-    """Asks the L2 cache for the first BYTES of each row; rows: pointers [BLOCK_N, 1]."""
-    chunks = rows.to(tl.pointer_type(tl.uint8)) + 256 * tl.arange(0, BYTES // 256)[None, :]
-    tl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0;", "=r,l", [chunks], tl.int32,
-                              is_pure=False, pack=1)
+def _product(tile, inputs, acc, W8: tl.constexpr):
+    """acc + tile [n, k] times inputs [b, k]: [n, b]; of an int8 tile [b, n], where no two warps widen
+    the same weights."""
+    if W8:
+        acc = tl.dot(inputs, tl.trans(tile).to(inputs.dtype), acc)
+    else:
+        acc = tl.dot(tile, tl.trans(inputs), acc)
+    return acc
 
 
 @triton.jit
-def _linear_kernel(x, w, out, squares, gain, scaled, bias, q_gain, k_gain, cos, sin, seq_lens, kv, B, N, K, half, parts,
-                   launch_at, HQ, HKV, kv_sb, kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr,
+def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain, cos, sin, seq_lens, kv, B, N, K, half,
+                   parts, launch_at, HQ, HKV, kv_sb, kv_sh, kv_ss, eps, EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, NORM_PAIRS: tl.constexpr,
-                   STAGES: tl.constexpr, PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
+                   STAGES: tl.constexpr, W8: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
     """x [B, K] times w [rows, K], then an epilogue: see the methods of Residual. A program owns BLOCK_N of N outputs, all of K.
 
-    "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie `half` apart. NORM_PAIRS: `half`, where
-    q and k are normed by head; a program then has whole heads.
+    w may be int8: then scale [rows] fp32 is what its rows are times. "silu" and "rope" take two rows
+    of w for each n: n counts pairs of rows that lie `half` apart. NORM_PAIRS: `half`, where q and k
+    are normed by head; a program then has whole heads.
     """
     PAIR: tl.constexpr = EPILOGUE == "silu" or EPILOGUE == "rope"
     NORM: tl.constexpr = EPILOGUE != "residual"
@@ -477,11 +481,7 @@ def _linear_kernel(x, w, out, squares, gain, scaled, bias, q_gain, k_gain, cos, 
     if PAIR:
         row += row // half * half
     rows = w + row.to(tl.int64)[:, None] * K
-    if PDL:  # the weights are constants: their first tiles are on the way while the kernel before ends
-        if PREFETCH > 0:
-            _prefetch(rows, PREFETCH)
-            if PAIR:
-                _prefetch(rows + half * K, PREFETCH)
+    if PDL:
         tl.extra.cuda.gdc_wait()
     # what the epilogue needs is loaded here, so that its latency is the loop's
     at = b[None, :] * N + n[:, None]
@@ -491,6 +491,10 @@ def _linear_kernel(x, w, out, squares, gain, scaled, bias, q_gain, k_gain, cos, 
     else:
         before = tl.load(out + at, mask=mask, other=0.0)
         gains = tl.load(gain + n, mask=mask_n, other=0.0)
+    if scale is not None:
+        scale_1 = tl.load(scale + row)[:, None]
+        if PAIR:
+            scale_2 = tl.load(scale + row + half)[:, None]
     if EPILOGUE == "rope":
         head, channel = n // half, n % half
         turned = mask & (head < HQ + HKV)[:, None]  # V is not
@@ -504,23 +508,29 @@ def _linear_kernel(x, w, out, squares, gain, scaled, bias, q_gain, k_gain, cos, 
             to_gain = tl.where(head < HQ, q_gain + channel, k_gain + channel)
             gain_1 = tl.load(to_gain, mask=mask_n & (head < HQ + HKV), other=1.0).to(tl.float32)[:, None]
             gain_2 = tl.load(to_gain + half, mask=mask_n & (head < HQ + HKV), other=1.0).to(tl.float32)[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    acc_2 = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    SHAPE: tl.constexpr = [BLOCK_B, BLOCK_N] if W8 else [BLOCK_N, BLOCK_B]
+    acc, acc_2 = tl.zeros(SHAPE, tl.float32), tl.zeros(SHAPE, tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         mask_k = k + offs_k < K
         inputs = tl.load(x + b[:, None] * K + (k + offs_k)[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0)
-        tile = tl.load(rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0, eviction_policy="evict_first")
+        tile = tl.load(rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0, eviction_policy="evict_first")
         if UPCAST:
             inputs, tile = inputs.to(tl.float32), tile.to(tl.float32)
-        acc = tl.dot(tile, tl.trans(inputs), acc)
+        acc = _product(tile, inputs, acc, W8)
         if PAIR:
-            tile_2 = tl.load(rows + half * K + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0,
+            tile_2 = tl.load(rows + half * K + (k + offs_k)[None, :], mask=mask_k[None, :], other=0,
                              eviction_policy="evict_first")
-            acc_2 = tl.dot(tile_2.to(tile.dtype), tl.trans(inputs), acc_2)
+            acc_2 = _product(tile_2.to(tile.dtype), inputs, acc_2, W8)
         if PDL:
-            if k == launch_at:  # not earlier: what the next kernel prefetches must still be in the L2 cache when it is used
+            if k == launch_at:  # not earlier: programs that wait are in the way of those that run
                 tl.extra.cuda.gdc_launch_dependents()
+    if W8:
+        acc, acc_2 = tl.trans(acc), tl.trans(acc_2)
     dtype = out.dtype.element_ty
+    if scale is not None:
+        acc *= scale_1
+        if PAIR:
+            acc_2 *= scale_2
     if NORM:
         rstd = tl.rsqrt(tl.sum(part, 0) / K + eps)[None, :]
         acc, acc_2 = acc * rstd, acc_2 * rstd
@@ -578,7 +588,8 @@ class Residual:
 
     Beside x [B, dim] stand x times the weight of the norm that comes next, and the sums of x**2 over parts of dim: the kernel
     that changes x writes them, and the one that needs the norm scales its result at the end. Weights are read once, at the
-    memory's speed, for up to MAX_ROWS sequences. `tiles` of any method: block sizes and the like, see _tiles.
+    memory's speed, for up to MAX_ROWS sequences. They may be int8, with the `scale` of each output.
+    `more` of any method: scale, and block sizes and the like, see _tiles.
     """
 
     MAX_ROWS = 64
@@ -596,16 +607,16 @@ class Residual:
         self.squares = self.partial[:1]
         _enter_kernel[(len(self.x),)](table, tokens, gain, self.x, self.scaled, self.squares, table.shape[1], BLOCK=1024)
 
-    def logits(self, weight, **tiles):
+    def logits(self, weight, **more):
         """norm(x) times weight [vocab, dim]: [B, vocab]."""
-        return self._linear("none", self.scaled, weight, weight.shape[0], **tiles)
+        return self._linear("none", self.scaled, weight, weight.shape[0], **more)
 
-    def swiglu(self, weight, **tiles):
+    def swiglu(self, weight, **more):
         """silu(gate) * up of norm(x), weight [2 * F, dim] holding gate, then up: [B, F]."""
         F_ = weight.shape[0] // 2
-        return self._linear("silu", self.scaled, weight, F_, half=F_, **tiles)
+        return self._linear("silu", self.scaled, weight, F_, half=F_, **more)
 
-    def heads(self, attn, cos, sin, kv, seq_lens, **tiles):
+    def heads(self, attn, cos, sin, kv, seq_lens, **more):
         """The query heads [B, HQ, D] of norm(x) after RoPE; K and V go to each row's newest position in kv [B, HKV, S, 2, D].
 
         attn: an Attention; cos, sin [B, D / 2] fp32 of the newest positions, seq_lens [B] int32 - 1.
@@ -613,22 +624,23 @@ class Residual:
         (HQ, HKV, _), D, weight = attn.heads, attn.head_dim, attn.wqkv.weight
         assert kv.stride(3) == D and kv.stride(4) == 1
         out = torch.empty(len(self.x), HQ, D, dtype=self.x.dtype, device=self.x.device)
-        rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV, strides=kv.stride()[:3], bias=attn.wqkv.bias)
+        rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV, strides=kv.stride()[:3],
+                    bias=attn.wqkv.bias, scale=attn.wqkv.scale)
         if attn.q_norm is not None:
             BLOCK_N = max(16, D // 2)
             assert BLOCK_N % (D // 2) == 0 and BLOCK_N & (BLOCK_N - 1) == 0, f"head_dim={D}: a program has whole heads"
             rope |= dict(NORM_PAIRS=D // 2, q_gain=attn.q_norm.weight, k_gain=attn.k_norm.weight, BLOCK_N=BLOCK_N)
-        return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out, **rope | tiles)
+        return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out, **rope | more)
 
-    def add(self, inputs, weight, gain, **tiles):
+    def add(self, inputs, weight, gain, **more):
         """x += inputs [B, K] times weight [dim, K]; gain [dim]: the weight of the norm that comes next."""
-        self._linear("residual", inputs, weight, weight.shape[0], out=self.x, gain=gain, **tiles)
+        self._linear("residual", inputs, weight, weight.shape[0], out=self.x, gain=gain, **more)
 
-    def _linear(self, epilogue, x, weight, N, half=1, out=None, gain=None, bias=None, q_gain=None, k_gain=None, cos=None,
-                sin=None, seq_lens=None, kv=None, HQ=1, HKV=1, strides=(0, 0, 0), NORM_PAIRS=0, **tiles):
+    def _linear(self, epilogue, x, weight, N, half=1, scale=None, out=None, gain=None, bias=None, q_gain=None, k_gain=None,
+                cos=None, sin=None, seq_lens=None, kv=None, HQ=1, HKV=1, strides=(0, 0, 0), NORM_PAIRS=0, **tiles):
         B, K = x.shape
         assert x.is_contiguous() and weight.is_contiguous() and B <= self.MAX_ROWS
-        tiles = _tiles(epilogue, N, K, B) | tiles
+        tiles = _tiles(epilogue, N, K, B, weight.element_size()) | tiles
         programs = triton.cdiv(N, tiles["BLOCK_N"])
         out = torch.empty(B, N, dtype=x.dtype, device=x.device) if out is None else out
         if epilogue == "residual":
@@ -637,25 +649,34 @@ class Residual:
         launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
         overlap = pdl(x)
         _linear_kernel[(programs,)](
-            x, weight, out, self.squares, gain, None if gain is None else self.scaled, bias, q_gain, k_gain, cos, sin, seq_lens,
+            x, weight, scale, out, self.squares, gain, None if gain is None else self.scaled, bias, q_gain, k_gain, cos, sin, seq_lens,
             kv, B, N, K, half, parts, launch_at, HQ, HKV, *strides, self.eps, EPILOGUE=epilogue, NORM_PAIRS=NORM_PAIRS,
-            BLOCK_B=max(8, triton.next_power_of_2(B)), BLOCK_P=triton.next_power_of_2(parts),
-            UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
+            BLOCK_B=max(8 if scale is None else 16, triton.next_power_of_2(B)), BLOCK_P=triton.next_power_of_2(parts),
+            W8=scale is not None, UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
             PDL=overlap, **tiles, **(dict(launch_pdl=True) if overlap else {}))
         return out
 
 
-def _tiles(epilogue, N, K, B):
+def _tiles(epilogue, N, K, B, itemsize):
     """Block sizes of a fused linear layer: all programs resident at once, 40 KB and more of weights on the way to each
-    multiprocessor. PREFETCH: bytes of each row that are asked for while the kernel before still runs (0, or 256 times a power
-    of two); AHEAD: steps of BLOCK_K before its end at which the next kernel may start."""
+    multiprocessor. AHEAD: steps of BLOCK_K before its end at which the next kernel may start."""
     pair, many = epilogue in ("silu", "rope"), B > 16  # many: inputs take as much shared memory as weights
+    short = epilogue == "residual" and K <= 8192
     BLOCK_N = 16 if triton.cdiv(N, 32) < 128 else 64 if epilogue == "none" or (pair and many) else 32
     if many:
         sizes = dict(BLOCK_K=64 if pair else 128, STAGES=4, num_warps=8)
     else:
         sizes = dict(BLOCK_K=128 if pair or BLOCK_N == 64 else 256, STAGES=3 if epilogue == "silu" else 4, num_warps=4)
-    return dict(BLOCK_N=BLOCK_N, PREFETCH=1024 if K >= 512 and K % 8 == 0 else 0, AHEAD=2, **sizes)
+        if itemsize == 1:
+            if epilogue == "silu":
+                sizes["STAGES"] = 6
+            elif epilogue == "rope" or (epilogue == "residual" and not short):
+                sizes["BLOCK_K"] *= 2
+            if epilogue == "residual":
+                BLOCK_N, sizes["AHEAD"] = 64 if short and BLOCK_N == 32 else BLOCK_N, 4
+        elif short:  # the more programs there are, the more evenly they end
+            BLOCK_N, sizes["num_warps"] = 16, 1
+    return dict(BLOCK_N=BLOCK_N, AHEAD=2) | sizes
 
 
 # ---------------------------------------------------------------- blocks
@@ -685,13 +706,45 @@ def causal_attention(q, k, v, window=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=gqa)
 
 
+def quantized(weight):
+    """weight [out, in] -> (codes int8 of its shape, scale [out] fp32): codes times scale is nearest
+    to it, by row and symmetric."""
+    scale = weight.abs().amax(1).float().clamp(min=1e-30) / 127
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    for part, rows, of_rows in zip(codes.split(4096), weight.split(4096), scale.split(4096)):
+        part.copy_((rows.float() / of_rows[:, None]).round_())  # in parts: an fp32 copy is large
+    return codes, scale
+
+
+class Linear(nn.Linear):
+    """nn.Linear. Its weight may be int8, as `quantized` has it, with `scale`: decode kernels read
+    it so, and whatever else needs the weight makes 16 bits of it first."""
+
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
+        self.register_parameter("scale", None)
+
+    def quantize(self):
+        codes, scale = quantized(self.weight)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def rows(self, n, dtype):
+        """The first n outputs' weights [n, in], in dtype if they are int8."""
+        weight = self.weight[:n]
+        return weight if self.scale is None else (weight * self.scale[:n, None]).to(dtype)
+
+    def forward(self, x):
+        return F.linear(x, self.rows(self.out_features, x.dtype), self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
         self.head_dim, self.window = config.head_dim, config.window(layer)
-        self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, sum(self.heads) * config.head_dim, config.qkv_bias)
+        self.wo = Linear(config.n_heads * config.head_dim, config.dim)
         self.q_norm, self.k_norm = None, None
         if config.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
@@ -708,7 +761,7 @@ class Attention(nn.Module):
         """As `project`, of the q alone of the first so many KV heads, or of all."""
         n = self.heads[0] // self.heads[1] * (kv_heads or self.heads[1]) * self.head_dim
         bias = None if self.wqkv.bias is None else self.wqkv.bias[:n]
-        q = F.linear(x, self.wqkv.weight[:n], bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q = F.linear(x, self.wqkv.rows(n, x.dtype), bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return apply_rope(q if self.q_norm is None else self.q_norm(q), cos, sin)
 
     def attend(self, q, k, v, cache=None, step=None):
@@ -725,8 +778,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w13 = Linear(config.dim, 2 * config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x):
         gate, up = self.w13(x).chunk(2, -1)
@@ -817,9 +870,12 @@ class Block(nn.Module):
         """`forward` of one new token per sequence by fused kernels. next_gain: the weight of the norm after this block."""
         q = residual.heads(self.attn, cos, sin, cache.kv, seq_lens)
         y = cache.decode(q, seq_lens)  # [B, HQ, D]
-        residual.add(y.flatten(1), self.attn.wo.weight, self.ffn_norm.weight)
+        wo = self.attn.wo
+        residual.add(y.flatten(1), wo.weight, self.ffn_norm.weight, scale=wo.scale)
         if isinstance(self.ffn, FeedForward):
-            residual.add(residual.swiglu(self.ffn.w13.weight), self.ffn.w2.weight, next_gain)
+            w13, w2 = self.ffn.w13, self.ffn.w2
+            y = residual.swiglu(w13.weight, scale=w13.scale)
+            residual.add(y, w2.weight, next_gain, scale=w2.scale)
         else:
             residual.enter(residual.x + self.ffn(self.ffn_norm(residual.x)), next_gain)
 
@@ -843,13 +899,17 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
-    @property
-    def head_weight(self):
-        """[vocab, dim]"""
-        return self.embed.weight if self.head is None else self.head.weight
+    def quantize(self):
+        """The weights of all linear layers become int8, the head's too if it is not the embeddings.
+        Raises ValueError for a model with experts, whose layers are others."""
+        if self.config.n_experts:
+            raise ValueError("quantize=int8: not for a model with experts; leave the option out")
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.quantize()
 
     @property
     def device(self):
@@ -867,9 +927,9 @@ class Transformer(nn.Module):
     def weight_bytes(self, batch):
         """Bytes of weights that a decode step of `batch` sequences reads: all but the embedding table, of which it takes a row
         each, and of an expert layer the experts of all sequences (as if they chose different ones, while there are any)."""
-        total = self.head_weight.nbytes
+        total = self.embed.weight.nbytes if self.head is None else 0
         for name, parameter in self.named_parameters():
-            if name.startswith(("layers.", "norm.")):
+            if not name.startswith("embed."):
                 expert = parameter.ndim == 3  # [E, out, in]
                 share = min(1, batch * self.config.experts_per_token / len(parameter)) if expert else 1
                 total += int(parameter.nbytes * share)
@@ -877,7 +937,8 @@ class Transformer(nn.Module):
 
     def logits(self, x):
         """x [..., dim] after the last block -> [..., vocab]."""
-        return F.linear(self.norm(x), self.head_weight)
+        x = self.norm(x)
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
     def forward(self, tokens):
         """Whole sequences, dense, no cache: tokens [B, T] -> logits [B, T, vocab]."""
@@ -956,7 +1017,9 @@ class Transformer(nn.Module):
         for i, (layer, layer_cache, next_gain) in enumerate(zip(self.layers, cache.layers, gains[1:])):
             cache.foresee(i, residual.x[:, None], self.layers, *rope)
             layer.decode(residual, cos, sin, layer_cache, cache.seq_lens, next_gain)
-        return residual.logits(self.head_weight)
+        if self.head is None:
+            return residual.logits(self.embed.weight)
+        return residual.logits(self.head.weight, scale=self.head.scale)
 
     @torch.inference_mode()
     def decode_rows(self, tokens, cache):
@@ -976,8 +1039,9 @@ class Transformer(nn.Module):
 RUNTIME_BYTES = 2**30  # kernels' code, cuBLAS workspaces, CUDA graphs, and what the allocator's blocks leave unused
 
 
-def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache):
-    """Bytes of GPU memory that prefill and decode take, by what they are for: a dict. cache_type: called as KVCache is."""
+def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache, quantize=None):
+    """Bytes of GPU memory that prefill and decode take, by what they are for: a dict. cache_type:
+    called as KVCache is; quantize: as for load_model."""
     HKV, D = config.n_kv_heads, config.head_dim
     meta = partial(torch.empty, device="meta")
     maps = None
@@ -992,10 +1056,15 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     # the residual stream of one prompt between two layers, and its RoPE tables
     between = max_seq_length * (config.dim * dtype.itemsize + D * 4)
     sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and their fp32 copies on the way to a token
-    parameters = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    weights = widened = 0
+    for name, shape in parameter_shapes(config).items():
+        linear = quantize and len(shape) == 2 and not name.startswith("embed.")
+        weights += math.prod(shape) * (1 if linear else dtype.itemsize) + (4 * shape[0] if linear else 0)
+        if linear:  # prefill makes fp32 of one at a time, and then 16 bits
+            widened = max(widened, math.prod(shape) * (4 + dtype.itemsize))
     in_chunks = min(PREFILL_CHUNK, max_seq_length) * widest * dtype.itemsize
-    return {"weights": parameters * dtype.itemsize, **cache.gpu_bytes(), "activations": in_chunks + between + sampling,
-            "runtime": RUNTIME_BYTES}
+    return {"weights": weights, **cache.gpu_bytes(),
+            "activations": in_chunks + between + sampling + widened, "runtime": RUNTIME_BYTES}
 
 
 def most(fits, low, high):
@@ -1006,13 +1075,13 @@ def most(fits, low, high):
     return low
 
 
-def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache, of="GPU"):
+def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type=KVCache, quantize=None, of="GPU"):
     """Raises ValueError, naming what would fit, if `free` bytes of GPU memory, or of what `of` says, are too few for
     memory_need's total."""
     def total(batch, length):
-        return sum(memory_need(config, batch, length, dtype, ds, cache_type).values())
+        return sum(memory_need(config, batch, length, dtype, ds, cache_type, quantize).values())
 
-    need = memory_need(config, batch, max_seq_length, dtype, ds, cache_type)
+    need = memory_need(config, batch, max_seq_length, dtype, ds, cache_type, quantize)
     if sum(need.values()) <= free:
         return
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
@@ -1063,8 +1132,9 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-def load_model(checkpoint, device, dtype):
-    """Checkpoint directory of ours -> Transformer in eval mode. Raises ValueError naming what is wrong with it."""
+def load_model(checkpoint, device, dtype, quantize=None):
+    """Checkpoint directory of ours -> Transformer in eval mode. quantize: "int8" for the weights of
+    linear layers as Transformer.quantize has them. Raises ValueError naming what is wrong with it."""
     checkpoint = Path(checkpoint)
     config = ModelConfig.from_file(checkpoint / "config.json")
     with torch.device("meta"):
@@ -1077,10 +1147,16 @@ def load_model(checkpoint, device, dtype):
         if wrong:
             raise ValueError(f"{path}: {len(wrong)} tensors missing, unexpected or of another shape than config.json says, "
                              f"first {wrong[0]}; convert the model again with convert_hf.py")
-        tensors = {name: file.get_tensor(name).to(device, dtype) for name in expected}
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
+        if quantize:
+            model.requires_grad_(False).quantize()
+        ours, tensors = model.state_dict(), {}
+        for name in expected:
+            tensors[name] = file.get_tensor(name).to(device, dtype)
+            if not tensors[name].isfinite().all():
                 raise ValueError(f"{path}: {name} has weights that are infinite or not a number")
+            scale = name.removesuffix("weight") + "scale"
+            if scale in ours:
+                tensors[name], tensors[scale] = quantized(tensors[name])
         model.load_state_dict(tensors, assign=True)
     return model.to(device).eval().requires_grad_(False)
 

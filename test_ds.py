@@ -67,7 +67,7 @@ import items as asked
 import offload
 from ds_attention import DSConfig, LabelMap
 from model import (
-    PRESETS, Attention, KVCache, LayerCache, ModelConfig, MoEFeedForward, Residual, Transformer, apply_rope, check_memory,
+    PRESETS, Attention, KVCache, LayerCache, Linear, ModelConfig, MoEFeedForward, Residual, Transformer, apply_rope, check_memory,
     fingerprint, load_label_maps, load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
@@ -1615,7 +1615,10 @@ DECODES = {  # with dim 40, ffn_dim 36 and a vocabulary of 65: no multiples of a
     "bias": dict(B=3, n_heads=7, n_kv_heads=1, qkv_bias=True),
     "head-norms": dict(B=3, n_heads=2, n_kv_heads=1, head_dim=128, qk_norm=True),
     "head-norms-two-heads-a-program": dict(B=17, n_heads=3, n_kv_heads=1, head_dim=16, qk_norm=True, dim=280),
-    "several-steps": dict(B=17, n_heads=2, n_kv_heads=1, dim=280, ffn_dim=528),  # of BLOCK_K, the last not full; prefetched
+    "several-steps": dict(B=17, n_heads=2, n_kv_heads=1, dim=280, ffn_dim=528),  # of BLOCK_K, the last not full
+    "int8": dict(B=3, n_heads=7, n_kv_heads=1, qkv_bias=True, quantize=True),
+    "int8-in-parts": dict(B=3, n_heads=4, n_kv_heads=2, dim=512, ffn_dim=1280, quantize=True),
+    "int8-many": dict(B=17, n_heads=2, n_kv_heads=1, dim=528, ffn_dim=1040, quantize=True),
 }
 
 
@@ -1625,11 +1628,13 @@ DECODES = {  # with dim 40, ffn_dim 36 and a vocabulary of 65: no multiples of a
 def test_decode_kernels_equal_the_blocks(case, dtype):
     """Logits and cache of a ragged step, against the blocks' own forward in fp32; the cache is written where it should be."""
     shape = dict(dim=40, n_layers=2, head_dim=64, ffn_dim=36, vocab_size=65) | case
-    B = shape.pop("B")
+    B, quantize = shape.pop("B"), shape.pop("quantize", False)
     model, _, _ = random_model(**shape)
     model = model.to(DEVICE, dtype)
     for name, parameter in model.named_parameters():
         parameter.mul_(0.3) if parameter.ndim > 1 else parameter.normal_(1, 0.3)
+    if quantize:
+        model.quantize()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(65, (B,), generator=generator).to(DEVICE)
     lens = torch.tensor([(7 * b) % 40 for b in range(1, B)] + [0], dtype=torch.int32, device=DEVICE)
@@ -1652,8 +1657,8 @@ def test_decode_kernels_equal_the_blocks(case, dtype):
         assert relative_error(got["triton"], got["exact"]) <= allowance * relative_error(got["torch"], got["exact"]) + 1e-5
 
 
-@pytest.mark.parametrize("tiles", [dict(BLOCK_N=16, BLOCK_K=32), dict(BLOCK_N=64, BLOCK_K=64, STAGES=2), dict(PREFETCH=0, AHEAD=99)],
-                         ids=["small", "large", "no-prefetch"])
+@pytest.mark.parametrize("tiles", [dict(BLOCK_N=16, BLOCK_K=32), dict(BLOCK_N=64, BLOCK_K=64, STAGES=2), dict(AHEAD=99)],
+                         ids=["small", "large", "early"])
 def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
     generator = torch.Generator().manual_seed(0)
 
@@ -1670,6 +1675,36 @@ def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
         assert relative_error(got, want) < 1e-3
     gate, up = (torch.nn.functional.rms_norm(table.float(), (96,), gain.float(), 1e-5) @ w13.float().T).chunk(2, -1)
     assert relative_error(outs[0], table + (torch.nn.functional.silu(gate) * up) @ w2.float().T) < 2e-3
+
+
+def test_int8_weights_are_the_nearest_codes():
+    linear = Linear(50, 5000)
+    with torch.no_grad():
+        linear.weight.mul_(torch.rand(5000, 1) * 100)
+        linear.weight[7] = 0
+    exact = linear.weight.detach().clone()
+    linear.requires_grad_(False).quantize()
+    assert linear.weight.dtype == torch.int8 and linear.weight.abs().max() == 127
+    half = linear.scale[:, None] / 2
+    assert ((linear.rows(5000, torch.float32) - exact).abs() <= half * 1.0001).all()
+    x = torch.randn(3, 50)
+    want = torch.nn.functional.linear(x, linear.rows(5000, torch.float32))
+    torch.testing.assert_close(linear(x), want)
+    assert linear.rows(3, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_checkpoint_loaded_in_int8(tmp_path):
+    """Its bytes, and that it is the model with its weights rounded; memory_need knows its size."""
+    whole, model = load_model(TINY, "cpu", torch.float32), load_model(TINY, "cpu", torch.float32, "int8")
+    whole.quantize()
+    same = zip(whole.state_dict().items(), model.state_dict().items(), strict=True)
+    assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in same)
+    assert model.dtype == torch.float32 and model.embed.weight.dtype == torch.float32
+    need = memory_need(model.config, 1, 10, torch.float32, quantize="int8")
+    assert need["weights"] == sum(p.nbytes for p in model.parameters())
+    config = replace(PRESETS["Mixtral-8x7B-v0.1"], n_layers=1, dim=8, ffn_dim=8, vocab_size=8, head_dim=2)
+    with pytest.raises(ValueError, match="not for a model with experts"):
+        Transformer(config).quantize()
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
