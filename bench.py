@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +26,6 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -40,7 +40,7 @@ from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, loa
 from host_memory import check_host_memory, free_host_bytes, host_layers, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
 from model import (
-    PRESETS, Block, KVCache, ModelConfig, Transformer, check_memory, parameter_shapes
+    PRESETS, KVCache, ModelConfig, Transformer, apply_rope, check_memory, parameter_shapes
 )
 from offload import (
     MIN_AGREEMENT, OffloadCache, Placement, fetch, idle_heads, predictable_layers
@@ -334,12 +334,21 @@ def run_attention(args, device):
 # ---------------------------------------------------------------- generate
 
 # model, B, S: the length at which steps are timed, or of the prompt that is prefilled
-STEPS = [("Llama-2-7B", B, S) for B, S in [(1, 16384), (1, 65536), (4, 16384), (8, 16384), (14, 16384), (1, 512), (1, 2048),
-                                           (1, 4096)]] + [("Mistral-7B-v0.1", 16, 32768), ("Mistral-7B-v0.1", 1, 131072)]
+STEPS = [("Llama-2-7B", B, S) for B, S in [
+    (1, 512), (1, 1024), (1, 4096), (1, 16384), (1, 65536), (4, 16384), (8, 16384), (14, 16384)]]
+STEPS += [("Llama-3.1-8B", B, S) for B, S in [(1, 32768), (8, 32768), (16, 32768), (1, 131072)]]
 PREFILLS = [("Llama-2-7B", 1, 16384), ("Llama-2-7B", 1, 131072)]
-MODES = ("prefill", "gpt_fast", "dense", "ds")
+MODES = ("prefill", "gpt_fast", "dense", "ds", "dense_int8", "ds_int8")
 WARM_UP = 5  # steps before those that are timed
+DATASHEET = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}  # bytes per second of memory
 CPU_MODEL = ModelConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=128, max_positions=512)
+
+
+def int8_copy(model):
+    """The model with its linear layers in int8; whatever else it has is shared."""
+    twin = deepcopy(model, {id(p): p for p in model.parameters()})
+    twin.quantize()
+    return twin
 
 
 def random_model(config, device, dtype):
@@ -355,34 +364,64 @@ def random_model(config, device, dtype):
     return model.to(device).eval().requires_grad_(False)
 
 
-class GptFast(nn.Module):
-    """A decode step as gpt-fast has it, of a Transformer's weights: K and V of the allocated length in two tensors, all of them
-    attended under a boolean causal mask, repeated for grouped queries; made for torch.compile of the whole."""
+class GptFast:
+    """A decode step as gpt-fast has it, of a Transformer's weights: K and V of the allocated length,
+    all of them attended under a boolean causal mask, repeated for grouped queries, RoPE from a
+    table, gate and up apart. Greedy, as our steps are.
+    """
 
     def __init__(self, model, batch, max_seq_length):
-        super().__init__()
-        config, self.model = model.config, model
-        self.groups = config.n_heads // config.n_kv_heads
-        shape = (batch, config.n_kv_heads, max_seq_length, config.head_dim)
-        for i in range(config.n_layers):
-            for name in ("k", "v"):
-                self.register_buffer(f"{name}{i}", torch.empty(shape, device=model.device, dtype=model.dtype).normal_())
-        everything = torch.ones(max_seq_length, max_seq_length, dtype=torch.bool, device=model.device)
-        self.register_buffer("mask", everything.tril_())
+        c, device, dtype = model.config, model.device, model.dtype
+        self.model, self.layer, self.head = model, self._layer, self._head
+        shape = (batch, c.n_kv_heads, max_seq_length, c.head_dim)
+        self.caches = [[torch.empty(shape, device=device, dtype=dtype).normal_() for _ in range(2)]
+                       for _ in range(c.n_layers)]  # K and V
+        positions = torch.arange(max_seq_length, device=device)
+        self.rope = [table[0, 0].to(dtype) for table in model.rope(positions[None])]  # [S, D / 2]
+        everything = (max_seq_length, max_seq_length)
+        self.mask = torch.ones(everything, dtype=torch.bool, device=device).tril_()
 
-    def forward(self, tokens, position):
+    def compile(self):
+        """What gpt-fast compiles as a whole, in a sixth of the time: layers are alike, so one of them
+        is compiled. It begins with the sum that ends the layer before, so that the kernels are those
+        of the whole."""
+        self.layer, self.head = (torch.compile(f, fullgraph=True) for f in (self._layer, self._head))
+
+    @staticmethod
+    def _norm(x, norm):
+        x32 = x.float()
+        return (x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + norm.eps)).to(x.dtype) * norm.weight
+
+    @staticmethod
+    def _layer(layer, x, more, k, v, cos, sin, mask, position):
+        """x + more [B, 1, dim] is the layer's input, and what it returns, too."""
+        attn, ffn, norm = layer.attn, layer.ffn, GptFast._norm
+        x = x + more
+        heads = attn.wqkv(norm(x, layer.attn_norm)).unflatten(-1, (-1, attn.head_dim))
+        q, new_k, new_v = heads.transpose(1, 2).split(attn.heads, 1)
+        if attn.q_norm is not None:
+            q, new_k = norm(q, attn.q_norm), norm(new_k, attn.k_norm)
+        q, new_k = (apply_rope(a, cos[position], sin[position]) for a in (q, new_k))
+        k[:, :, position] = new_k
+        v[:, :, position] = new_v
+        k, v = (a.repeat_interleave(attn.heads[0] // attn.heads[1], 1) for a in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None, position])
+        x = x + attn.wo(y.transpose(1, 2).flatten(2))
+        gate, up = (F.linear(norm(x, layer.ffn_norm), w) for w in ffn.w13.weight.chunk(2))
+        return x, ffn.w2(F.silu(gate) * up)
+
+    @staticmethod
+    def _head(x, more, norm, weight):
+        return F.linear(GptFast._norm(x + more, norm), weight).argmax(-1)
+
+    def step(self, tokens, position):
         """tokens [B, 1], position [1] int64, the same for all -> the next tokens [B, 1]."""
         x = self.model.embed(tokens)
-        cos, sin = self.model.rope(position[None])
-        mask = self.mask[None, None, position]  # [1, 1, 1, S]
-        for i, layer in enumerate(self.model.layers):
-            q, *new = Block.before(layer, x, cos, sin)
-            past = []
-            for cached, heads in zip((getattr(self, f"k{i}"), getattr(self, f"v{i}")), new):
-                cached[:, :, position] = heads
-                past.append(cached.repeat_interleave(self.groups, 1))
-            x = Block.after(layer, x, F.scaled_dot_product_attention(q, *past, attn_mask=mask).transpose(1, 2))
-        return self.model.logits(x).argmax(-1)
+        more = torch.zeros_like(x)
+        for layer, cache in zip(self.model.layers, self.caches):
+            x, more = self.layer(layer, x, more, *cache, *self.rope, self.mask, position)
+        head = self.model.head or self.model.embed
+        return self.head(x, more, self.model.norm, head.weight)
 
 
 def step_seconds(run, steps, device, warm=lambda: None):
@@ -399,27 +438,49 @@ def step_seconds(run, steps, device, warm=lambda: None):
 
 
 def time_gpt_fast(model, B, S, steps, device, _):
-    """(seconds per step, bytes of weights and of the allocated cache, which it reads whole)."""
-    import torch._inductor.config as inductor_config  # here: it takes seconds
+    """(seconds per step, bytes of weights and of the allocated cache, which it reads whole).
 
-    size = S + steps + WARM_UP
-    module = GptFast(model, B, size)
-    kv_bytes = sum(buffer.nbytes for name, buffer in module.named_buffers() if name[0] in "kv" and name[1:].isdigit())
+    The cache has S tokens, a multiple of 8 as in gpt-fast. Attention is left to Inductor, as its
+    own loop asks for, or to the kernel that SDPA chooses, which for several sequences is faster:
+    the better of the two counts.
+    """
+    import torch._functorch.config as functorch_config  # here: they take seconds
+    import torch._inductor.config as inductor_config
+
+    size = -(-S // 8) * 8
+    gpt_fast = GptFast(model, B, size)
     tokens = torch.ones(B, 1, dtype=torch.long, device=device)
-    position = torch.tensor([S - 1], device=device)
-    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    position = torch.empty(1, dtype=torch.long, device=device)
 
     def run():
-        nonlocal tokens
-        tokens = compiled(tokens, position).clone()
+        tokens.copy_(gpt_fast.step(tokens, position))
         position.add_(1)
 
-    # its Inductor settings, and attention left to Inductor
-    try:
-        with torch.no_grad(), inductor_config.patch(coordinate_descent_tuning=True), sdpa_kernel(SDPBackend.MATH):
-            return step_seconds(run, steps, device), model.weight_bytes(B) + kv_bytes
-    finally:
-        torch._dynamo.reset()  # lets go of its graphs' memory
+    times = []
+    for attention in (sdpa_kernel(SDPBackend.MATH), contextlib.nullcontext()):
+        position.fill_(max(0, size - steps - 3 * WARM_UP))
+        settings = inductor_config.patch(coordinate_descent_tuning=True)  # as gpt-fast has it
+        # a cache that takes the two kinds of attention for one
+        uncached = functorch_config.patch(enable_autograd_cache=False)
+        with torch.no_grad(), settings, uncached, attention:
+            gpt_fast.compile()
+            times.append(step_seconds(captured(run, device), steps, device))
+        torch._dynamo.reset()
+    kv_bytes = sum(kept.nbytes for cache in gpt_fast.caches for kept in cache)
+    return min(times), model.weight_bytes(B) + kv_bytes
+
+
+def captured(run, device):
+    """run, which it calls a few times, as a CUDA graph; on a CPU run itself."""
+    for _ in range(WARM_UP):
+        run()
+    if device == "cpu":
+        return run
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def random_cache(model, B, size, config, device, cache_type=KVCache):
@@ -503,6 +564,7 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
     compiled: whether the model's blocks are."""
     rows = []
     of_mode = {"prefill": configs[:1], "gpt_fast": [None], "dense": [None], "ds": configs}
+    of_mode |= {"dense_int8": [None], "ds_int8": configs}
     for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
         row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode, "config": config and asdict(config),
                "dtype": str(model.dtype).removeprefix("torch."), "steps": steps, "ms_per_step": None}
@@ -514,14 +576,19 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
                 row |= {"cold_start_s": cold_start_s} if first and not rows else {}
             else:
                 time_mode = time_gpt_fast if mode == "gpt_fast" else time_decode
-                seconds, read = time_mode(model, B, S, steps, device, config)
+                timed = int8_copy(model) if mode.endswith("int8") else model
+                seconds, read = time_mode(timed, B, S, steps, device, config)
                 row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds, "bytes_per_step": read}
+        timed = None
         rows.append(row | provenance(device))
     gc.collect()
     for row in rows:
         if row["ms_per_step"] and device != "cpu":
+            read = row["bytes_per_step"] / row["ms_per_step"] / 1e6
             row["copy_gb_per_s"] = copy_bandwidth(device) / 1e9
-            row["bandwidth_share"] = row["bytes_per_step"] / row["ms_per_step"] / 1e6 / row["copy_gb_per_s"]
+            row["bandwidth_share"] = read / row["copy_gb_per_s"]
+            if row["gpu"] in DATASHEET:
+                row["datasheet_share"] = read * 1e9 / DATASHEET[row["gpu"]]
         for mode in ("dense", "gpt_fast"):
             other = next((r["ms_per_step"] for r in rows if r["mode"] == mode), None)
             row[f"speedup_vs_{mode}"] = other / row["ms_per_step"] if other and row["ms_per_step"] else None
@@ -593,20 +660,25 @@ def generate_table(rows):
 
     lines = []
     if shapes:
-        lines = [f"| model | B, S | {' | '.join(modes)} | over gpt_fast | tokens/s | bandwidth: dense, ds | peak GiB |",
+        lines = [f"| model | B, S | {' | '.join(modes)} | ds over gpt_fast | tokens/s | bandwidth, of a "
+                 "copy's (of the datasheet's): dense, ds | peak GiB |",
                  "|---|" + "---|" * (len(modes) + 5)]
     for (model, B, S), found in shapes.items():
         times = []
         for mode in modes:
             row = found.get(mode, {})
-            over = cell(row, "speedup_vs_dense", ".2f", "x over dense") if row.get("mode") == "ds" else "-"
+            reference = row.get("mode", "dense") in ("dense", "gpt_fast")
+            over = "-" if reference else cell(row, "speedup_vs_dense", ".2f", "x over dense")
             time = "out of memory" if "error" in row else cell(row, "ms_per_step", ".2f", " ms")
             times.append(time + (f", {over}" if over != "-" else ""))
         first = next((found[mode] for mode in modes if mode in found and found[mode]["mode"] == "ds"), None)
-        shares = ", ".join(cell(row, "bandwidth_share", ".0%") for row in (found.get("dense"), first))
+        shares = ", ".join(f"{cell(row, 'bandwidth_share', '.0%')} ({cell(row, 'datasheet_share', '.0%')})"
+                           for row in (found.get("dense"), first))
+        int8 = next((row for row in found.values() if row["mode"] == "ds_int8"), None)
+        over = [cell(row, "speedup_vs_gpt_fast", ".2f", "x") for row in (first, int8) if row]
         reference = " (CPU reference)" if "CPU" in next(iter(found.values()))["gpu"] else ""
         lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | "
-                     f"{cell(first, 'speedup_vs_gpt_fast', '.2f', 'x')} | {cell(first, 'tokens_per_s', '.0f')} | {shares} | "
+                     f"{', int8 '.join(over) or '-'} | {cell(first, 'tokens_per_s', '.0f')} | {shares} | "
                      f"{cell(first, 'peak_gib', '.1f')} |")
     if prefills:
         lines += ["", "| model | B, S | prefill, s | tokens/s | process start to first token, s | peak GiB |",
@@ -907,7 +979,7 @@ def attention_setting(r):
 
 
 def generate_setting(r):
-    mode = mode_name(r) if r["mode"] == "ds" else r["mode"]
+    mode = mode_name(r) if r["mode"].startswith("ds") else r["mode"]
     return [*(r[key] for key in ("gpu", "model", "B", "S", "dtype")), mode, r.get("compiled")]
 
 
