@@ -3432,6 +3432,17 @@ def test_bench_generate_rows(generate_run):
         assert row["speedup_vs_dense"] == dense["ms_per_step"] / row["ms_per_step"] and row["speedup_vs_gpt_fast"] is None
 
 
+def test_bench_generate_times_int8_beside_the_weights_as_they_are():
+    dense, int8, sparse = generate_rows(modes=["dense", "dense_int8", "ds_int8"], dense_layers=[2])
+    assert [row["mode"] for row in (int8, sparse)] == ["dense_int8", "ds_int8"]
+    c = bench.CPU_MODEL
+    shapes = [shape for name, shape in parameter_shapes(c).items() if len(shape) == 2 and name != "embed.weight"]
+    saved = sum(3 * math.prod(shape) - 4 * shape[0] for shape in shapes)  # of fp32, and a scale per output
+    assert dense["bytes_per_step"] - int8["bytes_per_step"] == saved
+    assert sparse["bytes_per_step"] < int8["bytes_per_step"]
+    assert int8["speedup_vs_dense"] == dense["ms_per_step"] / int8["ms_per_step"]
+
+
 def test_bench_generate_table_shows_its_newest_rows(generate_run, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match="run bench.py generate first"):
