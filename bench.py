@@ -1,12 +1,13 @@
-"""Speed of Double Sparsity: decode attention against the fastest dense kernels, whole decode steps against gpt-fast's way, and
-with K and V in host memory against streaming all of them.
+"""Speed of Double Sparsity: decode attention against the fastest dense kernels, whole decode steps
+against gpt-fast's way, and with K and V in host memory against streaming all of them.
 
-Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]     on the same inputs, checked first
-       python bench.py generate [--model Llama-2-7B --shapes 1x16384] [--modes gpt_fast dense ds]     random weights
-       python bench.py offload [--model Llama-2-7B --shapes 1x131072] [--modes flexgen gpu offload]   random weights
-       python bench.py offload --checkpoint tiny --shapes 32x4000,1x4000 --steps 64 [--data FILE]     trained ones
-       TRITON_INTERPRET=1 python bench.py attention --device cpu       a small correctness pass, its times no measure
-       python bench.py table attention                 the README's table, from results/attention.jsonl; or generate, offload
+Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]     checked first
+       python bench.py generate [--model Llama-2-7B --shapes 1x16384] [--modes gpt_fast dense ds]
+       python bench.py offload [--model Llama-2-7B --shapes 1x131072] [--modes flexgen gpu offload]
+       python bench.py offload --checkpoint tiny --shapes 32x4000,1x4000 --steps 64 [--data FILE]
+       TRITON_INTERPRET=1 python bench.py attention --device cpu     a small check, times no measure
+       python bench.py table attention     the README's, from results/; or generate, offload
+Weights are random without --checkpoint.
 """
 import contextlib
 import gc
@@ -51,15 +52,16 @@ RESULTS = HERE / "results"
 # ---------------------------------------------------------------- attention
 
 # B, S, HQ, HKV
-SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536, 32, 32), (16, 16384, 32, 32),
-          (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8), (1, 131072, 32, 8)]
+SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536, 32, 32),
+          (16, 16384, 32, 32), (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8),
+          (1, 131072, 32, 8)]
 UNIFORM = 4  # the paper's bits per label dim; all shapes are timed with them, too, in as many bytes
 MORE_LABELS = ["48x2", "20x2,24x1", "32x2", "8x4", "32x1"]  # further ones, at (16, 16384)
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
 
 
 def graph_us(calls, device, repeats=30):
-    """Median microseconds of one call among eight or more of one CUDA graph, as in a decode step of that many layers.
+    """Median microseconds of one call of eight or more in a CUDA graph, a step of so many layers.
 
     On a CPU: each call once, timed as it is.
     """
@@ -100,7 +102,8 @@ def label_all(kv, labels, label_map, config):
     """Writes the labels of all tokens of kv [B, HKV, S, 2, D], some at a time."""
     B, _, S, _, _ = kv.shape
     for start in range(0, S, 16384):
-        positions = torch.arange(start, min(S, start + 16384), dtype=torch.int32, device=kv.device).expand(B, -1).contiguous()
+        positions = torch.arange(start, min(S, start + 16384), dtype=torch.int32,
+                                 device=kv.device).expand(B, -1).contiguous()
         write_labels(kv[:, :, start : start + 16384, 0], positions, labels, label_map, config)
 
 
@@ -143,7 +146,7 @@ class Inputs:
 
 
 def dense_kernels(x, workspace):
-    """SDPA by backend, and our own, over the same cache: {name: call} of [B, HQ, D] -> [B, HQ, 1, D]."""
+    """SDPA's backends and our own, over one cache: {name: call} of [B, HQ, D] -> [B, HQ, 1, D]."""
     gqa = x.q.shape[1] != x.k.shape[1]
 
     def call(backend):
@@ -155,8 +158,10 @@ def dense_kernels(x, workspace):
                 return F.scaled_dot_product_attention(query, x.k, x.v, enable_gqa=gqa)
         return run
 
-    return {"sdpa": call(None), "cudnn": call(SDPBackend.CUDNN_ATTENTION), "flash": call(SDPBackend.FLASH_ATTENTION),
-            "ours, all tokens": lambda: ds.dense_decode(x.q, x.k, x.v, x.seq_lens, workspace=workspace)[:, :, None]}
+    return {"sdpa": call(None), "cudnn": call(SDPBackend.CUDNN_ATTENTION),
+            "flash": call(SDPBackend.FLASH_ATTENTION),
+            "ours, all tokens": lambda: ds.dense_decode(
+                x.q, x.k, x.v, x.seq_lens, workspace=workspace)[:, :, None]}
 
 
 def check(x, config, out):
@@ -258,7 +263,8 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     del xs, kernels
     xs, error, attended = inputs(clustered=True)
     row |= {"clustered_us": graph_us([partial(step, x) for x in xs], device),
-            "clustered_attended": attended.mean().item(), "max_rel_err": max(error, row["max_rel_err"])}
+            "clustered_attended": attended.mean().item(),
+            "max_rel_err": max(error, row["max_rel_err"])}
     row["speedup"] = row["dense_us"] / row["ds_us"] if right(row) else None
     return row | provenance(device)
 
@@ -271,16 +277,18 @@ def labels_name(r):
 
 def attention_table(rows):
     """Rows of results/attention.jsonl -> Markdown. Times in microseconds."""
-    lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | bracket alone | "
-             "speedup | clustered | tokens attended | GB/s | byte limit | topk chain |",
+    lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | bracket "
+             "alone | speedup | clustered | tokens attended | GB/s | byte limit | topk chain |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
 
     def us(value):
         return "-" if value is None else f"{value:.0f}"
 
     for r in rows:
-        speedup = f"{r['speedup']:.1f}x" if r.get("speedup") else "wrong" if "speedup" in r else "CPU"
-        limit = f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})" if "limit_us" in r else "-"
+        speedup = (f"{r['speedup']:.1f}x" if r.get("speedup")
+                   else "wrong" if "speedup" in r else "CPU")
+        limit = (f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})"
+                 if "limit_us" in r else "-")
         dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))
         attended = f"{r['attended']:.0f} of {r['n_tokens']}" if r.get("attended") else r["n_tokens"]
         lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {labels_name(r)} | {dense} | "
@@ -312,12 +320,15 @@ def run_attention(args, device):
                       label_bits=args.label_bits, dense_below=0)
     settings = [(shape, config) for shape in SHAPES]
     if args.label_bits is None and args.label_channels is None:
-        more = [labels for labels in MORE_LABELS if sum(dims for dims, _ in parse_widths(labels)) <= args.head_dim]
-        others = [(shape, UNIFORM) for shape in SHAPES] + [((16, 16384, 32, 32), labels) for labels in more]
+        more = [labels for labels in MORE_LABELS
+                if sum(dims for dims, _ in parse_widths(labels)) <= args.head_dim]
+        others = ([(shape, UNIFORM) for shape in SHAPES]
+                  + [((16, 16384, 32, 32), labels) for labels in more])
         settings += [(shape, replace(config, label_bits=labels)) for shape, labels in others]
     if device == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            print("without TRITON_INTERPRET=1 the kernels cannot run here: the reference stands in for them", file=sys.stderr)
+            print("without TRITON_INTERPRET=1 the kernels cannot run here: the reference stands "
+                  "in for them", file=sys.stderr)
         else:
             config = replace(config, impl="triton")
         settings = [((1, 1000, 4, 2), config)]
@@ -325,10 +336,12 @@ def run_attention(args, device):
         HQ, HKV = parse_sizes("heads", args.heads, "32/8", "/")[0]
         if HQ % HKV:
             raise ValueError(f"heads={args.heads}: query heads must be a multiple of KV heads")
-        settings = [((*shape, HQ, HKV), config) for shape in parse_sizes("shapes", args.shapes, "4x16384,16x16384")]
+        settings = [((*shape, HQ, HKV), config)
+                    for shape in parse_sizes("shapes", args.shapes, "4x16384,16x16384")]
     bandwidth = copy_bandwidth(device) if device != "cpu" else None
     for shape, config in tqdm(settings, desc="attention", unit="shape", leave=False):
-        yield [attention_row(*shape, args.head_dim, getattr(torch, args.dtype), config, device, bandwidth)]
+        yield [attention_row(*shape, args.head_dim, getattr(torch, args.dtype), config, device,
+                             bandwidth)]
 
 
 # ---------------------------------------------------------------- generate
@@ -341,7 +354,8 @@ PREFILLS = [("Llama-2-7B", 1, 16384), ("Llama-2-7B", 1, 131072)]
 MODES = ("prefill", "gpt_fast", "dense", "ds", "dense_int8", "ds_int8")
 WARM_UP = 5  # steps before those that are timed
 DATASHEET = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}  # bytes per second of memory
-CPU_MODEL = ModelConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=128, max_positions=512)
+CPU_MODEL = ModelConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96,
+                        vocab_size=128, max_positions=512)
 
 
 def int8_copy(model):
@@ -352,11 +366,12 @@ def int8_copy(model):
 
 
 def random_model(config, device, dtype):
-    """A Transformer with random weights, made where they stay. No token ends its texts, and it has no sliding window."""
+    """A Transformer with random weights, made where they stay; no end of text or sliding window."""
     config = replace(config, eos_ids=(), sliding_window=None)
     with torch.device("meta"):
         model = Transformer(config)
-    weights = {name: torch.ones(shape, device=device, dtype=dtype) for name, shape in parameter_shapes(config).items()}
+    weights = {name: torch.ones(shape, device=device, dtype=dtype)
+               for name, shape in parameter_shapes(config).items()}
     for weight in weights.values():
         if weight.ndim > 1:
             weight.normal_(0, 0.02)
@@ -365,8 +380,8 @@ def random_model(config, device, dtype):
 
 
 class GptFast:
-    """A decode step as gpt-fast has it, of a Transformer's weights: K and V of the allocated length,
-    all of them attended under a boolean causal mask, repeated for grouped queries, RoPE from a
+    """A decode step as gpt-fast has it, of a Transformer's weights: K and V of the allocated
+    length, all attended under a boolean causal mask, repeated for grouped queries, RoPE from a
     table, gate and up apart. Greedy, as our steps are.
     """
 
@@ -382,15 +397,17 @@ class GptFast:
         self.mask = torch.ones(everything, dtype=torch.bool, device=device).tril_()
 
     def compile(self):
-        """What gpt-fast compiles as a whole, in a sixth of the time: layers are alike, so one of them
-        is compiled. It begins with the sum that ends the layer before, so that the kernels are those
-        of the whole."""
-        self.layer, self.head = (torch.compile(f, fullgraph=True) for f in (self._layer, self._head))
+        """What gpt-fast compiles as a whole, in a sixth of the time: layers are alike, so one of
+        them is compiled. It begins with the sum that ends the layer before, so that the kernels
+        are those of the whole."""
+        self.layer, self.head = (torch.compile(f, fullgraph=True)
+                                 for f in (self._layer, self._head))
 
     @staticmethod
     def _norm(x, norm):
         x32 = x.float()
-        return (x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + norm.eps)).to(x.dtype) * norm.weight
+        return (x32 * torch.rsqrt(
+            (x32 * x32).mean(-1, keepdim=True) + norm.eps)).to(x.dtype) * norm.weight
 
     @staticmethod
     def _layer(layer, x, more, k, v, cos, sin, mask, position):
@@ -425,7 +442,7 @@ class GptFast:
 
 
 def step_seconds(run, steps, device, warm=lambda: None):
-    """Median seconds of run() among `steps` calls, by the device's clock. warm: called before these, after the warm-up."""
+    """Median seconds of run() by the device's clock, of `steps` calls after warm-up and warm()."""
     for _ in range(min(WARM_UP, steps)):
         run()
     warm()
@@ -484,13 +501,15 @@ def captured(run, device):
 
 
 def random_cache(model, B, size, config, device, cache_type=KVCache):
-    """A cache full of random K and V, as large as normed vectors through weights like random_model's, and their labels; the
-    same ones for each type of cache.
+    """A cache full of random K and V and their labels, the same ones for each type of cache.
 
-    The label maps choose channels: of random keys all are alike.
+    K and V are as large as normed vectors through weights like random_model's. The label maps
+    choose channels: of random keys all are alike.
     """
-    label_map = config and channel_map(model.config.n_kv_heads, model.config.head_dim, config, device)
-    cache = cache_type(model.config, B, size, device, model.dtype, config, [label_map] * model.config.n_layers)
+    label_map = config and channel_map(model.config.n_kv_heads, model.config.head_dim, config,
+                                       device)
+    cache = cache_type(model.config, B, size, device, model.dtype, config,
+                       [label_map] * model.config.n_layers)
     generator = torch.Generator(device).manual_seed(0)
     for b in range(B):
         for layer in cache.prefill_layers(b, 0, size):
@@ -501,8 +520,8 @@ def random_cache(model, B, size, config, device, cache_type=KVCache):
 
 
 def time_steps(model, cache, S, steps, device, temperature=0.0):
-    """Of generate.py's step from S live tokens on: (seconds, tokens that came out of all steps [any, B], logits of one more
-    [B, vocab])."""
+    """Of generate.py's step from S live tokens on: (seconds, tokens that came out of all steps
+    [any, B], logits of one more [B, vocab])."""
     cache.seq_lens.fill_(S - 1)
     sparse = cache.sparse_at(S)
     step, tokens = DecodeStep(model, cache, temperature), []
@@ -518,7 +537,7 @@ def time_steps(model, cache, S, steps, device, temperature=0.0):
 
 
 def time_decode(model, B, S, steps, device, config):
-    """(seconds per step, bytes of weights and cache as read), config: DSConfig or None for dense."""
+    """(seconds per step, bytes of weights and cache read), config: DSConfig or None for dense."""
     cache = random_cache(model, B, S + steps + WARM_UP, config, device)
     seconds, *_ = time_steps(model, cache, S, steps, device)
     view = cache if cache.sparse_at(S) else cache.all_tokens()
@@ -526,7 +545,7 @@ def time_decode(model, B, S, steps, device, config):
 
 
 def time_prefill(model, B, S, device, config):
-    """(seconds of a warm prefill, seconds from the start of the process to the first token of this, its first run)."""
+    """(seconds of a warm prefill, and from the process's start to its first run's first token)."""
     cache = random_cache(model, B, S + 1, config, device)
     prompts = torch.randint(3, model.config.vocab_size, (B, S)).tolist()
     cold_start_s = generate(DecodeStep(model, cache), prompts, 1).cold_start_s
@@ -539,7 +558,7 @@ def time_prefill(model, B, S, device, config):
 
 @contextlib.contextmanager
 def measured(row, device):
-    """Starts from a tidy GPU; row then has the peak memory of what ran inside, or the error that it does not fit."""
+    """Starts from a tidy GPU; row then has the peak memory of what ran, or why it does not fit."""
     gc.collect()
     try:
         if device != "cpu":
@@ -556,18 +575,21 @@ def check_fit(model, B, size, config, device, cache_type=KVCache):
     """check_memory beside a model that is on the GPU already."""
     if device != "cpu":
         held = sum(p.nbytes for p in model.parameters())
-        check_memory(torch.cuda.mem_get_info()[0] + held, model.config, B, size, model.dtype, config, cache_type)
+        check_memory(torch.cuda.mem_get_info()[0] + held, model.config, B, size, model.dtype,
+                     config, cache_type)
 
 
 def generate_rows(name, model, B, S, modes, configs, steps, device, first, compiled=False):
-    """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each. first: of this process.
-    compiled: whether the model's blocks are."""
+    """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each.
+    first: of this process. compiled: whether the model's blocks are."""
     rows = []
     of_mode = {"prefill": configs[:1], "gpt_fast": [None], "dense": [None], "ds": configs}
     of_mode |= {"dense_int8": [None], "ds_int8": configs}
     for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
-        row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode, "config": config and asdict(config),
-               "dtype": str(model.dtype).removeprefix("torch."), "steps": steps, "ms_per_step": None}
+        row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode,
+               "config": config and asdict(config),
+               "dtype": str(model.dtype).removeprefix("torch."), "steps": steps,
+               "ms_per_step": None}
         row |= {"compiled": compiled} if mode == "prefill" else {}
         with measured(row, device):
             check_fit(model, B, S + steps + WARM_UP, config, device)
@@ -578,7 +600,8 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
                 time_mode = time_gpt_fast if mode == "gpt_fast" else time_decode
                 timed = int8_copy(model) if mode.endswith("int8") else model
                 seconds, read = time_mode(timed, B, S, steps, device, config)
-                row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds, "bytes_per_step": read}
+                row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds,
+                        "bytes_per_step": read}
         timed = None
         rows.append(row | provenance(device))
     gc.collect()
@@ -591,43 +614,49 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
                 row["datasheet_share"] = read * 1e9 / DATASHEET[row["gpu"]]
         for mode in ("dense", "gpt_fast"):
             other = next((r["ms_per_step"] for r in rows if r["mode"] == mode), None)
-            row[f"speedup_vs_{mode}"] = other / row["ms_per_step"] if other and row["ms_per_step"] else None
-            row[f"{mode}_ms_per_step"] = other  # of the same run: the file's newest may be another's
+            row[f"speedup_vs_{mode}"] = (other / row["ms_per_step"]
+                                         if other and row["ms_per_step"] else None)
+            row[f"{mode}_ms_per_step"] = other  # of the same run: the file's newest may not be
     return rows
 
 
 def model_shapes(args, device, settings, modes, example):
-    """The shapes asked for, by default `settings`, (name, B, S, modes) each, on a CPU a small one: yields (model, shape)."""
+    """Yields (model, (name, B, S, modes)) of the shapes asked for or `settings`; one on a CPU."""
     presets = {"tiny": CPU_MODEL} if device == "cpu" else PRESETS
     if device == "cpu":
         for name in ("model", "shapes"):
             if getattr(args, name):
-                raise ValueError(f"{name}={getattr(args, name)}: without a GPU one small shape is run; leave it out")
+                raise ValueError(f"{name}={getattr(args, name)}: without a GPU one small shape is "
+                                 "run; leave it out")
         settings = [("tiny", 2, 300, modes)]
     elif args.model or args.shapes:
         shapes = parse_sizes("shapes", args.shapes or example, "4x16384,16x16384")
         settings = [(args.model or "Llama-2-7B", *shape, modes) for shape in shapes]
     if any(presets[name].n_experts for name, *_ in settings) and "gpt_fast" in modes:
-        raise ValueError("modes=gpt_fast: does not know expert layers; leave it out with --modes dense ds")
+        raise ValueError("modes=gpt_fast: does not know expert layers; leave it out with --modes "
+                         "dense ds")
     model = held = None
     for setting in tqdm(settings, desc="bench", unit="shape", leave=False):
         if setting[0] != held:
             model = None  # before there is another one
-            model, held = random_model(presets[setting[0]], device, default_dtype(device)), setting[0]
+            model, held = (random_model(presets[setting[0]], device, default_dtype(device)),
+                           setting[0])
             if args.compile and device != "cpu":
                 model.compile_blocks()
         yield model, setting
 
 
 def run_generate(args, device):
-    """Yields the rows of the shapes asked for, one shape's at a time, all modes of a shape in turn on the same machine."""
+    """Yields the rows of the shapes asked for, one shape's at a time, all its modes in turn."""
     modes = args.modes or MODES
     configs = [DSConfig(dense_layers=n, dense_below=args.dense_below) for n in args.dense_layers]
     if device == "cpu":
         configs = [replace(config, min_tokens=16, dense_below=0) for config in configs]
     timed = [mode for mode in modes if mode != "prefill"]
-    settings = [(*row, ["prefill"]) for row in PREFILLS if "prefill" in modes] + [(*row, timed) for row in STEPS if timed]
-    for i, (model, (name, B, S, of_shape)) in enumerate(model_shapes(args, device, settings, modes, "1x16384")):
+    settings = ([(*row, ["prefill"]) for row in PREFILLS if "prefill" in modes]
+                + [(*row, timed) for row in STEPS if timed])
+    for i, (model, (name, B, S, of_shape)) in enumerate(
+            model_shapes(args, device, settings, modes, "1x16384")):
         yield generate_rows(name, model, B, S, of_shape, configs, args.steps, device, first=i == 0,
                             compiled=args.compile and device != "cpu")
 
@@ -636,7 +665,8 @@ def mode_name(r):
     """A row's mode, and what else tells it from others of its shape."""
     layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
     resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
-    ahead = f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead" if r.get("prefetch_heads") else ""
+    ahead = (f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead"
+             if r.get("prefetch_heads") else "")
     rows = ""  # of K and V in host memory: packed is what offload does, and what FlexGen does not
     if r["mode"].startswith("offload") and not r.get("packed"):
         rows = ", not packed"
@@ -646,7 +676,7 @@ def mode_name(r):
 
 
 def generate_table(rows):
-    """Rows of results/generate.jsonl -> Markdown: a line for each shape, then one for each prefill."""
+    """Rows of results/generate.jsonl -> Markdown: a line for each shape, then for each prefill."""
     prefills = [r for r in rows if r["mode"] == "prefill"]
     shapes, modes = {}, dict.fromkeys(["gpt_fast", "dense"])
     for r in rows:
@@ -660,8 +690,8 @@ def generate_table(rows):
 
     lines = []
     if shapes:
-        lines = [f"| model | B, S | {' | '.join(modes)} | ds over gpt_fast | tokens/s | bandwidth, of a "
-                 "copy's (of the datasheet's): dense, ds | peak GiB |",
+        lines = [f"| model | B, S | {' | '.join(modes)} | ds over gpt_fast | tokens/s | "
+                 "bandwidth, of a copy's (of the datasheet's): dense, ds | peak GiB |",
                  "|---|" + "---|" * (len(modes) + 5)]
     for (model, B, S), found in shapes.items():
         times = []
@@ -671,36 +701,42 @@ def generate_table(rows):
             over = "-" if reference else cell(row, "speedup_vs_dense", ".2f", "x over dense")
             time = "out of memory" if "error" in row else cell(row, "ms_per_step", ".2f", " ms")
             times.append(time + (f", {over}" if over != "-" else ""))
-        first = next((found[mode] for mode in modes if mode in found and found[mode]["mode"] == "ds"), None)
-        shares = ", ".join(f"{cell(row, 'bandwidth_share', '.0%')} ({cell(row, 'datasheet_share', '.0%')})"
-                           for row in (found.get("dense"), first))
+        first = next((found[mode] for mode in modes
+                      if mode in found and found[mode]["mode"] == "ds"), None)
+        shares = ", ".join(
+            f"{cell(row, 'bandwidth_share', '.0%')} ({cell(row, 'datasheet_share', '.0%')})"
+            for row in (found.get("dense"), first))
         int8 = next((row for row in found.values() if row["mode"] == "ds_int8"), None)
         over = [cell(row, "speedup_vs_gpt_fast", ".2f", "x") for row in (first, int8) if row]
         reference = " (CPU reference)" if "CPU" in next(iter(found.values()))["gpu"] else ""
         lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | "
-                     f"{', int8 '.join(over) or '-'} | {cell(first, 'tokens_per_s', '.0f')} | {shares} | "
-                     f"{cell(first, 'peak_gib', '.1f')} |")
+                     f"{', int8 '.join(over) or '-'} | {cell(first, 'tokens_per_s', '.0f')} | "
+                     f"{shares} | {cell(first, 'peak_gib', '.1f')} |")
     if prefills:
-        lines += ["", "| model | B, S | prefill, s | tokens/s | process start to first token, s | peak GiB |",
-                  "|---|" + "---|" * 5]
+        lines += ["", "| model | B, S | prefill, s | tokens/s | process start to first token, s | "
+                  "peak GiB |", "|---|" + "---|" * 5]
     for r in prefills:
         seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
         rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
-        lines.append(f"| {r['model']}{', compiled' * r['compiled']} | {r['B']}, {r['S']} | {seconds} | {rate} | "
-                     f"{cell(r, 'cold_start_s', '.1f')} | {cell(r, 'peak_gib', '.1f')} |")
+        lines.append(f"| {r['model']}{', compiled' * r['compiled']} | {r['B']}, {r['S']} | "
+                     f"{seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
+                     f"{cell(r, 'peak_gib', '.1f')} |")
     return "\n".join(lines).strip()
 
 
 def draw_generate(rows, axes):
     """Tokens per second of each shape, a bar for each mode."""
     rows = [r for r in rows if r["ms_per_step"]]
-    shapes, modes = (list(dict.fromkeys(map(of, rows))) for of in (lambda r: (r["model"], r["B"], r["S"]), mode_name))
+    shapes, modes = (list(dict.fromkeys(map(of, rows)))
+                     for of in (lambda r: (r["model"], r["B"], r["S"]), mode_name))
     width = 0.8 / max(1, len(modes))
     for i, mode in enumerate(modes):
         found = [r for r in rows if mode_name(r) == mode]
-        at = [shapes.index((r["model"], r["B"], r["S"])) + (i - (len(modes) - 1) / 2) * width for r in found]
+        at = [shapes.index((r["model"], r["B"], r["S"])) + (i - (len(modes) - 1) / 2) * width
+              for r in found]
         axes.bar(at, [r["tokens_per_s"] for r in found], width, label=mode)
-    axes.set_xticks(range(len(shapes)), [f"{model}\n{B} x {S}" for model, B, S in shapes], rotation=90, fontsize="small")
+    axes.set_xticks(range(len(shapes)), [f"{model}\n{B} x {S}" for model, B, S in shapes],
+                    rotation=90, fontsize="small")
     axes.set(yscale="log", ylabel="tokens/s")
     axes.legend(fontsize="small")
 
@@ -803,8 +839,8 @@ class Prompts(RandomText):
         shapes = parse_sizes("shapes", args.shapes or "32x4000", "32x4000,1x4000")
         longest = max(S for _, S in shapes) + args.steps + WARM_UP
         if longest > model.config.max_positions:
-            raise ValueError(f"shapes={args.shapes}: with the steps these are {longest} tokens, more than the model's "
-                             f"{model.config.max_positions} positions")
+            raise ValueError(f"shapes={args.shapes}: with the steps these are {longest} tokens, "
+                             f"more than the model's {model.config.max_positions} positions")
         for B, S in shapes:
             if texts and S not in windows:
                 windows[S] = text_windows(tokenizer, texts, S - len(tokenizer.prefix))
@@ -854,7 +890,8 @@ def offload_rows(source, modes, configs, budgets, ahead, steps, packed=True, poo
     pool, rows, outs, copy_speed = pool or PinnedPool(), [], {}, None
     on_gpu = device != "cpu"
     if max(heads or 0 for heads in ahead) > c.n_kv_heads:
-        raise ValueError(f"prefetch_heads={max(ahead)}: must be at most the model's {c.n_kv_heads} KV heads")
+        raise ValueError(f"prefetch_heads={max(ahead)}: must be at most the model's "
+                         f"{c.n_kv_heads} KV heads")
     for mode, config, options in offload_runs(source, modes, configs, budgets, ahead, size, packed):
         streams = mode in ("flexgen", "flexgen_packed")
         row = {"bench": "offload", "model": source.name, "weights": source.weights,
@@ -975,7 +1012,8 @@ class Bench:
 
 
 def attention_setting(r):
-    return [r[key] for key in ("gpu", "B", "S", "HQ", "HKV", "D", "dtype", "label_channels", "label_bits", "n_tokens")]
+    return [r[key] for key in ("gpu", "B", "S", "HQ", "HKV", "D", "dtype", "label_channels",
+                               "label_bits", "n_tokens")]
 
 
 def generate_setting(r):
@@ -990,7 +1028,8 @@ def offload_setting(r):
 def draw_offload(rows, axes):
     """Tokens per second, a bar for each row."""
     rows = [r for r in rows if r["ms_per_step"]]
-    axes.barh([f"{r['model']} {r['B']} x {r['S']}, {mode_name(r)}" for r in rows], [r["tokens_per_s"] for r in rows])
+    axes.barh([f"{r['model']} {r['B']} x {r['S']}, {mode_name(r)}" for r in rows],
+              [r["tokens_per_s"] for r in rows])
     axes.set(xscale="log", xlabel="tokens/s")
     axes.invert_yaxis()
     axes.figure.set_figheight(1 + len(rows) / 4)  # a line of text each
@@ -1002,7 +1041,7 @@ BENCHES = {"attention": Bench(run_attention, attention_setting, attention_table,
 
 
 def newest_rows(name):
-    """The last row of each setting in a bench's results file, in the order in which the settings first came."""
+    """The last row of each setting in a bench's results file, in the order they first came in."""
     path = RESULTS / f"{name}.jsonl"
     if not path.exists():
         raise ValueError(f"{path}: no results yet; run bench.py {name} first")
@@ -1040,41 +1079,62 @@ def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=(*BENCHES, "table"))
     parser.add_argument("of", nargs="?", choices=BENCHES, help="with table: whose")
-    parser.add_argument("--shapes", help="BxS, comma-separated, S in tokens (default: the README's rows)")
-    parser.add_argument("--no_save", action="store_true", help="print the rows, but leave the results file as it is")
-    parser.add_argument("--plot", type=OutputFile(), metavar="FILE", help="draw the rows of this run or of the table (needs matplotlib)")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda; on a CPU one small shape is checked, and nothing saved)")
+    parser.add_argument("--shapes",
+                        help="BxS, comma-separated, S in tokens (default: the README's rows)")
+    parser.add_argument("--no_save", action="store_true",
+                        help="print the rows, but leave the results file as it is")
+    parser.add_argument("--plot", type=OutputFile(), metavar="FILE",
+                        help="draw the rows of this run or of the table (needs matplotlib)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda; on a CPU one small shape is "
+                                         "checked, and nothing saved)")
     attention = parser.add_argument_group("attention")
-    attention.add_argument("--heads", default="32/32", help="query/KV heads for --shapes (default %(default)s)")
-    attention.add_argument("--head_dim", type=Number(int, 8, 256), default=128, help="channels per head (default %(default)s)")
+    attention.add_argument("--heads", default="32/32",
+                           help="query/KV heads for --shapes (default %(default)s)")
+    attention.add_argument("--head_dim", type=Number(int, 8, 256), default=128,
+                           help="channels per head (default %(default)s)")
     attention.add_argument("--sparsity", type=Number(float, 1, 1e6), default=DSConfig.sparsity,
                            help="1/R of tokens and label bytes (default %(default)g)")
-    attention.add_argument("--label_channels", type=Number(int, 1), help="label dims per KV head (default: from --sparsity)")
-    attention.add_argument("--label_bits", type=label_bits, help="bits per dim, or dims x bits as 8x4,48x2")
+    attention.add_argument("--label_channels", type=Number(int, 1),
+                           help="label dims per KV head (default: from --sparsity)")
+    attention.add_argument("--label_bits", type=label_bits,
+                           help="bits per dim, or dims x bits as 8x4,48x2")
     attention.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16",
                            help="of q, K and V (default %(default)s)")
     steps = parser.add_argument_group("generate and offload")
-    steps.add_argument("--model", choices=PRESETS, help="whose shape, without a sliding window (default: the README's rows)")
+    steps.add_argument("--model", choices=PRESETS,
+                       help="whose shape, without a sliding window (default: the README's rows)")
     steps.add_argument("--modes", nargs="+", choices=(*MODES, *OFFLOAD_MODES),
-                       help="of generate: prefill; decode steps as gpt-fast's, dense, or Double Sparsity as generate.py has it "
-                            "(gpt_fast compiles for about a minute per shape); of offload: all K and V streamed as FlexGen "
-                            "does, likewise but packed, Double Sparsity with K and V on the GPU, with them in host memory, and "
-                            "then attending to what was predicted of each layer (default: all, or the README's)")
+                       help="of generate: prefill; decode steps as gpt-fast's, dense, or Double "
+                            "Sparsity as generate.py has it (gpt_fast compiles for about a minute "
+                            "per shape); of offload: all K and V streamed as FlexGen does, "
+                            "likewise but packed, Double Sparsity with K and V on the GPU, with "
+                            "them in host memory, and then attending to what was predicted of "
+                            "each layer (default: all, or the README's)")
     steps.add_argument("--steps", type=Number(int, 1), default=50,
-                       help="steps timed, the median counts; of flexgen at most 3 (default %(default)s)")
-    steps.add_argument("--dense_layers", type=Number(int, 0), nargs="+", default=[DSConfig.dense_layers, 0],
+                       help="steps timed, the median counts; of flexgen at most 3 (default "
+                            "%(default)s)")
+    steps.add_argument("--dense_layers", type=Number(int, 0), nargs="+",
+                       default=[DSConfig.dense_layers, 0],
                        help="of ds, gpu and offload, a row for each (default %(default)s)")
     steps.add_argument("--dense_below", type=Number(int, 0), default=DSConfig.dense_below,
-                       help="of generate: tokens below which ds attends to everything (default %(default)s)")
-    steps.add_argument("--budgets", type=Number(float, 1, 1e6), nargs="+", default=[1, 2], metavar="X",
-                       help="of offload: tokens resident on the GPU, in multiples of those attended, a row for each (default "
+                       help="of generate: tokens below which ds attends to everything (default "
                             "%(default)s)")
+    steps.add_argument("--budgets", type=Number(float, 1, 1e6), nargs="+", default=[1, 2],
+                       metavar="X",
+                       help="of offload: tokens resident on the GPU, in multiples of those "
+                            "attended, a row for each (default %(default)s)")
     steps.add_argument("--prefetch_heads", type=Number(int, 0), nargs="+", metavar="HEADS",
-                       help="of offload: KV heads whose tokens are fetched ahead, a row for each (default: generate.py's)")
-    steps.add_argument("--no_pack", action="store_true", help="of offload: K and V are not packed in host memory")
-    steps.add_argument("--checkpoint", help="of offload: its weights continue B prompts of S tokens")
-    steps.add_argument("--data", type=InputFile(), help="with --checkpoint: text to cut prompts from (default: generated key-value retrieval)")
-    steps.add_argument("--compile", action="store_true", help="blocks go through torch.compile, which prefill shows")
+                       help="of offload: KV heads whose tokens are fetched ahead, a row for each "
+                            "(default: generate.py's)")
+    steps.add_argument("--no_pack", action="store_true",
+                       help="of offload: K and V are not packed in host memory")
+    steps.add_argument("--checkpoint",
+                       help="of offload: its weights continue B prompts of S tokens")
+    steps.add_argument("--data", type=InputFile(),
+                       help="with --checkpoint: text to cut prompts from (default: generated "
+                            "key-value retrieval)")
+    steps.add_argument("--compile", action="store_true",
+                       help="blocks go through torch.compile, which prefill shows")
     args = parser.parse_args()
     if args.plot and not find_spec("matplotlib"):  # before anything is measured for it
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
@@ -1086,11 +1146,14 @@ def main():
         bench, rows = BENCHES[args.of], newest_rows(args.of)
     else:
         if args.device is None and not torch.cuda.is_available():
-            raise ValueError("bench.py needs a CUDA GPU for its times; with --device cpu one small shape is checked")
+            raise ValueError("bench.py needs a CUDA GPU for its times; with --device cpu one "
+                             "small shape is checked")
         if args.steps < 2 and args.checkpoint:
-            raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the first includes the prefill")
+            raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where "
+                             "the first includes the prefill")
         if args.data and not args.checkpoint:
-            raise ValueError(f"data={args.data}: random weights have no use for text; give a --checkpoint")
+            raise ValueError(f"data={args.data}: random weights have no use for text; give a "
+                             "--checkpoint")
         known = {"generate": MODES, "offload": OFFLOAD_MODES}.get(args.what, ())
         for mode in args.modes or ():
             if mode not in known:

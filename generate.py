@@ -1,9 +1,9 @@
 """Text generation with Double Sparsity: load a checkpoint, prefill the prompts, decode, stream.
 
-Usage: python generate.py --sparsity 16                                the built-in demonstration on tiny/
-       python generate.py --checkpoint DIR_HUB_ID_OR_GGUF --prompt "Once upon a time" --max_new_tokens 100
-       python generate.py --compare --prompt_file FILE                 dense and sparse side by side
-       python generate.py --offload --prompt_file FILE                 K and V in host memory
+Usage: python generate.py --sparsity 16      the built-in demonstration on tiny/
+       python generate.py --checkpoint DIR_HUB_ID_OR_GGUF --prompt "Once upon" --max_new_tokens 100
+       python generate.py --compare --prompt_file FILE      dense and sparse side by side
+       python generate.py --offload --prompt_file FILE      K and V in host memory
 """
 import contextlib
 import functools
@@ -85,7 +85,7 @@ def ensure_calibrated(checkpoint, device):
 
 
 def load_maps(checkpoint, config, ds, device, channels=None):
-    """The label maps of a checkpoint, which is calibrated first if it has none. channels: another file with them."""
+    """A checkpoint's label maps; one without any is calibrated first. channels: another file's."""
     if channels is None:
         ensure_calibrated(checkpoint, device)
     return load_label_maps(checkpoint, config, ds, channels)
@@ -108,7 +108,7 @@ def load(name, device, dtype, quantize=None):
 
 
 def sample(logits, temperature=0.0, top_k=None, generator=None):
-    """logits [B, vocab] -> tokens [B]; temperature 0 takes the most likely one. Asks nothing of the host."""
+    """logits [B, vocab] -> tokens [B], the likeliest at temperature 0. Asks nothing of the host."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -142,8 +142,9 @@ def now(device):
 
 @contextlib.contextmanager
 def compiling_only():
-    """Triton kernels called within, by any thread, are compiled, side by side, and not run: a first step's take half the time.
-    What torch does within is done, on memory that no kernel has written: nothing may take an index or a decision from there."""
+    """Triton kernels called within, by any thread, are compiled, side by side, and not run.
+    A first step's take half the time. What torch does within is done, on memory that no kernel has
+    written: nothing may take an index or a decision from there."""
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -158,10 +159,11 @@ def compiling_only():
 
 
 class DecodeStep:
-    """The decode step of a cache's sequences: tokens in, sampled tokens out, all of it on the device.
+    """The decode step of a cache's sequences: tokens in, sampled tokens out, all on the device.
 
-    On a GPU it is a CUDA graph, and another one for steps that attend to everything (DSConfig.dense_below); on a CPU the
-    same function, as it is. A sequence that has met its end-of-text token is frozen: it repeats its last step, to no effect.
+    On a GPU it is a CUDA graph, and another one for steps that attend to everything
+    (DSConfig.dense_below); on a CPU the same function, as it is. A sequence that has met its
+    end-of-text token is frozen: it repeats its last step, to no effect.
     """
 
     def __init__(self, model, cache, temperature=0.0, top_k=None, seed=0):
@@ -175,9 +177,10 @@ class DecodeStep:
         self.generator = torch.Generator(device)
         self.graphs, self.pool = {}, None
 
-    @torch.no_grad()  # not inference_mode: the generator's state, which all graphs of the process share, would be bound to it
+    # not inference_mode: the generator's state, which all graphs share, would be bound to it
+    @torch.no_grad()
     def start(self, tokens, kinds=(True, False)):
-        """The first step's tokens, one per sequence. kinds: the steps that will be run, sparse (True) or not."""
+        """The first step's tokens, one per sequence. kinds: steps to run, sparse (True) or not."""
         self.tokens.copy_(torch.tensor(tokens))
         for sparse in kinds:
             if self.model.device.type == "cuda" and sparse not in self.graphs:
@@ -200,7 +203,8 @@ class DecodeStep:
         torch.cuda.current_stream().wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()  # the graphs never run at once and leave nothing in it
+        # the graphs never run at once and leave nothing in it
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self.pool):
             self._step(sparse)
         self.graphs[sparse] = graph
@@ -230,7 +234,7 @@ class Generation:
     """What came out, and what it cost. Times in seconds, bytes of the whole batch."""
 
     token_ids: list  # one list of new tokens per prompt, end-of-text not included
-    ttft_s: float  # prefill and the first token; in a process's first run compilation and capture, too
+    ttft_s: float  # prefill and first token; in a process's first run compilation and capture, too
     step_s: list  # of each step after the first
     cold_start_s: float  # from the start of the process to the first token
     weight_bytes_per_step: int
@@ -238,25 +242,29 @@ class Generation:
     dense_kv_bytes_per_step: float
 
     def statistics(self):
-        """Figures for people and --json. Tokens per second are of the steps after the first, and of live sequences alone."""
+        """Figures for people and --json; tokens/s without the first step and ended sequences."""
         decode_s = sum(self.step_s)
         tokens = sum(max(0, len(ids) - 1) for ids in self.token_ids)
         in_order = sorted(self.step_s) or [0.0]
-        return {"ttft_ms": self.ttft_s * 1e3, "cold_start_s": self.cold_start_s, "prompts": len(self.token_ids),
+        return {"ttft_ms": self.ttft_s * 1e3, "cold_start_s": self.cold_start_s,
+                "prompts": len(self.token_ids),
                 "median_ms_per_token": statistics.median(in_order) * 1e3,
                 "p99_ms_per_token": in_order[math.ceil(0.99 * len(in_order)) - 1] * 1e3,
                 "decode_tokens_per_s": tokens / decode_s if decode_s else 0.0,
-                "decode_tokens_per_s_per_sequence": len(self.step_s) / decode_s if decode_s else 0.0,
+                "decode_tokens_per_s_per_sequence":
+                    len(self.step_s) / decode_s if decode_s else 0.0,
                 "bytes_per_step": self.weight_bytes_per_step + self.kv_bytes_per_step,
-                "kv_bytes_per_step": self.kv_bytes_per_step, "dense_kv_bytes_per_step": self.dense_kv_bytes_per_step}
+                "kv_bytes_per_step": self.kv_bytes_per_step,
+                "dense_kv_bytes_per_step": self.dense_kv_bytes_per_step}
 
 
 def generate(step, prompts, max_new_tokens, start=0, on_token=None, progress=None):
-    """Decodes a ragged batch of prompts (lists of token ids) together; a sequence stops at its end-of-text token.
+    """Decodes a ragged batch of prompts (lists of token ids), each until its end-of-text token.
 
-    All of a prompt but its last token is prefilled; that one is the first decode step, so that every new token comes
-    out of the same (sparse) step. step: a DecodeStep, one prompt to each row of its cache. start: tokens already in the cache,
-    for one more turn of a conversation. on_token(b, token): called as tokens come, while the next step runs. progress: as in
+    All of a prompt but its last token is prefilled; that one is the first decode step, so that
+    every new token comes out of the same (sparse) step. step: a DecodeStep, one prompt to each row
+    of its cache. start: tokens already in the cache, for one more turn of a conversation.
+    on_token(b, token): called as tokens come, while the next step runs. progress: as in
     Transformer.prefill. Returns a Generation.
     """
     model, cache, device = step.model, step.cache, step.model.device
@@ -264,13 +272,15 @@ def generate(step, prompts, max_new_tokens, start=0, on_token=None, progress=Non
     began = now(device)
     model.prefill([prompt[:-1] for prompt in prompts], cache, start, progress=progress)
     lengths = [start + len(prompt) for prompt in prompts]  # live in the first step
-    kinds = {cache.sparse_at(length) for length in (min(lengths), max(lengths) + max_new_tokens - 1)}  # the extremes' hold all
+    kinds = {cache.sparse_at(length)  # the extremes' hold all
+             for length in (min(lengths), max(lengths) + max_new_tokens - 1)}
     step.start([prompt[-1] for prompt in prompts], kinds)
-    sampled = torch.empty(max_new_tokens, len(prompts), dtype=torch.long, pin_memory=device.type == "cuda")
+    sampled = torch.empty(max_new_tokens, len(prompts), dtype=torch.long,
+                          pin_memory=device.type == "cuda")
     done, sparse = [], []  # of each step: the event of its end, and whether it was sparse
     delivered = 0  # steps whose tokens the host has read
     token_ids = [[] for _ in prompts]
-    ended = [max_new_tokens] * len(prompts)  # the step in which a sequence met its end, or their number
+    ended = [max_new_tokens] * len(prompts)  # the step in which each met its end, or their number
 
     def running(i):
         return [b for b in range(len(prompts)) if ended[b] >= i]
@@ -295,39 +305,45 @@ def generate(step, prompts, max_new_tokens, start=0, on_token=None, progress=Non
         step.run(sparse[i])
         sampled[i].copy_(step.sampled, non_blocking=True)
         done.append(now(device))
-        if i and (on_token or model.config.eos_ids):  # one step behind, so that the device has work; else once, at the end
+        # one step behind, so that the device has work; else once, at the end
+        if i and (on_token or model.config.eos_ids):
             deliver()
     while delivered < len(done) and running(delivered):
         deliver()
     # a step after the end of all sequences, begun before the host knew, does not count
-    live = torch.tensor(lengths) + torch.minimum(torch.arange(delivered)[:, None], torch.tensor(ended))  # [steps, B]
+    live = torch.tensor(lengths) + torch.minimum(  # [steps, B]
+        torch.arange(delivered)[:, None], torch.tensor(ended))
     sparse = torch.tensor(sparse[:delivered])
     read = cache.read_bytes(live[sparse])[0], *cache.all_tokens().read_bytes(live[~sparse])
     return Generation(
         token_ids, ttft_s := began.elapsed_time(done[0]) * 1e-3,
         [a.elapsed_time(b) * 1e-3 for a, b in zip(done, done[1:delivered])], age_s + ttft_s,
-        model.weight_bytes(len(prompts)), (read[0] + read[1]) / delivered, cache.read_bytes(live)[1] / delivered)
+        model.weight_bytes(len(prompts)), (read[0] + read[1]) / delivered,
+        cache.read_bytes(live)[1] / delivered)
 
 
 @torch.inference_mode()
 def forced_logits(step, prompts, texts):
-    """Logits [B, vocab] of each step that decodes given texts (lists of token ids) instead of samples; where a text has ended
-    they mean nothing. The prompts must be in the cache."""
+    """Logits [B, vocab] of each step that decodes given texts (lists of token ids), not samples;
+    where a text has ended they mean nothing. The prompts must be in the cache."""
     lengths = torch.tensor([len(prompt) - 1 for prompt in prompts])
     step.cache.seq_lens.copy_(lengths)
     inputs = [prompt[-1:] + text for prompt, text in zip(prompts, texts)]
     for i in range(max(map(len, texts))):
-        tokens = torch.tensor([ids[min(i, len(ids) - 1)] for ids in inputs], device=step.model.device)
-        yield step.model.decode(tokens, step.views[step.cache.sparse_at(lengths.max().item() + 1 + i)])
+        tokens = torch.tensor([ids[min(i, len(ids) - 1)] for ids in inputs],
+                              device=step.model.device)
+        yield step.model.decode(
+            tokens, step.views[step.cache.sparse_at(lengths.max().item() + 1 + i)])
 
 
 def divergence(wanted, found, texts):
-    """Mean KL of next-token distributions (nats), `wanted` from `found`: two iterables as from forced_logits of these texts."""
+    """Mean KL (nats) of `wanted` from `found`: logits of these texts, as from forced_logits."""
     total = 0.0
     for i, (p, q) in enumerate(zip(wanted, found)):
         p, q = (x.float().log_softmax(-1).cpu() for x in (p, q))
         live = torch.tensor([i < len(text) for text in texts])
-        total += F.kl_div(q, p, reduction="none", log_target=True).sum(-1)[live].double().sum().item()
+        total += F.kl_div(
+            q, p, reduction="none", log_target=True).sum(-1)[live].double().sum().item()
     return total / max(1, sum(map(len, texts)))
 
 
@@ -362,7 +378,8 @@ class Streamer:
 
 def process_age_s():
     """Seconds since this process began."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    started = (int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+               / os.sysconf("SC_CLK_TCK"))
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
@@ -378,7 +395,7 @@ def copy_bandwidth(device):
     a = torch.empty(2**29, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     times = []
-    for _ in range(20):  # not in a graph, where a copy may become a copy engine's, which is slower than a kernel
+    for _ in range(20):  # not in a graph, where a copy engine, slower than a kernel, may do it
         begin = now(a.device)
         b.copy_(a)
         end = now(a.device)
@@ -389,10 +406,12 @@ def copy_bandwidth(device):
 
 def run_statistics(result, cache, device):
     """A Generation's statistics and what belongs to the machine: a dict for --json."""
-    found = result.statistics() | {"kv_cache_bytes": cache.kv_bytes(), "label_cache_bytes": cache.label_bytes(),
-                                   "peak_memory_bytes": peak_memory_bytes(device)} | cache.statistics()
+    found = result.statistics() | {
+        "kv_cache_bytes": cache.kv_bytes(), "label_cache_bytes": cache.label_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(device)} | cache.statistics()
     if device != "cpu" and result.step_s:
-        found["bandwidth_share"] = found["bytes_per_step"] / found["median_ms_per_token"] * 1e3 / copy_bandwidth(device)
+        found["bandwidth_share"] = (found["bytes_per_step"] / found["median_ms_per_token"] * 1e3
+                                    / copy_bandwidth(device))
     return found
 
 
@@ -404,12 +423,16 @@ def print_statistics(found, device, name=""):
     def mebibytes(key):
         return f"{found[key] / 2**20:.1f} MiB"
 
-    lines = {"time to first token": f"{found['ttft_ms']:.0f} ms ({found['cold_start_s']:.1f} s after the process began)"}
+    lines = {"time to first token": f"{found['ttft_ms']:.0f} ms "
+                                    f"({found['cold_start_s']:.1f} s after the process began)"}
     if found["decode_tokens_per_s"]:  # the first token comes out of the prefill
-        each = f" ({found['decode_tokens_per_s_per_sequence']:.1f} per sequence)" if found["prompts"] > 1 else ""
-        lines["decode"] = (f"{found['decode_tokens_per_s']:.1f} tokens/s{each}, {found['median_ms_per_token']:.2f} ms per "
-                           f"token, p99 {found['p99_ms_per_token']:.2f}")
-        bandwidth = f" ({found['bandwidth_share']:.0%} of the copy bandwidth)" if "bandwidth_share" in found else ""
+        each = (f" ({found['decode_tokens_per_s_per_sequence']:.1f} per sequence)"
+                if found["prompts"] > 1 else "")
+        lines["decode"] = (f"{found['decode_tokens_per_s']:.1f} tokens/s{each}, "
+                           f"{found['median_ms_per_token']:.2f} ms per token, "
+                           f"p99 {found['p99_ms_per_token']:.2f}")
+        bandwidth = (f" ({found['bandwidth_share']:.0%} of the copy bandwidth)"
+                     if "bandwidth_share" in found else "")
         share = found["kv_bytes_per_step"] / max(found["dense_kv_bytes_per_step"], 1)
         lines["read per step"] = megabytes("bytes_per_step") + bandwidth
         lines["of it the cache"] = (f"{megabytes('kv_bytes_per_step')}, {share:.0%} of dense's "
@@ -419,26 +442,31 @@ def print_statistics(found, device, name=""):
         if "host_bytes" in found:
             lines["over PCIe per step"] = megabytes("pcie_bytes_per_step")
             if found.get("hit_rate") is not None:
-                lines["over PCIe per step"] += f", of it ahead {megabytes('prefetched_bytes_per_step')}"
+                lines["over PCIe per step"] += (
+                    f", of it ahead {megabytes('prefetched_bytes_per_step')}")
                 lines["selected tokens"] = f"{found['hit_rate']:.0%} were on the GPU"
             if found.get("agreement") is not None:
                 lines["predicted tokens"] = f"{found['agreement']:.0%} were selected"
             if found.get("predicted_layers"):
-                lines["predicted layers"] = f"{found['predicted_layers']} attended to what was predicted"
+                lines["predicted layers"] = (
+                    f"{found['predicted_layers']} attended to what was predicted")
     lines["KV cache"] = f"{mebibytes('kv_cache_bytes')}, labels {mebibytes('label_cache_bytes')}"
     if "host_bytes" in found:
-        lines["host memory"] = f"{mebibytes('host_bytes')}, GPU maps of it {mebibytes('slot_map_bytes')}"
-    lines[f"peak {'GPU' if device != 'cpu' else 'process'} memory"] = f"{found['peak_memory_bytes'] / 2**30:.2f} GiB"
+        lines["host memory"] = (f"{mebibytes('host_bytes')}, GPU maps of it "
+                                f"{mebibytes('slot_map_bytes')}")
+    lines[f"peak {'GPU' if device != 'cpu' else 'process'} memory"] = (
+        f"{found['peak_memory_bytes'] / 2**30:.2f} GiB")
     if name:
         print(name, file=sys.stderr)
     for key, value in lines.items():
         print(f"{key:<19}  {value}", file=sys.stderr)
     if device == "cpu" and found["kv_bytes_per_step"] < found["dense_kv_bytes_per_step"]:
-        print("On a CPU a sparse step shows what the method does, not how fast it is.", file=sys.stderr)
+        print("On a CPU a sparse step shows what the method does, not how fast it is.",
+              file=sys.stderr)
 
 
 def demonstration(tokenizer, max_tokens=4000):
-    """A generated document of about 4,000 tokens with facts in it and a question about one: (prompt, answer)."""
+    """A generated document of about 4,000 tokens and a question about a fact: (prompt, answer)."""
     rng = random.Random(0)
     records = random_kv(rng, 2000)
     key, value = records[17]
@@ -456,15 +484,20 @@ def label_bits(text):
 def add_sparsity_arguments(parser):
     """The DSConfig fields that a command line offers; defaults are read from the dataclass."""
     default = DSConfig()
-    parser.add_argument("--sparsity", type=Number(float, 1, 1e6), default=default.sparsity, metavar="R",
-                        help=f"attend to 1/R of the tokens, {default.min_tokens} at least, with labels of 1/R of K's bytes; 1: "
-                             "dense (default %(default)g)")
-    parser.add_argument("--n_tokens", type=Number(int, 1), help="attend to this many tokens instead of a share")
-    parser.add_argument("--label_channels", type=Number(int, 1), metavar="C", help="label dims per KV head (default: from --sparsity)")
+    parser.add_argument("--sparsity", type=Number(float, 1, 1e6), default=default.sparsity,
+                        metavar="R",
+                        help=f"attend to 1/R of the tokens, {default.min_tokens} at least, with "
+                             "labels of 1/R of K's bytes; 1: dense (default %(default)g)")
+    parser.add_argument("--n_tokens", type=Number(int, 1),
+                        help="attend to this many tokens instead of a share")
+    parser.add_argument("--label_channels", type=Number(int, 1), metavar="C",
+                        help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=label_bits, metavar="BITS",
-                        help="bits per label dim: 1, 2, 4 or 8; or dims x bits of each width, the most important first, as "
-                             "8x4,48x2 (default: many dims of few bits, as 8x4,48x2 in 16 bytes; 4 with --label_channels)")
-    parser.add_argument("--channels", type=InputFile(), metavar="FILE", help="label maps of calibrate.py --out (default: the checkpoint's own)")
+                        help="bits per label dim: 1, 2, 4 or 8; or dims x bits of each width, the "
+                             "most important first, as 8x4,48x2 (default: many dims of few bits, "
+                             "as 8x4,48x2 in 16 bytes; 4 with --label_channels)")
+    parser.add_argument("--channels", type=InputFile(), metavar="FILE",
+                        help="label maps of calibrate.py --out (default: the checkpoint's own)")
     parser.add_argument("--dense_layers", type=Number(int, 0), default=default.dense_layers,
                         help="first layers that attend to everything (default %(default)s)")
 
@@ -480,11 +513,12 @@ def sparsity_from(args):
     if args.sparsity == 1 and args.n_tokens is None:
         for name in ("label_channels", "label_bits", "channels"):
             if getattr(args, name) is not None:
-                raise ValueError(f"{name}={getattr(args, name)}: --sparsity 1 is dense; take a larger one, or leave this out")
+                raise ValueError(f"{name}={getattr(args, name)}: --sparsity 1 is dense; take a "
+                                 "larger one, or leave this out")
         return None
     names = {f.name for f in fields(DSConfig)}
     chosen = {name: value for name, value in vars(args).items() if name in names}
-    if args.sparsity == 1:  # --n_tokens alone decides how many tokens, the default how large the labels are
+    if args.sparsity == 1:  # --n_tokens alone decides how many, the default how large labels are
         del chosen["sparsity"]
     return DSConfig(**chosen)
 
@@ -498,42 +532,56 @@ def parse_arguments():
     parser.add_argument("--checkpoint", default=str(HERE / "tiny"),
                         help="converted directory, Hugging Face directory, hub id or GGUF file"
                         " (default: the embedded tiny model)")
-    parser.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch (default: a demonstration)")
-    parser.add_argument("--prompt_file", type=InputFile(), help="UTF-8 file with the text to continue")
+    parser.add_argument("--prompt", action="append",
+                        help="text to continue; repeat it for a batch (default: a demonstration)")
+    parser.add_argument("--prompt_file", type=InputFile(),
+                        help="UTF-8 file with the text to continue")
     parser.add_argument("--max_new_tokens", type=Number(int, 1), default=200,
-                        help="tokens to generate per prompt; the demonstration stops after its answer (default %(default)s)")
-    parser.add_argument("--temperature", type=Number(float, 0, 1000), default=0.0, help="0: always the most likely token (default %(default)g)")
-    parser.add_argument("--top_k", type=Number(int, 1), help="sample among the k most likely tokens (default: all)")
-    parser.add_argument("--seed", type=Number(int, 0, 2**63 - 1), default=0, help="of the sampling (default %(default)s)")
+                        help="tokens to generate per prompt; the demonstration stops after its "
+                             "answer (default %(default)s)")
+    parser.add_argument("--temperature", type=Number(float, 0, 1000), default=0.0,
+                        help="0: always the most likely token (default %(default)g)")
+    parser.add_argument("--top_k", type=Number(int, 1),
+                        help="sample among the k most likely tokens (default: all)")
+    parser.add_argument("--seed", type=Number(int, 0, 2**63 - 1), default=0,
+                        help="of the sampling (default %(default)s)")
     add_sparsity_arguments(parser)
-    parser.add_argument("--dense_below", type=Number(int, 0), metavar="TOKENS", default=DSConfig.dense_below,
-                        help="sequences that are shorter attend to everything: sparse steps could not be "
-                             "faster; with --offload so many tokens are on the GPU (default %(default)s)")
+    parser.add_argument("--dense_below", type=Number(int, 0), metavar="TOKENS",
+                        default=DSConfig.dense_below,
+                        help="sequences that are shorter attend to everything: sparse steps could "
+                             "not be faster; with --offload so many tokens are on the GPU "
+                             "(default %(default)s)")
     parser.add_argument("--max_seq_length", type=Number(int, 2), metavar="TOKENS",
-                        help="cache of each sequence: generation ends where it is full (default: as many as there will be; "
-                             "--interactive: all of the model's)")
+                        help="cache of each sequence: generation ends where it is full (default: "
+                             "as many as there will be; --interactive: all of the model's)")
     parser.add_argument("--offload", action="store_true",
-                        help="keep K and V in host memory, on the GPU only labels, the dense layers and tokens that recent steps "
-                             "attended to; with --sparsity 1 all of K and V is streamed in each step")
+                        help="keep K and V in host memory, on the GPU only labels, the dense "
+                             "layers and tokens that recent steps attended to; with --sparsity 1 "
+                             "all of K and V is streamed in each step")
     parser.add_argument("--resident_tokens", type=Number(int, 1), metavar="TOKENS",
-                        help="with --offload: tokens per sequence, layer and KV head kept on the GPU "
-                             "(default: those that a step attends to, or --dense_below if that is more)")
+                        help="with --offload: tokens per sequence, layer and KV head kept on the "
+                             "GPU (default: those that a step attends to, or --dense_below if "
+                             "that is more)")
     parser.add_argument("--prefetch_heads", type=Number(int, 0), metavar="HEADS",
-                        help="with --offload in the exact mode: KV heads of each layer whose tokens are fetched while the layer "
-                             "before computes, as its input predicts them (default: as many as PCIe then has time for if none is "
-                             "resident, at most three of eight; on a CPU 0)")
+                        help="with --offload in the exact mode: KV heads of each layer whose "
+                             "tokens are fetched while the layer before computes, as its input "
+                             "predicts them (default: as many as PCIe then has time for if none "
+                             "is resident, at most three of eight; on a CPU 0)")
     parser.add_argument("--offload_mode", choices=MODES, default=MODES[0],
-                        help="with --offload: attend to what each layer's own query selects, whatever was predicted, or to the "
-                             "predicted tokens, so that fetches hide behind compute (default %(default)s)")
-    parser.add_argument("--min_agreement", type=Number(float, 0, 1), default=MIN_AGREEMENT, metavar="SHARE",
-                        help="with --offload: of layers where calibration foresaw a smaller share of the selection, nothing is "
-                             "predicted (default %(default)g)")
+                        help="with --offload: attend to what each layer's own query selects, "
+                             "whatever was predicted, or to the predicted tokens, so that fetches "
+                             "hide behind compute (default %(default)s)")
+    parser.add_argument("--min_agreement", type=Number(float, 0, 1), default=MIN_AGREEMENT,
+                        metavar="SHARE",
+                        help="with --offload: of layers where calibration foresaw a smaller share "
+                             "of the selection, nothing is predicted (default %(default)g)")
     parser.add_argument("--no_pack", action="store_true",
-                        help="with --offload: K and V of bfloat16 are not packed in host memory, where they take 12 bits of 16, "
-                             "without loss")
+                        help="with --offload: K and V of bfloat16 are not packed in host memory, "
+                             "where they take 12 bits of 16, without loss")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--compile", action="store_true",
-                        help="on a GPU, prefill through torch.compile: a tenth faster, but it starts some 15 s later")
+                        help="on a GPU, prefill through torch.compile: a tenth faster, but it "
+                             "starts some 15 s later")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="of weights and cache (default: bfloat16 on a GPU, float32 on a CPU)")
     add_quantize_argument(parser)
@@ -545,17 +593,21 @@ def parse_arguments():
     parser.add_argument("--chat", action="store_true",
                         help="put each prompt into the checkpoint's chat template")
     parser.add_argument("--compare", action="store_true",
-                        help="generate dense and sparse: both texts, where they part, how far apart their next-token "
-                             "distributions are, both speeds")
-    parser.add_argument("--json", type=OutputFile(), metavar="FILE", help="write tokens, texts and statistics to this file")
+                        help="generate dense and sparse: both texts, where they part, how far "
+                             "apart their next-token distributions are, both speeds")
+    parser.add_argument("--json", type=OutputFile(), metavar="FILE",
+                        help="write tokens, texts and statistics to this file")
     args = parser.parse_args()
     for name in OFFLOAD_OPTIONS:
         if getattr(args, name) != parser.get_default(name) and not args.offload:
-            raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on the GPU; add that option")
+            raise ValueError(f"{name}={getattr(args, name)}: without --offload all tokens are on "
+                             "the GPU; add that option")
     if args.temperature and args.temperature < 1e-3:
-        raise ValueError(f"temperature={args.temperature}: must be 0, always the most likely token, or at least 0.001")
+        raise ValueError(f"temperature={args.temperature}: must be 0, always the most likely "
+                         "token, or at least 0.001")
     if args.top_k and not args.temperature:
-        raise ValueError(f"top_k={args.top_k}: with --temperature 0 the most likely token is always taken; give one above 0")
+        raise ValueError(f"top_k={args.top_k}: with --temperature 0 the most likely token is "
+                         "always taken; give one above 0")
     others = args.prompt or args.prompt_file or args.json or args.compare or args.chat
     if args.interactive and others:
         raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, "
@@ -573,17 +625,19 @@ def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
     longest = max(map(len, prompts), default=0)
     wanted = longest + max_new_tokens if prompts else config.max_positions
     if min(wanted, max_seq_length or wanted) > config.max_positions:
-        raise ValueError(f"{longest} prompt tokens + max_new_tokens={max_new_tokens} is more than the model's "
-                         f"{config.max_positions} positions; shorten one of them")
+        raise ValueError(f"{longest} prompt tokens + max_new_tokens={max_new_tokens} is more than "
+                         f"the model's {config.max_positions} positions; shorten one of them")
     if max_seq_length and max_seq_length <= longest:
-        raise ValueError(f"max_seq_length={max_seq_length}: must be more than the {longest} tokens of the longest prompt")
+        raise ValueError(f"max_seq_length={max_seq_length}: must be more than the {longest} tokens "
+                         "of the longest prompt")
     total = min(wanted, max_seq_length or wanted)
     live = min(total, config.longest_window or total)
     if ds is not None and not ds.sparse_at(live):
         least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"min_tokens={ds.min_tokens}"
         of_budget = not replace(ds, dense_below=0).sparse_at(live)
         why = f"{least} is no fewer" if of_budget else f"dense_below={ds.dense_below}"
-        print(f"The prompt is short: all of at most {live} tokens are attended ({why}).", file=sys.stderr)
+        print(f"The prompt is short: all of at most {live} tokens are attended ({why}).",
+              file=sys.stderr)
     return total
 
 
@@ -624,7 +678,8 @@ def converse(step, tokenizer, args):
             continue
         messages = turn
         cached = max(0, len(ids) - 1)  # K and V of the last new token were not needed yet
-        kept = min([i for i, (a, b) in enumerate(zip(ids[:cached], whole)) if a != b] + [cached, len(whole) - 1])
+        kept = min([i for i, (a, b) in enumerate(zip(ids[:cached], whole)) if a != b]
+                   + [cached, len(whole) - 1])
         stream = Streamer(tokenizer, whole)
         try:
             result = generate(step, [whole[kept:]], min(args.max_new_tokens, room), kept, stream)
@@ -642,31 +697,39 @@ def converse(step, tokenizer, args):
 
 
 def compare(model, tokenizer, prompts, size, ds, label_maps, cache_type, args):
-    """The --compare run: prints both texts and how they differ; returns the figures, a dict for --json."""
+    """The --compare run: prints both texts and how they differ; returns the figures, for --json."""
     found, text_ids, logits = {}, {}, {}
-    bar = tqdm(total=2 * sum(map(len, prompts)), desc="prefill, dense and ds", unit="token", leave=False, delay=2)
+    bar = tqdm(total=2 * sum(map(len, prompts)), desc="prefill, dense and ds", unit="token",
+               leave=False, delay=2)
     for mode, config in (("dense", None), ("ds", ds)):
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        cache = cache_type(model.config, len(prompts), size, args.device, model.dtype, config, label_maps)
+        cache = cache_type(model.config, len(prompts), size, args.device, model.dtype, config,
+                           label_maps)
         step = DecodeStep(model, cache, args.temperature, args.top_k, args.seed)
-        result = generate(step, prompts, min(args.max_new_tokens, size - max(map(len, prompts))), progress=bar.update)
+        result = generate(step, prompts, min(args.max_new_tokens, size - max(map(len, prompts))),
+                          progress=bar.update)
         found[mode], text_ids[mode] = run_statistics(result, cache, args.device), result.token_ids
-        # on the host: dense's must outlive its cache, for which there may be no room beside the other one
+        # on the host: dense's outlive its cache, for which there may be no room beside the other
         logits[mode] = (x.cpu() for x in forced_logits(step, prompts, text_ids["dense"]))
         if mode == "dense":
             logits[mode] = list(logits[mode])
             del step, cache
     bar.close()
     kl = divergence(logits["dense"], logits["ds"], text_ids["dense"])
-    texts = {mode: [new_tokens_text(tokenizer, *pair) for pair in zip(prompts, ids)] for mode, ids in text_ids.items()}
+    texts = {mode: [new_tokens_text(tokenizer, *pair) for pair in zip(prompts, ids)]
+             for mode, ids in text_ids.items()}
     parted = []
     for b, (ours, dense) in enumerate(zip(text_ids["ds"], text_ids["dense"])):
-        same = next((i for i, (x, y) in enumerate(zip(ours, dense)) if x != y), min(len(ours), len(dense)))
+        same = next((i for i, (x, y) in enumerate(zip(ours, dense)) if x != y),
+                    min(len(ours), len(dense)))
         parted.append(None if ours == dense else same)
-        print(f"=== prompt {b + 1}, dense\n{texts['dense'][b]}\n=== prompt {b + 1}, ds\n{texts['ds'][b]}")
-        print(f"=== prompt {b + 1}: " + (f"the same {len(ours)} tokens" if ours == dense else f"they part after {same} tokens, "
-              f"dense with {tokenizer.decode(dense[same : same + 1])!r}, ds with {tokenizer.decode(ours[same : same + 1])!r}"))
+        print(f"=== prompt {b + 1}, dense\n{texts['dense'][b]}\n"
+              f"=== prompt {b + 1}, ds\n{texts['ds'][b]}")
+        print(f"=== prompt {b + 1}: " + (
+            f"the same {len(ours)} tokens" if ours == dense else f"they part after {same} tokens, "
+            f"dense with {tokenizer.decode(dense[same : same + 1])!r}, "
+            f"ds with {tokenizer.decode(ours[same : same + 1])!r}"))
     print(f"KL of ds from dense over dense's text: {kl:.6f} nats per token")
     for mode in found:
         print_statistics(found[mode], args.device, f"--- {mode}")
@@ -679,7 +742,8 @@ def main():
     if args.compare and ds is None:
         raise ValueError("--compare sets sparse against dense: give a --sparsity above 1")
     if args.offload_mode == "predicted" and ds is None:
-        raise ValueError("offload_mode=predicted: nothing is selected with --sparsity 1; take a larger one, or leave the mode out")
+        raise ValueError("offload_mode=predicted: nothing is selected with --sparsity 1; take a "
+                         "larger one, or leave the mode out")
     args.device = pick_device(args.device)
     if args.compile and args.device == "cpu":
         raise ValueError("--compile: is for a GPU; leave it out on a CPU")
@@ -700,13 +764,14 @@ def main():
     if [] in prompts or tokenizer.prefix in prompts:
         raise ValueError("the prompt is empty: give at least one character of text")
     if ds and ds.dense_layers >= config.n_layers:
-        raise ValueError(f"dense_layers={ds.dense_layers}: of {config.n_layers} layers none is left to be sparse; "
-                         "take fewer, or --sparsity 1 for dense")
+        raise ValueError(f"dense_layers={ds.dense_layers}: of {config.n_layers} layers none is "
+                         "left to be sparse; take fewer, or --sparsity 1 for dense")
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:
-        cache_type = functools.partial(OffloadCache, resident_tokens=args.resident_tokens,
-                                       prefetch_heads=args.prefetch_heads, mode=args.offload_mode, packed=not args.no_pack)
+        cache_type = functools.partial(
+            OffloadCache, resident_tokens=args.resident_tokens, prefetch_heads=args.prefetch_heads,
+            mode=args.offload_mode, packed=not args.no_pack)
     for config_ds in (None, ds) if args.compare else (ds,):
         if args.offload:
             check_host_memory(free_host_bytes(), *needs, config_ds)
@@ -715,18 +780,19 @@ def main():
         elif not args.offload:
             check_memory(free_host_bytes(), *needs, config_ds, quantize=args.quantize, of="host")
     if ds and not args.channels:
-        ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it takes one itself
+        ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it loads its own
     model = load_model(checkpoint, args.device, dtype, args.quantize)
     label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
     if ds and args.offload:
         channels = args.channels or checkpoint / "channels.safetensors"
-        cache_type = functools.partial(
-            cache_type, predictable=predictable_layers(channels, args.min_agreement, args.offload_mode))
+        cache_type = functools.partial(cache_type, predictable=predictable_layers(
+            channels, args.min_agreement, args.offload_mode))
     if args.compile:
         model.compile_blocks()
     if answer:
         question = texts[0].rpartition("}\n")[2].strip()  # what follows the document
-        print(f"no prompt given: a generated document of {len(prompts[0])} tokens, then\n{question}", file=sys.stderr)
+        print(f"no prompt given: a generated document of {len(prompts[0])} tokens, then\n"
+              f"{question}", file=sys.stderr)
     if args.compare:
         found = compare(model, tokenizer, prompts, size, ds, label_maps, cache_type, args)
     else:
@@ -752,17 +818,23 @@ def main():
                 print(f"=== prompt {b + 1}\n{text}{output}")
         if answer:
             cut = args.max_new_tokens < most
-            verdict = ("right" if outputs[0].strip() == answer.strip() else f"cut short by --max_new_tokens, it is {answer.strip()}"
-                       if cut and answer.strip().startswith(outputs[0].strip()) else f"wrong, it is {answer.strip()}")
+            verdict = ("right" if outputs[0].strip() == answer.strip()
+                       else f"cut short by --max_new_tokens, it is {answer.strip()}"
+                       if cut and answer.strip().startswith(outputs[0].strip())
+                       else f"wrong, it is {answer.strip()}")
             print(f"the answer is {verdict}", file=sys.stderr)
-        found = {"token_ids": result.token_ids, "text": outputs, **run_statistics(result, cache, args.device)}
+        found = {"token_ids": result.token_ids, "text": outputs,
+                 **run_statistics(result, cache, args.device)}
         print_statistics(found, args.device)
     if args.json:
         found |= {"prompt_token_ids": prompts, "config": {
-            "checkpoint": args.checkpoint, "device": args.device, "dtype": str(dtype).removeprefix("torch."),
-            "max_new_tokens": args.max_new_tokens, "max_seq_length": size, "temperature": args.temperature, "top_k": args.top_k,
-            "seed": args.seed, "compile": args.compile, "quantize": args.quantize, "double_sparsity": asdict(ds) if ds else None,
-            "offload": {name: getattr(args, name) for name in OFFLOAD_OPTIONS} if args.offload else None}}
+            "checkpoint": args.checkpoint, "device": args.device,
+            "dtype": str(dtype).removeprefix("torch."), "max_new_tokens": args.max_new_tokens,
+            "max_seq_length": size, "temperature": args.temperature, "top_k": args.top_k,
+            "seed": args.seed, "compile": args.compile, "quantize": args.quantize,
+            "double_sparsity": asdict(ds) if ds else None,
+            "offload": {name: getattr(args, name) for name in OFFLOAD_OPTIONS}
+                       if args.offload else None}}
         with writing(args.json) as file:
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -1,16 +1,18 @@
-"""Retrieval tasks in our own wording: training, tests, evaluation and demonstrations all use these templates.
+"""Retrieval tasks in our own wording, for training, tests, evaluation and demonstrations.
 
-Three tasks, each in the same four pieces: `*_context` holds the facts, `*_question` asks for one, `*_answer` is what
-should follow, and `*_prompt` is context + question. An answer starts with a space and the prompt ends just before it.
-SentencePiece starts a new piece at a space, so prompt and answer tokenise separately exactly as they do together; its
-encoder adds a space of its own in front, so encode `answer[1:]`. Several questions about one context follow each other as
+Three tasks, each in the same four pieces: `*_context` holds the facts, `*_question` asks for one,
+`*_answer` is what should follow, and `*_prompt` is context + question. An answer starts with a
+space and the prompt ends just before it. SentencePiece starts a new piece at a space, so prompt and
+answer tokenise separately exactly as they do together; its encoder adds a space of its own in
+front, so encode `answer[1:]`. Several questions about one context follow each other as
 `question + answer + end`, with end = "\\n" for key-value items and ".\\n" for the other two.
 
-- key-value: the value of one key in a JSON object of UUIDs, about 74 tokens a pair with tiny/tokenizer.model;
+- key-value: the value of one key in a JSON object of UUIDs, about 74 of our tokens a pair;
 - lines: the number that one of many named lines holds, about 18 tokens a line;
 - needle: a number mentioned once somewhere in a long text.
 
-The `random_*` helpers draw items from a `random.Random`, so an item is a function of its seed. Standard library only.
+The `random_*` helpers draw items from a `random.Random`, so an item is a function of its seed.
+Standard library only.
 
 Usage:
     rng = random.Random(0)
@@ -23,15 +25,17 @@ import random
 KV_INTRO = "Here is a table of keys and values.\n\n"
 LINES_INTRO = "Each line below holds a number.\n\n"
 
-WORDS = """acorn amber anchor apple arrow autumn barley basket beacon bell birch blanket boat bottle branch bread bridge
-brook butter button candle canvas castle cedar chain cherry clay cliff clock cloud clover coal copper coral corn cotton
-cradle crown daisy desert dove drum eagle ember falcon feather fern field fire flag flute forest fountain fox frost garden
-gate ginger glass gold grain granite grass harbor hawk hazel hill honey horn horse island ivory jacket jewel kettle kitchen
-ladder lamp lantern lark leaf lemon letter lily linen lion maple marble market meadow mill mirror moon moss mountain needle
-nest night north oak ocean olive orange orchard otter owl palm paper pearl pebble pepper pillow pine planet plum pond
-prairie quill rabbit rain raven ribbon river robin rock rope rose saddle sail salmon salt sand scarf shadow shell shepherd
-silk silver snow sparrow spring star stone storm stream summer swan table thistle thunder tiger timber tower trumpet tulip
-valley velvet village violet wagon walnut water wheat wheel willow window winter wolf yarn""".split()
+WORDS = """acorn amber anchor apple arrow autumn barley basket beacon bell birch blanket boat bottle
+branch bread bridge brook butter button candle canvas castle cedar chain cherry clay cliff clock
+cloud clover coal copper coral corn cotton cradle crown daisy desert dove drum eagle ember falcon
+feather fern field fire flag flute forest fountain fox frost garden gate ginger glass gold grain
+granite grass harbor hawk hazel hill honey horn horse island ivory jacket jewel kettle kitchen
+ladder lamp lantern lark leaf lemon letter lily linen lion maple marble market meadow mill mirror
+moon moss mountain needle nest night north oak ocean olive orange orchard otter owl palm paper pearl
+pebble pepper pillow pine planet plum pond prairie quill rabbit rain raven ribbon river robin rock
+rope rose saddle sail salmon salt sand scarf shadow shell shepherd silk silver snow sparrow spring
+star stone storm stream summer swan table thistle thunder tiger timber tower trumpet tulip valley
+velvet village violet wagon walnut water wheat wheel willow window winter wolf yarn""".split()
 
 
 def random_uuid(rng: random.Random, digits: str = "0123456789abcdef") -> str:
@@ -52,7 +56,8 @@ def random_number(rng: random.Random, length: int = 5) -> str:
 def random_names(rng: random.Random, n: int) -> list[str]:
     """`n` different names; n is at most half of the names there are."""
     if n > len(WORDS) ** 2 // 2:
-        raise ValueError(f"n={n}: must be at most {len(WORDS) ** 2 // 2}, half of the distinct names; ask for fewer")
+        raise ValueError(f"n={n}: must be at most {len(WORDS) ** 2 // 2}, half of the distinct "
+                         "names; ask for fewer")
     names = {}  # a dict keeps the order in which the names were drawn
     while len(names) < n:
         names[random_name(rng)] = None
@@ -121,9 +126,9 @@ def needle_sentence(name: str, number: str) -> str:
 
 
 def needle_pieces(text: str, needles: list[tuple[str, str, float]]) -> list[str]:
-    """`text` cut at spaces, with the needles' sentences between: text, sentence, text, ..., sentence, text.
+    """`text` cut at spaces, the needles' sentences between: text, sentence, text, ..., text.
 
-    needles: (name, number, depth); depth 0 puts the sentence near the start of the text, 1 at its end.
+    needles: (name, number, depth); depth 0 puts the sentence near the text's start, 1 at its end.
     """
     pieces, start = [], 0
     for name, number, depth in sorted(needles, key=lambda needle: needle[2]):
@@ -143,5 +148,5 @@ def needle_answer(number: str) -> str:
 
 
 def needle_prompt(text: str, needles: list[tuple[str, str, float]], name: str) -> str:
-    """Hides `needles` (name, number, depth) in `text` and asks for one's number; `needle_answer(number)` should follow."""
+    """Hides `needles` (name, number, depth) in `text` and asks for the number of `name`."""
     return "".join(needle_pieces(text, needles)) + needle_question(name)
