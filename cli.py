@@ -204,14 +204,16 @@ def append_json_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
+        data, written = "".join(json.dumps(row) + "\n" for row in rows).encode(), 0
         try:
-            data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            if file.write(data) < len(data):
-                raise OSError(f"{path}: not all of it could be written; is the disk full?")
-        except BaseException:
-            if path.is_file():
+            written = file.write(data)
+        except OSError as error:
+            raise OSError(f"{path}: cannot be written ({error.strerror})") from None
+        finally:
+            if written < len(data) and path.is_file():
                 file.truncate(before)
-            raise
+        if written < len(data):
+            raise OSError(f"{path}: not all of it could be written; is the disk full?")
 
 
 # ---------------------------------------------------------------- running

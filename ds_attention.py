@@ -1130,6 +1130,7 @@ def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=
     """
     ws, m, W = checked_workspace(workspace, q, k), label_map, 0 if labels is None else 1
     assert k.stride(3) == 1 and v.stride() == k.stride()
+    assert counts is None or counts.shape[2] == ws.splits, "lists of a workspace of other splits"
     q = q.contiguous()
     (B, HQ, D), HKV = q.shape, k.shape[1]
     out = torch.empty_like(q)

@@ -4,6 +4,7 @@ line of error, before any work, with nothing left behind.
     python -m pytest -q test_cli.py
 """
 import json
+import lzma
 import math
 import shutil
 import subprocess
@@ -370,3 +371,11 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, damaged):
 def test_more_tokens_than_there_are_means_dense_and_says_so(tmp_path):
     arguments = "--prompt", "The sea", "--max_new_tokens", 3, "--n_tokens", 500
     assert "all of at most 6 tokens are attended" in on_the_command_line(tmp_path, *arguments)[2]
+
+
+def test_odd_lines_of_books_are_refused(tmp_path):
+    for line in ('{"text": 7}', "[1]", '{"title": "x"}', "{"):
+        with lzma.open(tmp_path / "books-train-0.jsonl.xz", "wt") as file:
+            file.write(line)
+        with pytest.raises(ValueError, match="books-train-0.jsonl.xz: damaged"):
+            list(train.read_books(tmp_path))

@@ -590,7 +590,8 @@ def test_gguf_equals_its_model(config, quantisation, more, tmp_path, out, monkey
 TEXTS = [
     "The sea was calm.", " two  spaces   and\ttabs\n\n\n lines \n", "", " ", "a\r\nb\r\n\r\n  c",
     "def f(x):\n    return x[1:]  # 12345", "    2024-11-28 3.14159 1,000,000",
-    "naïve café, Привет, 日本語, ١٢٣, 😀👍🏽", "\u00a0nbsp\u3000wide", "it's I'LL don't WE'VE",
+    "naïve café, Привет, 日本語, ١٢٣, 😀👍🏽",
+     "\u00a0nbsp\u3000wide", "it's I'LL don't WE'VE",
     "<s>a</s> <|end|>b<think>"]
 
 

@@ -109,8 +109,11 @@ def read_books(data: Path):
         with lzma.open(path, "rt", encoding="utf-8") as lines:
             try:
                 for line in lines:
-                    yield json.loads(line)["text"]
-            except (lzma.LZMAError, EOFError, json.JSONDecodeError, KeyError) as error:
+                    text = json.loads(line)["text"]
+                    if not isinstance(text, str):
+                        raise TypeError(f"text is {text!r:.40}")
+                    yield text
+            except (lzma.LZMAError, EOFError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}: damaged, or not a line of JSON with a \"text\" per book "
                                  f"({error!r})") from None
 
