@@ -1,7 +1,8 @@
 """Speed of Double Sparsity: decode attention against the fastest dense kernels, whole decode steps
 against gpt-fast's way, and with K and V in host memory against streaming all of them.
 
-Usage: python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]     checked first
+Usage: python bench.py               a short tour, on a CPU too, where its times say nothing
+       python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]     checked first
        python bench.py generate [--model Llama-2-7B --shapes 1x16384] [--modes gpt_fast dense ds]
        python bench.py offload [--model Llama-2-7B --shapes 1x131072] [--modes flexgen gpu offload]
        python bench.py offload --checkpoint tiny --shapes 32x4000,1x4000 --steps 64 [--data FILE]
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
 
 import torch
@@ -33,10 +35,9 @@ from tqdm import tqdm
 import ds_attention as ds
 from cli import (
     ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_output, default_dtype,
-    pick_device, read_json_lines, run_command, writing
+    pick_device, provenance, read_json_lines, run_command, writing
 )
 from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, write_labels
-from eval import provenance
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
 from host_memory import check_host_memory, free_host_bytes, host_layers, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
@@ -1074,10 +1075,11 @@ def parse_sizes(name, text, example, by="x"):
     return sizes
 
 
-def main():
-    """The command line: measures, or prints a table."""
+def parse_arguments():
+    """The options of the command line; ValueError, in one line, for values that cannot be."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=(*BENCHES, "table"))
+    parser.add_argument("what", nargs="?", choices=(*BENCHES, "table"),
+                        help="default: a short tour of all three, of which nothing is saved")
     parser.add_argument("of", nargs="?", choices=BENCHES, help="with table: whose")
     parser.add_argument("--shapes",
                         help="BxS, comma-separated, S in tokens (default: the README's rows)")
@@ -1136,39 +1138,80 @@ def main():
     steps.add_argument("--compile", action="store_true",
                        help="blocks go through torch.compile, which prefill shows")
     args = parser.parse_args()
+    if args.what is None:
+        for action in parser._actions:
+            given = getattr(args, action.dest, action.default)
+            if action.dest not in ("device", "no_save") and given != action.default:
+                raise ValueError(f"{action.dest}={given}: of which benchmark? Name it: "
+                                 f"{', '.join(BENCHES)}")
+    if args.what == "table" and args.of is None:
+        raise ValueError(f"table of what: must be one of {', '.join(BENCHES)}")
     if args.plot and not find_spec("matplotlib"):  # before anything is measured for it
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"plot={args.plot}: must end in .png, .svg or .pdf")
-    if args.what == "table":
-        if args.of is None:
-            raise ValueError(f"table of what: must be one of {', '.join(BENCHES)}")
-        bench, rows = BENCHES[args.of], newest_rows(args.of)
-    else:
-        if args.device is None and not torch.cuda.is_available():
-            raise ValueError("bench.py needs a CUDA GPU for its times; with --device cpu one "
-                             "small shape is checked")
-        if args.steps < 2 and args.checkpoint:
-            raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where "
-                             "the first includes the prefill")
-        if args.data and not args.checkpoint:
-            raise ValueError(f"data={args.data}: random weights have no use for text; give a "
-                             "--checkpoint")
-        known = {"generate": MODES, "offload": OFFLOAD_MODES}.get(args.what, ())
-        for mode in args.modes or ():
-            if mode not in known:
-                raise ValueError(f"modes={mode}: is not a mode of {args.what}")
-        device, results = pick_device(args.device), RESULTS / f"{args.what}.jsonl"
-        if device != "cpu" and not args.no_save and results.exists():
-            check_output(results)
-            newest_rows(args.what)  # it is ours
-        bench, rows = BENCHES[args.what], []
-        for of_shape in bench.run(args, device):
-            rows += of_shape
-            if device != "cpu":
-                torch.cuda.empty_cache()
-                if not args.no_save:
-                    append_json_lines(results, of_shape)
+    if args.steps < 2 and args.checkpoint:
+        raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the "
+                         "first includes the prefill")
+    if args.data and not args.checkpoint:
+        raise ValueError(f"data={args.data}: random weights have no use for text; give a "
+                         "--checkpoint")
+    known = {"generate": MODES, "offload": OFFLOAD_MODES}.get(args.what, ())
+    for mode in args.modes or ():
+        if mode not in known:
+            raise ValueError(f"modes={mode}: is not a mode of {args.what}")
+    return args
+
+
+def measure(args):
+    """The rows of one benchmark, saved shape by shape if they are of a GPU."""
+    if args.device is None and not torch.cuda.is_available():
+        raise ValueError("bench.py needs a CUDA GPU for its times; with --device cpu one small "
+                         "shape is checked")
+    device, path, rows = pick_device(args.device), RESULTS / f"{args.what}.jsonl", []
+    saved = device != "cpu" and not args.no_save
+    if saved and path.exists():
+        check_output(path)
+        newest_rows(args.what)  # it is ours
+    for of_shape in BENCHES[args.what].run(args, device):
+        rows += of_shape
+        if device != "cpu":
+            torch.cuda.empty_cache()
+        if saved:
+            append_json_lines(path, of_shape)
+    return rows
+
+
+# Shapes and modes of the tour on a GPU
+TOUR = {"attention": dict(shapes="1x16384,4x65536"),
+        "generate": dict(shapes="1x16384,4x16384", modes=["dense", "ds"], dense_layers=[2]),
+        "offload": dict(shapes="1x32768", modes=["flexgen", "offload"], dense_layers=[0],
+                        budgets=[1])}
+
+
+def tour(args):
+    """Prints a table of each benchmark, at few shapes."""
+    device = pick_device(args.device)
+    if device == "cpu":
+        print("Without a GPU: small shapes, to see that all is right. Their times say nothing.",
+              file=sys.stderr)
+    for name, bench in BENCHES.items():
+        options = TOUR[name]
+        if device == "cpu":
+            options = {"modes": [mode for mode in MODES if mode != "gpt_fast"],
+                       "steps": 5} if name == "generate" else {"steps": 5}
+        args = SimpleNamespace(**vars(args) | {"shapes": None, "modes": None} | options)
+        rows = [row for of_shape in bench.run(args, device) for row in of_shape]
+        print(f"{name}\n\n{bench.table(rows)}\n", flush=True)
+
+
+def main():
+    """The command line: measures one benchmark, prints its table, or gives a tour of all."""
+    args = parse_arguments()
+    if args.what is None:
+        return tour(args)
+    bench = BENCHES[args.of if args.what == "table" else args.what]
+    rows = newest_rows(args.of) if args.what == "table" else measure(args)
     print(bench.table(rows))
     if args.plot:
         plot(rows, bench.draw, args.plot)

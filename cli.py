@@ -5,16 +5,19 @@ user can mend is one line on stderr and exit status 2.
 """
 import argparse
 import contextlib
+import datetime
 import glob
 import json
 import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import triton
 
 # ---------------------------------------------------------------- options
 
@@ -214,6 +217,15 @@ def append_json_lines(path, rows):
                 file.truncate(before)
         if written < len(data):
             raise OSError(f"{path}: not all of it could be written; is the disk full?")
+
+
+def provenance(device):
+    """What a row was measured with: gpu, torch, triton, commit, date."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                         capture_output=True, text=True)
+    return {"gpu": torch.cuda.get_device_name() if device != "cpu" else "none (CPU)",
+            "torch": torch.__version__, "triton": triton.__version__,
+            "commit": git.stdout.strip() or "unknown", "date": datetime.date.today().isoformat()}
 
 
 # ---------------------------------------------------------------- running

@@ -20,25 +20,22 @@ Usage: python eval.py      a short tour on this machine: perplexity and retrieva
        python eval.py table               of results/quality.jsonl, as in results/README.md
 """
 import contextlib
-import datetime
 import hashlib
 import json
 import math
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
 from tqdm import tqdm
 
 import calibrate
 from cli import (
     ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_value, default_dtype,
-    pick_device, read_json_lines, run_command
+    pick_device, provenance, read_json_lines, run_command
 )
 from ds_attention import DSConfig, bits_of, widths_name
 from generate import (
@@ -308,15 +305,6 @@ def read_rows(path, names):
     if not all(row.get("task") and row.get("checkpoint") for row in rows):
         raise ValueError(f"{path}: has lines that are not rows of eval.py")
     return {key_of(row, names): row for row in rows}
-
-
-def provenance(device):
-    """What a row was measured with: gpu, torch, triton, commit, date."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True,
-                         text=True)
-    return {"gpu": torch.cuda.get_device_name() if device != "cpu" else "none (CPU)",
-            "torch": torch.__version__, "triton": triton.__version__,
-            "commit": git.stdout.strip() or "unknown", "date": datetime.date.today().isoformat()}
 
 
 def labels_file(checkpoint, method, path, device):

@@ -379,3 +379,14 @@ def test_odd_lines_of_books_are_refused(tmp_path):
             file.write(line)
         with pytest.raises(ValueError, match="books-train-0.jsonl.xz: damaged"):
             list(train.read_books(tmp_path))
+
+
+def test_bench_alone_gives_a_tour(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cpu"])
+    bench.main()
+    out, said = capsys.readouterr()
+    assert all(f"{name}\n\n|" in out for name in bench.BENCHES)
+    assert "Their times say nothing" in said
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--steps", "3"])
+    with pytest.raises(ValueError, match="steps=3: of which benchmark"):
+        bench.main()
