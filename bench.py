@@ -465,7 +465,7 @@ def time_gpt_fast(model, B, S, steps, device, _):
     import torch._functorch.config as functorch_config  # here: they take seconds
     import torch._inductor.config as inductor_config
 
-    size = -(-S // 8) * 8
+    size = -(-max(S, steps + 3 * WARM_UP) // 8) * 8
     gpt_fast = GptFast(model, B, size)
     tokens = torch.ones(B, 1, dtype=torch.long, device=device)
     position = torch.empty(1, dtype=torch.long, device=device)
@@ -476,7 +476,7 @@ def time_gpt_fast(model, B, S, steps, device, _):
 
     times = []
     for attention in (sdpa_kernel(SDPBackend.MATH), contextlib.nullcontext()):
-        position.fill_(max(0, size - steps - 3 * WARM_UP))
+        position.fill_(size - steps - 3 * WARM_UP)
         settings = inductor_config.patch(coordinate_descent_tuning=True)  # as gpt-fast has it
         # a cache that takes the two kinds of attention for one
         uncached = functorch_config.patch(enable_autograd_cache=False)
@@ -633,9 +633,10 @@ def model_shapes(args, device, settings, modes, example):
     elif args.model or args.shapes:
         shapes = parse_sizes("shapes", args.shapes or example, "4x16384,16x16384")
         settings = [(args.model or "Llama-2-7B", *shape, modes) for shape in shapes]
-    if any(presets[name].n_experts for name, *_ in settings) and "gpt_fast" in modes:
-        raise ValueError("modes=gpt_fast: does not know expert layers; leave it out with --modes "
-                         "dense ds")
+    unfit = [mode for mode in modes if mode == "gpt_fast" or mode.endswith("_int8")]
+    if any(presets[name].n_experts for name, *_ in settings) and unfit:
+        raise ValueError(f"modes={unfit[0]}: does not know expert layers; leave it out with "
+                         "--modes dense ds")
     model = held = None
     for setting in tqdm(settings, desc="bench", unit="shape", leave=False):
         if setting[0] != held:
@@ -842,6 +843,8 @@ class Prompts(RandomText):
         if longest > model.config.max_positions:
             raise ValueError(f"shapes={args.shapes}: with the steps these are {longest} tokens, "
                              f"more than the model's {model.config.max_positions} positions")
+        if min(S for _, S in shapes) <= len(tokenizer.prefix):
+            raise ValueError(f"shapes={args.shapes}: a prompt of so few tokens holds no text")
         for B, S in shapes:
             if texts and S not in windows:
                 windows[S] = text_windows(tokenizer, texts, S - len(tokenizer.prefix))
@@ -1075,6 +1078,13 @@ def parse_sizes(name, text, example, by="x"):
     return sizes
 
 
+# Of which benchmarks an option is that not all of them have
+OPTIONS = {"attention": ("heads", "head_dim", "sparsity", "label_channels", "label_bits", "dtype"),
+           "generate and offload": ("model", "modes", "steps", "dense_layers", "compile"),
+           "generate": ("dense_below",),
+           "offload": ("budgets", "prefetch_heads", "no_pack", "checkpoint", "data")}
+
+
 def parse_arguments():
     """The options of the command line; ValueError, in one line, for values that cannot be."""
     parser = ArgumentParser(description=__doc__)
@@ -1082,7 +1092,7 @@ def parse_arguments():
                         help="default: a short tour of all three, of which nothing is saved")
     parser.add_argument("of", nargs="?", choices=BENCHES, help="with table: whose")
     parser.add_argument("--shapes",
-                        help="BxS, comma-separated, S in tokens (default: the README's rows)")
+                        help="BxS, comma-separated, S in tokens (default: several)")
     parser.add_argument("--no_save", action="store_true",
                         help="print the rows, but leave the results file as it is")
     parser.add_argument("--plot", type=OutputFile(), metavar="FILE",
@@ -1104,14 +1114,15 @@ def parse_arguments():
                            help="of q, K and V (default %(default)s)")
     steps = parser.add_argument_group("generate and offload")
     steps.add_argument("--model", choices=PRESETS,
-                       help="whose shape, without a sliding window (default: the README's rows)")
+                       help="whose shape, without a sliding window (default: several)")
     steps.add_argument("--modes", nargs="+", choices=(*MODES, *OFFLOAD_MODES),
                        help="of generate: prefill; decode steps as gpt-fast's, dense, or Double "
-                            "Sparsity as generate.py has it (gpt_fast compiles for about a minute "
-                            "per shape); of offload: all K and V streamed as FlexGen does, "
+                            "Sparsity as generate.py has it, _int8 with the weights rounded "
+                            "(gpt_fast compiles for some minutes per shape); of offload: all K "
+                            "and V streamed as FlexGen does, "
                             "likewise but packed, Double Sparsity with K and V on the GPU, with "
                             "them in host memory, and then attending to what was predicted of "
-                            "each layer (default: all, or the README's)")
+                            "each layer (default: all)")
     steps.add_argument("--steps", type=Number(int, 1), default=50,
                        help="steps timed, the median counts; of flexgen at most 3 (default "
                             "%(default)s)")
@@ -1156,6 +1167,10 @@ def parse_arguments():
     if args.data and not args.checkpoint:
         raise ValueError(f"data={args.data}: random weights have no use for text; give a "
                          "--checkpoint")
+    for name, options in OPTIONS.items():
+        for option in options if args.what in BENCHES and args.what not in name.split() else ():
+            if getattr(args, option) != parser.get_default(option):
+                raise ValueError(f"{option}={getattr(args, option)}: is an option of {name}")
     known = {"generate": MODES, "offload": OFFLOAD_MODES}.get(args.what, ())
     for mode in args.modes or ():
         if mode not in known:

@@ -135,7 +135,7 @@ def load_rankings(path, config, projection):
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             content = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (ValueError, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"{path}: not a JSON ranking file ({error})") from None
     rankings = []
     for i in range(config.n_layers):

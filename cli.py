@@ -67,14 +67,16 @@ class OutputFile:
 
 
 def check_output(path):
-    """Raises ValueError or OSError if no file can be written to `path`."""
-    path = Path(path)
+    """Raises ValueError or OSError if no file can be written to `path`, also by `writing`."""
+    path, directory = Path(path), Path(os.path.realpath(path)).parent
     if path.is_dir():
         raise ValueError(f"{path}: is a directory; name a file in it")
-    if not path.absolute().parent.is_dir():
+    if not directory.is_dir():
         raise ValueError(f"{path}: no such directory to write to")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise PermissionError(f"{path}: cannot be written to")
+    replaced = path.is_file() or not path.exists()  # devices and pipes are not
+    for needed in [path] * path.exists() + [directory] * replaced:
+        if not os.access(needed, os.W_OK):
+            raise PermissionError(f"{path}: cannot be written to")
 
 
 class StoreOnce(argparse.Action):
@@ -156,6 +158,7 @@ def writing(path, directory=False):
         if not is_running(left.name.split(".")[-2]):
             remove(left)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)  # of a killed process that had our number
     try:
         temporary.mkdir() if directory else temporary.touch()
         mode = temporary.stat().st_mode
@@ -190,7 +193,7 @@ def read_json_lines(path):
     ValueError, with the line's number, for what is none."""
     rows, path = [], Path(path)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.rstrip("\n").split("\n") if text else (), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -208,6 +211,8 @@ def append_json_lines(path, rows):
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
         data, written = "".join(json.dumps(row) + "\n" for row in rows).encode(), 0
+        if before and path.is_file() and path.read_bytes()[-1:] != b"\n":
+            data = b"\n" + data
         try:
             written = file.write(data)
         except OSError as error:

@@ -342,9 +342,9 @@ def _convert(
                 (built / "config.json").write_text(json.dumps(content, indent=2))
             write_weights(built / "model.safetensors", layout, shards, out_dtype)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        made = (out_dir / "model.safetensors").is_file()  # by another process, in the meantime
+        if not made or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        # another process has made it in the meantime
     return out_dir
 
 

@@ -693,11 +693,14 @@ def _nth_best(keys, low, high, n):
 @triton.jit
 def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label_strides, forced,
                     budget, unit, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                    WIDTHS: tl.constexpr, PDL: tl.constexpr):
+                    WIDTHS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     """A row's and KV head's query codes, what each head's scores are less by, and threshold_ref.
 
-    unit: of the scores, over the largest of the query's products.
+    unit: of the scores, over the largest of the query's products. EARLY: the kernel before has
+    written no label that counts here, nor seq_lens, which may be read while it still runs.
     """
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_wait()
     l_sb, l_sh, l_sw = label_strides
     sink, recent, window = forced
     n_tokens, min_tokens, share_num, share_den, dense_below = budget
@@ -708,7 +711,7 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
     channel = tl.load(channels + h * C + offs_c, mask=offs_c < C, other=0)
     steps = tl.load(step + h * C + offs_c, mask=offs_c < C, other=1.0)
 
-    # sample_ref; of what is read so far the kernel before writes nothing that counts here
+    # sample_ref
     seq_len = tl.load(seq_lens + b)
     start = tl.maximum(seq_len - window, 0)
     live = seq_len - start
@@ -1085,8 +1088,11 @@ def geometry(q, labels, label_map, config, window):
                 D=q.shape[2], WIDTHS=label_map.widths)
 
 
-def bracket(q, labels, label_map, seq_lens, config, window, workspace):
-    """The first launch: query codes, log weights and thresholds, into the workspace."""
+def bracket(q, labels, label_map, seq_lens, config, window, workspace, label_newest=True):
+    """The first launch: query codes, log weights and thresholds, into the workspace.
+
+    label_newest: the newest labels are still to be written; else the kernel before may have.
+    """
     ws, m = workspace, label_map
     assert q.is_contiguous() and labels.stride(3) == 1
     assert m.widths == config.widths(q.shape[2]) == ws.widths, "labels of other widths"
@@ -1094,7 +1100,8 @@ def bracket(q, labels, label_map, seq_lens, config, window, workspace):
     launch(_bracket_kernel, (rows,), q, q=q, labels=labels, channels=m.channels, step=m.step,
            seq_lens=seq_lens, query=ws.query, threshold=ws.threshold,
            budget=(config.n_tokens or 0, config.min_tokens, *config.share(), config.dense_below),
-           unit=1 / 127 / math.sqrt(q.shape[2]), **geometry(q, labels, m, config, window),
+           unit=1 / 127 / math.sqrt(q.shape[2]), EARLY=label_newest,
+           **geometry(q, labels, m, config, window),
            num_warps=4 if rows == len(q) * q.shape[1] else 8,  # heads of a group: more registers
            enable_fp_fusion=False)  # codes round as the reference's do: ties between two are common
 
@@ -1170,7 +1177,7 @@ def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, w
     if config.use_triton(q):
         q = q.contiguous()
         ws = checked_workspace(workspace, q, labels.transpose(2, 3), config)
-        bracket(q, labels, label_map, seq_lens, config, window, ws)
+        bracket(q, labels, label_map, seq_lens, config, window, ws, newest is not None)
         score_attend(q, labels if newest is None else newest, None, labels, label_map, seq_lens,
                      config, window, ws, newest is not None, attending=False)
         indices = torch.empty(B, HKV, capacity, dtype=torch.int32, device=q.device)
@@ -1212,15 +1219,16 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
     q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32; label_map: LabelMap of
     this layer; seq_lens [B] int32, at least 1, newest token included; window: sliding window in
     tokens or None; workspace: scratch of this shape, so that nothing but the output is allocated;
-    label_newest: write the label of each row's newest key. Returns [B, HQ, D]. Rows may share one
-    cache, k, v and labels expanded along B, if its labels are there: without label_newest.
+    label_newest: write the label of each row's newest key; on a GPU seq_lens must then not come
+    from the kernel launched just before. Returns [B, HQ, D]. Rows may share one cache, k, v and
+    labels expanded along B, if its labels are there: without label_newest.
     """
     shared = labels.stride(0) == 0 and len(q) > 1
     assert not (label_newest and shared), "rows that share a cache would overwrite others' labels"
     if config.use_triton(q):
         q = q.contiguous()
         workspace = checked_workspace(workspace, q, k, config)
-        bracket(q, labels, label_map, seq_lens, config, window, workspace)
+        bracket(q, labels, label_map, seq_lens, config, window, workspace, label_newest)
         return score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace,
                             label_newest)
     if label_newest:

@@ -39,7 +39,8 @@ from cli import (
 )
 from ds_attention import DSConfig, bits_of, widths_name
 from generate import (
-    HERE, add_quantize_argument, add_sparsity_arguments, label_bits, load, load_maps, sparsity_from
+    HERE, add_quantize_argument, add_sparsity_arguments, check_layers, label_bits, load, load_maps,
+    sparsity_from
 )
 from items import BUILTIN, LENGTHS, TASKS, WIKITEXT2, size
 from methods import METHODS, DoubleSparsity
@@ -346,6 +347,7 @@ class Evaluation:
         self.args, self.ds, self.device = args, ds, pick_device(args.device)
         self.model, self.tokenizer, self.checkpoint = load(
             args.checkpoint, self.device, default_dtype(self.device), args.quantize)
+        check_layers(ds, self.model.config)
         self.path = Path(args.results or RUNS / "quality.jsonl")
         self.saved = {} if args.force else read_rows(self.path, IDENTITY)
         weights = f", {args.quantize}" if args.quantize else ""
@@ -425,7 +427,7 @@ class Evaluation:
         args = self.args
         size = min(args.context, self.model.config.max_positions)
         inputs = [args.limit, args.fewshot, args.chat, size, harness.lm_eval.__version__]
-        common = {"task": "lm_eval", "checkpoint": self.checkpoint.name, "model": self.hash,
+        common = {"task": "lm_eval", "checkpoint": self.name, "model": self.hash,
                   "data": task, "inputs": short_hash(json.dumps(inputs)), "context": size,
                   "fewshot": args.fewshot, **provenance(self.device)}
         common |= {"chat": True} if args.chat else {}

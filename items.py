@@ -46,7 +46,7 @@ def wikitext2():
     return data.decode()
 
 
-def read_json_lines(path, keys):
+def read_fields(path, keys):
     """The values of these keys in each line of a .jsonl[.gz|.xz] file: a list of lists."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
     try:
@@ -61,7 +61,7 @@ def read_texts(path):
     """A UTF-8 text file -> [text]; a .jsonl[.gz|.xz] file with a "text" per line -> all of them."""
     if ".jsonl" not in Path(path).name:
         return [read_text(path)]
-    return [text for text, in read_json_lines(path, ("text",))]
+    return [text for text, in read_fields(path, ("text",))]
 
 
 @functools.cache
@@ -190,7 +190,7 @@ def retrieval_items(document, tokenizer, args):
     has published key-value items."""
     if document is kv_document and args.data:
         items, keys = [], ("ordered_kv_records", "key", "value")
-        for records, key, value in read_json_lines(args.data, keys)[: args.limit]:
+        for records, key, value in read_fields(args.data, keys)[: args.limit]:
             if [key, value] not in records or any(len(record) != 2 for record in records):
                 raise ValueError(f"{args.data}: an item of which ordered_kv_records are no pairs, "
                                  "or do not hold its key and value")
@@ -309,7 +309,7 @@ def ruler_items(tokenizer, args):
 
     if args.data and "ruler" in Path(args.data).name:
         groups = {}
-        for task, length, *parts in read_json_lines(args.data, RULER_KEYS):
+        for task, length, *parts in read_fields(args.data, RULER_KEYS):
             if task not in RULER:
                 raise ValueError(f"{args.data}: task {task} is none of {', '.join(RULER)}")
             if not args.lengths or length in args.lengths:

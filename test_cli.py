@@ -6,6 +6,7 @@ line of error, before any work, with nothing left behind.
 import json
 import lzma
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -390,3 +391,23 @@ def test_bench_alone_gives_a_tour(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--steps", "3"])
     with pytest.raises(ValueError, match="steps=3: of which benchmark"):
         bench.main()
+
+
+def test_an_option_of_another_benchmark_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "attention", "--budgets", "3"])
+    with pytest.raises(ValueError, match="is an option of offload"):
+        bench.main()
+
+
+def test_rows_go_on_a_line_of_their_own(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}')  # an editor left out the last line's end
+    cli.append_json_lines(path, [{"b": "\u2028"}])
+    assert cli.read_json_lines(path) == [{"a": 1}, {"b": "\u2028"}]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_replaced(tmp_path):
+    (tmp_path / f".out.{os.getpid()}.tmp").mkdir()
+    with cli.writing(tmp_path / "out", directory=True) as new:
+        (new / "part").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
