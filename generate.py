@@ -618,7 +618,7 @@ def parse_arguments():
     others = args.prompt or args.prompt_file or args.json or args.compare or args.chat
     if args.interactive and others:
         raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt, "
-                         "--prompt_file, --json, --compare and --chat, which it does by itself")
+                         "--prompt_file, --json, --compare and --chat")
     if args.no_chat_template and not args.interactive:
         raise ValueError("--no_chat_template: only --interactive takes a template by itself; leave "
                          "the option out")
@@ -771,6 +771,9 @@ def main():
     if [] in prompts or tokenizer.prefix in prompts:
         raise ValueError("the prompt is empty: give at least one character of text")
     check_layers(ds, config)
+    if args.quantize and config.n_experts:
+        raise ValueError(f"quantize={args.quantize}: not for a model with experts; leave the "
+                         "option out")
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:

@@ -6,10 +6,11 @@ TRITON_INTERPRET=1, on a CPU. Shapes follow the key at the top of ds_attention.p
 """
 import math
 import mmap
+import sys
 import time
-import weakref
 from contextlib import suppress
 from copy import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,6 +84,16 @@ def offloaded_layers(config, ds):
     return layers
 
 
+class HostMap(mmap.mmap):
+    """Memory of the host. What pins it is undone before it is given back, by `unpin`."""
+
+    unpin = None
+
+    def __del__(self):
+        if self.unpin and not sys.is_finalizing():
+            self.unpin()
+
+
 def host_tensor(shape, dtype, device):
     """Zeros in memory of the host that kernels on `device`, too, read and write.
 
@@ -91,7 +102,7 @@ def host_tensor(shape, dtype, device):
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     nbytes = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = HostMap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # no huge pages here: pinning is slower
         memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
@@ -102,7 +113,7 @@ def host_tensor(shape, dtype, device):
         if int(error):
             raise OSError(f"{nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error "
                           f"{int(error)}); take a shorter --max_seq_length or a smaller batch")
-        weakref.finalize(memory, cudart.cudaHostUnregister, tensor.data_ptr()).atexit = False
+        memory.unpin = partial(cudart.cudaHostUnregister, tensor.data_ptr())
     return tensor
 
 

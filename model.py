@@ -154,6 +154,9 @@ class ModelConfig:
             value = getattr(config, name)
             if type(value) is not int or not 1 <= value < 2**31:
                 raise ValueError(f"{name}={value!r}: must be a positive integer below 2**31")
+        if type(c["tie_word_embeddings"]) is not bool:
+            raise ValueError(f"tie_word_embeddings={c['tie_word_embeddings']!r}: must be true or "
+                             "false")
         if not all(type(i) is int and i >= 0 for i in config.eos_ids):
             raise ValueError(f"eos_token_id={eos!r}: must be a token id, or a list of them")
         if config.n_layers > MAX_LAYERS:
@@ -787,7 +790,9 @@ class Linear(nn.Linear):
         return weight if self.scale is None else (weight * self.scale[:n, None]).to(dtype)
 
     def forward(self, x):
-        return F.linear(x, self.rows(self.out_features, x.dtype), self.bias)
+        whole = self.scale is None  # then no slice: training would pay for it
+        weight = self.weight if whole else self.rows(self.out_features, x.dtype)
+        return F.linear(x, weight, self.bias)
 
 
 class Attention(nn.Module):

@@ -1342,6 +1342,17 @@ def test_offload_by_kernels_equals_the_reference(dtype, monkeypatch):
     torch.testing.assert_close(*kept, atol=within, rtol=within)
 
 
+def test_pinning_is_undone_before_memory_is_given_back():
+    """Its address may be another's by then."""
+    memory, seen = host_memory.HostMap(-1, 2**16), []
+    memory[0] = 7
+    view = torch.frombuffer(memory, dtype=torch.uint8)
+    start = f"{view.data_ptr():x}-"
+    memory.unpin = lambda: seen.append(start in Path("/proc/self/maps").read_text())
+    del memory, view
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("sparse", [True, False], ids=["offloaded", "streamed"])
 @torch.inference_mode()
 def test_fused_layers_hand_their_k_and_v_to_the_host(sparse, monkeypatch):
