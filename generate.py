@@ -744,6 +744,7 @@ def compare(model, tokenizer, prompts, size, ds, label_maps, cache_type, args):
 
 
 def main():
+    """The command line: answers the prompts, compares dense with sparse, or converses."""
     args = parse_arguments()
     ds = sparsity_from(args)
     if args.compare and ds is None:
