@@ -204,6 +204,13 @@ def read_json_lines(path):
     return rows
 
 
+def ends_a_line(path):
+    """Whether the last byte of a file that is not empty ends a line."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
 def append_json_lines(path, rows):
     """Adds a line for each object. Where that fails, on a full disk say, the file is as it was."""
     path = Path(path)
@@ -211,7 +218,7 @@ def append_json_lines(path, rows):
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
         data, written = "".join(json.dumps(row) + "\n" for row in rows).encode(), 0
-        if before and path.is_file() and path.read_bytes()[-1:] != b"\n":
+        if before and not ends_a_line(path):
             data = b"\n" + data
         try:
             written = file.write(data)

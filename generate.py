@@ -627,7 +627,7 @@ def parse_arguments():
     return args
 
 
-def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
+def cache_length(prompts, max_new_tokens, max_seq_length, config):
     """Tokens of cache per sequence. Raises ValueError for lengths that do not fit."""
     longest = max(map(len, prompts), default=0)
     wanted = longest + max_new_tokens if prompts else config.max_positions
@@ -637,15 +637,17 @@ def cache_length(prompts, max_new_tokens, max_seq_length, config, ds):
     if max_seq_length and max_seq_length <= longest:
         raise ValueError(f"max_seq_length={max_seq_length}: must be more than the {longest} tokens "
                          "of the longest prompt")
-    total = min(wanted, max_seq_length or wanted)
-    live = min(total, config.longest_window or total)
+    return min(wanted, max_seq_length or wanted)
+
+
+def say_if_dense(ds, size, config):
+    """On stderr, if a DSConfig has every token of caches of that many attended to."""
+    live = min(size, config.longest_window or size)
     if ds is not None and not ds.sparse_at(live):
         least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"min_tokens={ds.min_tokens}"
         of_budget = not replace(ds, dense_below=0).sparse_at(live)
         why = f"{least} is no fewer" if of_budget else f"dense_below={ds.dense_below}"
-        print(f"The prompt is short: all of at most {live} tokens are attended ({why}).",
-              file=sys.stderr)
-    return total
+        print(f"All tokens are attended, as there are at most {live} ({why}).", file=sys.stderr)
 
 
 def converse(step, tokenizer, args):
@@ -775,7 +777,7 @@ def main():
     if args.quantize and config.n_experts:
         raise ValueError(f"quantize={args.quantize}: not for a model with experts; leave the "
                          "option out")
-    size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config, ds)
+    size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config)
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:
         cache_type = functools.partial(
@@ -790,6 +792,7 @@ def main():
             check_memory(free_host_bytes(), *needs, config_ds, quantize=args.quantize, of="host")
     if ds and not args.channels:
         ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it loads its own
+    say_if_dense(ds, size, config)
     model = load_model(checkpoint, args.device, dtype, args.quantize)
     label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
     if ds and args.offload:

@@ -83,6 +83,7 @@ class DoubleSparsity(Sparse):
         return score_ref(self.asking(q), labels, self.label_map, seq_lens, self.ds, self.window)
 
     def decode(self, q, seq_lens):
+        """As Sparse.decode, by the kernels where there are any."""
         if not self.ds.use_triton(q):
             return super().decode(q, seq_lens)
         labels = self.labels.expand(len(q), -1, -1, -1)

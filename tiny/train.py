@@ -264,6 +264,7 @@ def needle_document(rng, length, passage):
 
 
 def copy_document(rng, length, passage):
+    """Pieces of a document that repeats itself. passage(n): n characters of a book."""
     n = rng.randint(1, 4)
     if rng.random() < 0.5:  # passages, other text, then the same passages in another order
         texts = [passage(int(length * rng.uniform(0.05, 0.4) / n) + 25) for _ in range(n)]
