@@ -371,7 +371,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, damaged):
 
 def test_more_tokens_than_there_are_means_dense_and_says_so(tmp_path):
     arguments = "--prompt", "The sea", "--max_new_tokens", 3, "--n_tokens", 500
-    assert "All tokens are attended, as there are at most 6" in on_the_command_line(tmp_path, *arguments)[2]
+    said = on_the_command_line(tmp_path, *arguments)[2]
+    assert "All tokens are attended, as there are at most 6" in said
 
 
 def test_odd_lines_of_books_are_refused(tmp_path):
