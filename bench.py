@@ -37,13 +37,12 @@ from cli import (
     ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_output, default_dtype,
     pick_device, provenance, read_json_lines, run_command, writing
 )
+from config import PRESETS, ModelConfig
 from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, write_labels
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
 from host_memory import check_host_memory, free_host_bytes, host_layers, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
-from model import (
-    PRESETS, KVCache, ModelConfig, Transformer, apply_rope, check_memory, parameter_shapes
-)
+from model import KVCache, Transformer, apply_rope, check_memory, parameter_shapes
 from offload import (
     MIN_AGREEMENT, OffloadCache, Placement, fetch, idle_heads, predictable_layers
 )

@@ -23,10 +23,11 @@ from cli import (
     ArgumentParser, InputFile, Number, OutputFile, check_output, default_dtype, pick_device,
     run_command, writing
 )
+from config import ModelConfig
 from ds_attention import (
     DSConfig, LabelMap, eligible_tokens, label_ref, pool_ref, score_ref, select_ref, widths_name
 )
-from model import ModelConfig, apply_rope, fingerprint, load_model
+from model import apply_rope, fingerprint, load_model
 from tokenizer import Tokenizer, read_text
 
 METHODS = ("planes", "lift", "qk", "q", "k", "random")

@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-from model import ModelConfig
+from config import ModelConfig
 from tokenizer import CONTROL, USER_DEFINED, sentencepiece_bpe
 
 GGUF_ARCHITECTURES = {

@@ -37,8 +37,9 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from cli import ArgumentParser, run_command, writing
+from config import ModelConfig, ignored_keys, read_json
 from convert_gguf import GGUFTensor, unpack_gguf
-from model import ModelConfig, ignored_keys, open_tensors, parameter_shapes, read_json
+from model import open_tensors, parameter_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -31,10 +31,11 @@ from cli import (
     ArgumentParser, InputFile, Number, OutputFile, check_output, default_dtype, pick_device,
     run_command, writing
 )
+from config import ModelConfig
 from convert_hf import convert
 from ds_attention import DSConfig
 from host_memory import check_host_memory, free_host_bytes
-from model import KVCache, ModelConfig, check_memory, load_label_maps, load_model, open_tensors
+from model import KVCache, check_memory, load_label_maps, load_model, open_tensors
 from offload import MIN_AGREEMENT, MODES, OffloadCache, predictable_layers
 from tiny.tasks import kv_answer, kv_prompt, random_kv
 from tokenizer import Tokenizer, read_text

@@ -25,11 +25,12 @@ from safetensors.torch import load_file, save_file
 import bench
 import calibrate
 import cli
+from config import ModelConfig
 import convert_hf
 import eval as evaluation
 import generate
 from ds_attention import DSConfig
-from model import ModelConfig, fingerprint, load_label_maps, load_model
+from model import fingerprint, load_label_maps, load_model
 from tiny import train
 from tokenizer import Tokenizer
 

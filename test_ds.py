@@ -48,10 +48,12 @@ import generate
 import host_memory
 import items as asked
 import offload
+from config import PRESETS, ModelConfig
 from ds_attention import DSConfig, LabelMap
+from linear import Linear, Residual
 from model import (
-    PRESETS, Attention, KVCache, Linear, ModelConfig, MoEFeedForward, Residual, Transformer,
-    apply_rope, check_memory, load_label_maps, load_model, memory_need, parameter_shapes
+    Attention, KVCache, MoEFeedForward, Transformer, apply_rope, check_memory, load_label_maps,
+    load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
 from tokenizer import Tokenizer

@@ -37,10 +37,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from config import ModelConfig
 import convert_hf
 import generate
 from ds_attention import DSConfig
-from model import KVCache, ModelConfig, load_model, parameter_shapes
+from model import KVCache, load_model, parameter_shapes
 from tokenizer import Tokenizer, from_sentencepiece, read_text
 
 needs_gguf = pytest.mark.skipif(gguf is None, reason="needs the package gguf")

@@ -38,7 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # `python tiny/train.py` puts only tiny/ on the path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli import ArgumentParser, Number, run_command  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
+from config import ModelConfig  # noqa: E402
+from model import Transformer  # noqa: E402
 from tiny import tasks  # noqa: E402
 
 BOS, EOS = 1, 2

@@ -1,0 +1,337 @@
+"""Linear layers: in 16 bits or int8, and a decode step's, fused with all that stands between them.
+
+Shapes follow the key at the top of ds_attention.py; `dim` is the model's width.
+"""
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import nn
+
+from ds_attention import pdl
+
+def quantized(weight):
+    """weight [out, in] -> (codes int8 of its shape, scale [out] fp32): codes times scale is nearest
+    to it, by row and symmetric."""
+    scale = weight.abs().amax(1).float().clamp(min=1e-30) / 127
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    for part, rows, of_rows in zip(codes.split(4096), weight.split(4096), scale.split(4096)):
+        part.copy_((rows.float() / of_rows[:, None]).round_())  # in parts: an fp32 copy is large
+    return codes, scale
+
+
+class Linear(nn.Linear):
+    """nn.Linear. Its weight may be int8, as `quantized` has it, with `scale`: decode kernels read
+    it so, and whatever else needs the weight makes 16 bits of it first."""
+
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
+        self.register_parameter("scale", None)
+
+    def quantize(self):
+        codes, scale = quantized(self.weight)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def rows(self, n, dtype):
+        """The first n outputs' weights [n, in], in dtype if they are int8."""
+        weight = self.weight[:n]
+        return weight if self.scale is None else (weight * self.scale[:n, None]).to(dtype)
+
+    def forward(self, x):
+        whole = self.scale is None  # then no slice: training would pay for it
+        weight = self.weight if whole else self.rows(self.out_features, x.dtype)
+        return F.linear(x, weight, self.bias)
+
+
+@triton.jit
+def _expert_linear_kernel(x, w, experts, out, N, K, PER_X: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_K: tl.constexpr):
+    """out[p, n] = w[experts[p], n] . x[p // PER_X]: w [E, N, K], x [rows, K], out [pairs, N]."""
+    pair, offs_n = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (offs_n < N)[:, None]
+    w += tl.load(experts + pair).to(tl.int64) * N * K + offs_n.to(tl.int64)[:, None] * K
+    x += (pair // PER_X).to(tl.int64) * K
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        row = tl.load(x + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+        acc += row[None, :] * tl.load(w + offs_k[None, :], mask=mask_n & (offs_k < K)[None, :],
+                                      other=0.0).to(tl.float32)
+    tl.store(out + pair.to(tl.int64) * N + offs_n, tl.sum(acc, 1).to(out.dtype.element_ty),
+             mask=offs_n < N)
+
+
+def expert_linear(x, w, experts, block_n=8, block_k=512, num_warps=4):
+    """Each row through its own experts, without gathering their weights: x [rows, K], w [E, N, K],
+    experts [rows * top] int64, a row's top ones side by side -> [rows * top, N]. All contiguous."""
+    (E, N, K), pairs = w.shape, len(experts)
+    out = torch.empty(pairs, N, dtype=x.dtype, device=x.device)
+    # pairs vary fastest: rows with the same expert meet its weights in the L2 cache
+    _expert_linear_kernel[(pairs, triton.cdiv(N, block_n))](
+        x, w, experts, out, N, K, pairs // len(x), block_n, block_k, num_warps=num_warps)
+    return out
+
+
+# ---------------------------------------------------------------- decode kernels
+
+# The kernels of a decode step overlap: one may start once all programs of the one before have
+# called gdc_launch_dependents (programmatic dependent launch). What keeps that safe, here and in
+# ds_attention.py: each kernel calls gdc_wait before it writes anything or reads what this step has
+# written, so that one that has ended implies that all before it have; and a kernel whose successor
+# reads more than constants before its own gdc_wait launches that successor after gdc_wait.
+
+
+@triton.jit
+def _product(tile, inputs, acc, W8: tl.constexpr):
+    """acc + tile [n, k] times inputs [b, k]: [n, b]; of an int8 tile [b, n], where no two warps
+    widen the same weights."""
+    if W8:
+        acc = tl.dot(inputs, tl.trans(tile).to(inputs.dtype), acc)
+    else:
+        acc = tl.dot(tile, tl.trans(inputs), acc)
+    return acc
+
+
+@triton.jit
+def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain, cos, sin,
+                   seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV, kv_sb, kv_sh, kv_ss, eps,
+                   EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, NORM_PAIRS: tl.constexpr,
+                   STAGES: tl.constexpr, W8: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
+    """x [B, K] times w [rows, K], then an epilogue: see the methods of Residual.
+
+    A program owns BLOCK_N of N outputs, all of K. w may be int8: then scale [rows] fp32 is what its
+    rows are times. "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie
+    `half` apart. NORM_PAIRS: `half`, where q and k are normed by head; a program then has whole
+    heads.
+    """
+    PAIR: tl.constexpr = EPILOGUE == "silu" or EPILOGUE == "rope"
+    NORM: tl.constexpr = EPILOGUE != "residual"
+    pid = tl.program_id(0)
+    n, b, offs_k = (pid * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B),
+                    tl.arange(0, BLOCK_K))
+    mask_n, mask_b = n < N, b < B
+    mask = mask_n[:, None] & mask_b[None, :]
+    row = tl.minimum(n, N - 1)
+    if PAIR:
+        row += row // half * half
+    rows = w + row.to(tl.int64)[:, None] * K
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    # what the epilogue needs is loaded here, so that its latency is the loop's
+    at = b[None, :] * N + n[:, None]
+    if NORM:
+        offs_p = tl.arange(0, BLOCK_P)
+        part = tl.load(squares + offs_p[:, None] * B + b[None, :],
+                       mask=(offs_p < parts)[:, None] & mask_b[None, :], other=0.0)
+    else:
+        before = tl.load(out + at, mask=mask, other=0.0)
+        gains = tl.load(gain + n, mask=mask_n, other=0.0)
+    if scale is not None:
+        scale_1 = tl.load(scale + row)[:, None]
+        if PAIR:
+            scale_2 = tl.load(scale + row + half)[:, None]
+    if EPILOGUE == "rope":
+        head, channel = n // half, n % half
+        turned = mask & (head < HQ + HKV)[:, None]  # V is not
+        angle = b[None, :] * half + channel[:, None]
+        c, s = (tl.load(cos + angle, mask=turned, other=1.0),
+                tl.load(sin + angle, mask=turned, other=0.0))
+        position = tl.load(seq_lens + b, mask=mask_b, other=1) - 1
+        if bias is not None:
+            bias_1 = tl.load(bias + row).to(tl.float32)[:, None]
+            bias_2 = tl.load(bias + row + half).to(tl.float32)[:, None]
+        if NORM_PAIRS:
+            to_gain = tl.where(head < HQ, q_gain + channel, k_gain + channel)
+            gain_1 = tl.load(to_gain, mask=mask_n & (head < HQ + HKV),
+                             other=1.0).to(tl.float32)[:, None]
+            gain_2 = tl.load(to_gain + half, mask=mask_n & (head < HQ + HKV),
+                             other=1.0).to(tl.float32)[:, None]
+    SHAPE: tl.constexpr = [BLOCK_B, BLOCK_N] if W8 else [BLOCK_N, BLOCK_B]
+    acc, acc_2 = tl.zeros(SHAPE, tl.float32), tl.zeros(SHAPE, tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        mask_k = k + offs_k < K
+        inputs = tl.load(x + b[:, None] * K + (k + offs_k)[None, :],
+                         mask=mask_b[:, None] & mask_k[None, :], other=0.0)
+        tile = tl.load(rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0,
+                       eviction_policy="evict_first")
+        if UPCAST:
+            inputs, tile = inputs.to(tl.float32), tile.to(tl.float32)
+        acc = _product(tile, inputs, acc, W8)
+        if PAIR:
+            tile_2 = tl.load(rows + half * K + (k + offs_k)[None, :], mask=mask_k[None, :], other=0,
+                             eviction_policy="evict_first")
+            acc_2 = _product(tile_2.to(tile.dtype), inputs, acc_2, W8)
+        if PDL:
+            if k == launch_at:  # not earlier: programs that wait are in the way of those that run
+                tl.extra.cuda.gdc_launch_dependents()
+    if W8:
+        acc, acc_2 = tl.trans(acc), tl.trans(acc_2)
+    dtype = out.dtype.element_ty
+    if scale is not None:
+        acc *= scale_1
+        if PAIR:
+            acc_2 *= scale_2
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(part, 0) / K + eps)[None, :]
+        acc, acc_2 = acc * rstd, acc_2 * rstd
+    if EPILOGUE == "none":
+        tl.store(out + at, acc.to(dtype), mask=mask)
+    if EPILOGUE == "silu":
+        tl.store(out + at, (acc / (1 + tl.exp(-acc)) * acc_2).to(dtype), mask=mask)
+    if EPILOGUE == "residual":
+        total = (before.to(tl.float32) + acc).to(dtype)
+        tl.store(out + at, total, mask=mask)
+        total = total.to(tl.float32)
+        tl.store(scaled + at, (total * gains.to(tl.float32)[:, None]).to(dtype), mask=mask)
+        tl.store(squares + pid * B + b, tl.sum(tl.where(mask, total * total, 0.0), 0), mask=mask_b)
+    if EPILOGUE == "rope":
+        if bias is not None:
+            acc, acc_2 = acc + bias_1, acc_2 + bias_2
+        if NORM_PAIRS:
+            SPLIT: tl.constexpr = [BLOCK_N // NORM_PAIRS, NORM_PAIRS, BLOCK_B]  # heads, their pairs
+            square = tl.sum(tl.reshape(acc * acc + acc_2 * acc_2, SPLIT), 1, keep_dims=True)
+            head_rstd = tl.reshape(tl.broadcast_to(
+                tl.rsqrt(square / (2 * NORM_PAIRS) + eps), SPLIT), [BLOCK_N, BLOCK_B])
+            head_rstd = tl.where((head < HQ + HKV)[:, None], head_rstd, 1.0)
+            acc, acc_2 = acc * head_rstd * gain_1, acc_2 * head_rstd * gain_2
+        first, second = (acc * c - acc_2 * s).to(dtype), (acc_2 * c + acc * s).to(dtype)
+        to_q, to_kv = mask & (head < HQ)[:, None], mask & (head >= HQ)[:, None]
+        at = (b[None, :] * HQ + head[:, None]) * (2 * half) + channel[:, None]
+        tl.store(out + at, first, mask=to_q)
+        tl.store(out + at + half, second, mask=to_q)
+        slot = b.to(tl.int64) * kv_sb + position.to(tl.int64) * kv_ss
+        in_token = (head >= HQ + HKV).to(tl.int32) * 2 * half + channel  # a token's K, then its V
+        at = slot[None, :] + (((head - HQ) % HKV).to(tl.int64) * kv_sh + in_token)[:, None]
+        tl.store(kv + at, first, mask=to_kv)
+        tl.store(kv + at + half, second, mask=to_kv)
+
+
+@triton.jit
+def _enter_kernel(table, tokens, gain, x, scaled, squares, dim, BLOCK: tl.constexpr):
+    pid_b = tl.program_id(0)
+    row = pid_b.to(tl.int64)
+    if tokens is not None:
+        row = tl.load(tokens + pid_b).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, dim, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        value = tl.load(table + row * dim + offs, mask=offs < dim, other=0.0)
+        gains = tl.load(gain + offs, mask=offs < dim, other=0.0).to(tl.float32)
+        tl.store(x + pid_b * dim + offs, value, mask=offs < dim)
+        value = value.to(tl.float32)
+        tl.store(scaled + pid_b * dim + offs, (value * gains).to(x.dtype.element_ty),
+                 mask=offs < dim)
+        total += value * value
+    tl.store(squares + pid_b, tl.sum(total, 0))
+
+
+class Residual:
+    """The residual stream of a decode step, and the fused linear layers that read it.
+
+    One token for each of B sequences. Beside x [B, dim] stand x times the weight of the norm that
+    comes next, and the sums of x**2 over parts of dim: the kernel that changes x writes them, and
+    the one that needs the norm scales its result at the end. Weights are read once, at the memory's
+    speed, for up to MAX_ROWS sequences. They may be int8, with the `scale` of each output.
+    `more` of any method: scale, and block sizes and the like, see _tiles.
+    """
+
+    MAX_ROWS = 64
+
+    def __init__(self, table, gain, eps, tokens=None):
+        """Starts as rows tokens [B], or all, of table [any, dim]; gain [dim]: the first norm's."""
+        B, dim = len(table if tokens is None else tokens), table.shape[1]
+        self.eps = eps
+        self.x, self.scaled = (torch.empty(B, dim, dtype=table.dtype, device=table.device)
+                               for _ in range(2))
+        self.partial = torch.empty(triton.cdiv(dim, 16), B, dtype=torch.float32,
+                                   device=table.device)
+        self.enter(table, gain, tokens)
+
+    def enter(self, table, gain, tokens=None):
+        """x becomes rows of table, as in __init__."""
+        self.squares = self.partial[:1]
+        _enter_kernel[(len(self.x),)](table, tokens, gain, self.x, self.scaled, self.squares,
+                                      table.shape[1], BLOCK=1024)
+
+    def logits(self, weight, **more):
+        """norm(x) times weight [vocab, dim]: [B, vocab]."""
+        return self._linear("none", self.scaled, weight, weight.shape[0], **more)
+
+    def swiglu(self, weight, **more):
+        """silu(gate) * up of norm(x), weight [2 * F, dim] holding gate, then up: [B, F]."""
+        F_ = weight.shape[0] // 2
+        return self._linear("silu", self.scaled, weight, F_, half=F_, **more)
+
+    def heads(self, attn, cos, sin, kv, seq_lens, **more):
+        """The query heads [B, HQ, D] of norm(x) after RoPE; K and V go to the cache.
+
+        attn: an Attention. kv [B, HKV, S, 2, D] takes K and V at each row's newest position, one
+        less than seq_lens [B] int32; cos, sin [B, D / 2] fp32 are of these.
+        """
+        (HQ, HKV, _), D, weight = attn.heads, attn.head_dim, attn.wqkv.weight
+        assert kv.stride(3) == D and kv.stride(4) == 1
+        out = torch.empty(len(self.x), HQ, D, dtype=self.x.dtype, device=self.x.device)
+        rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV,
+                    strides=kv.stride()[:3], bias=attn.wqkv.bias, scale=attn.wqkv.scale)
+        if attn.q_norm is not None:
+            BLOCK_N = max(16, D // 2)
+            assert BLOCK_N % (D // 2) == 0 and BLOCK_N & (BLOCK_N - 1) == 0, (
+                f"head_dim={D}: a program has whole heads")
+            rope |= dict(NORM_PAIRS=D // 2, q_gain=attn.q_norm.weight, k_gain=attn.k_norm.weight,
+                         BLOCK_N=BLOCK_N)
+        return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out,
+                            **rope | more)
+
+    def add(self, inputs, weight, gain, **more):
+        """x += inputs [B, K] times weight [dim, K]; gain [dim]: the weight of the next norm."""
+        self._linear("residual", inputs, weight, weight.shape[0], out=self.x, gain=gain, **more)
+
+    def _linear(self, epilogue, x, weight, N, half=1, scale=None, out=None, gain=None, bias=None,
+                q_gain=None, k_gain=None, cos=None, sin=None, seq_lens=None, kv=None, HQ=1, HKV=1,
+                strides=(0, 0, 0), NORM_PAIRS=0, **tiles):
+        B, K = x.shape
+        assert x.is_contiguous() and weight.is_contiguous() and B <= self.MAX_ROWS
+        tiles = _tiles(epilogue, N, K, B, weight.element_size()) | tiles
+        programs = triton.cdiv(N, tiles["BLOCK_N"])
+        out = torch.empty(B, N, dtype=x.dtype, device=x.device) if out is None else out
+        if epilogue == "residual":
+            self.squares = self.partial[:programs]
+        parts = len(self.squares)
+        launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
+        overlap = pdl(x)
+        _linear_kernel[(programs,)](
+            x, weight, scale, out, self.squares, gain, None if gain is None else self.scaled, bias,
+            q_gain, k_gain, cos, sin, seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV,
+            *strides, self.eps, EPILOGUE=epilogue, NORM_PAIRS=NORM_PAIRS,
+            BLOCK_B=max(8 if scale is None else 16, triton.next_power_of_2(B)),
+            BLOCK_P=triton.next_power_of_2(parts), W8=scale is not None,
+            UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
+            PDL=overlap, **tiles, **(dict(launch_pdl=True) if overlap else {}))
+        return out
+
+
+def _tiles(epilogue, N, K, B, itemsize):
+    """Block sizes of a fused linear layer: all programs resident, 40 KB and more of weights on the
+    way to each multiprocessor. AHEAD: steps of BLOCK_K before its end when the next may start."""
+    # many: inputs take as much shared memory as weights
+    pair, many = epilogue in ("silu", "rope"), B > 16
+    short = epilogue == "residual" and K <= 8192
+    BLOCK_N = (16 if triton.cdiv(N, 32) < 128
+               else 64 if epilogue == "none" or (pair and many) else 32)
+    if many:
+        sizes = dict(BLOCK_K=64 if pair else 128, STAGES=4, num_warps=8)
+    else:
+        sizes = dict(BLOCK_K=128 if pair or BLOCK_N == 64 else 256,
+                     STAGES=3 if epilogue == "silu" else 4, num_warps=4)
+        if itemsize == 1:
+            if epilogue == "silu":
+                sizes["STAGES"] = 6
+            elif epilogue == "rope" or (epilogue == "residual" and not short):
+                sizes["BLOCK_K"] *= 2
+            if epilogue == "residual":
+                BLOCK_N, sizes["AHEAD"] = 64 if short and BLOCK_N == 32 else BLOCK_N, 4
+        elif short:  # the more programs there are, the more evenly they end
+            BLOCK_N, sizes["num_warps"] = 16, 1
+    return dict(BLOCK_N=BLOCK_N, AHEAD=2) | sizes
