@@ -22,6 +22,7 @@ class Harness(TemplateLM):
         self.decoder, self.tokenizer, self.chat = decoder, decoder.tokenizer, chat
         self.size = decoder.cache.max_seq_length
         self.attended = self.decoded = self.cut = 0
+        self.asked, self.answer = [], ()  # of the last one token scored: see score
 
     @property
     def eot_token_id(self):
@@ -64,11 +65,15 @@ class Harness(TemplateLM):
         # the last of them is scored, and not decoded
         ids = self.fitted(context, self.size + 1 - len(wanted)) + wanted
         n = len(ids) - len(wanted)
-        self.decoder.start(ids[: n - 1])
+        if len(wanted) > 1 or ids[:-1] != self.asked:
+            self.decoder.start(ids[: n - 1])
+            answer = (logits.float().log_softmax(-1)
+                      for logits in self.decoder.logits(ids[n - 1 : -1]))
+            # choices of one token each have the same, which is decoded once
+            self.asked, self.answer = (ids[:-1], list(answer)) if len(wanted) == 1 else ([], answer)
         nats, greedy = 0.0, True
-        for logits in self.decoder.logits(ids[n - 1 : -1]):
-            targets, wanted = wanted[: len(logits)], wanted[len(logits) :]
-            found = logits.float().log_softmax(-1)
+        for found in self.answer:
+            targets, wanted = wanted[: len(found)], wanted[len(found) :]
             nats += found[range(len(targets)), targets].sum().item()
             greedy = greedy and found.argmax(-1).tolist() == targets
         self.count()
