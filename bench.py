@@ -40,12 +40,10 @@ from cli import (
 from config import PRESETS, ModelConfig
 from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, write_labels
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
-from host_memory import check_host_memory, free_host_bytes, host_layers, packs
+from host_memory import check_host_memory, fetch, free_host_bytes, host_layers, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
 from model import KVCache, Transformer, apply_rope, check_memory, parameter_shapes
-from offload import (
-    MIN_AGREEMENT, OffloadCache, Placement, fetch, idle_heads, predictable_layers
-)
+from offload import MIN_AGREEMENT, OffloadCache, Placement, idle_heads, predictable_layers
 
 RESULTS = HERE / "results"
 

@@ -1,5 +1,5 @@
-"""Host memory that the GPU reads and writes: how much there is, and a layer's K and V in it, as
-they are or packed.
+"""Host memory that the GPU reads and writes: how much there is, a layer's K and V in it, as they
+are or packed, and how single tokens' rows come to the GPU.
 
 Plain torch functions named _ref are the specification; kernels do the same on a GPU and, with
 TRITON_INTERPRET=1, on a CPU. Shapes follow the key at the top of ds_attention.py.
@@ -189,6 +189,10 @@ class HostRows:
             ends = torch.full((1,), end, dtype=torch.int32, device=rows.device)
             (pack if kernels else pack_ref)(self.sequence(b), rows, ends)
 
+    def append(self, newest, seq_lens, kernels):
+        """Takes the newest tokens' K and V, newest [B, HKV, 2, D]; kernels: as in read."""
+        (pack if kernels else pack_ref)(self, newest[:, :, None], seq_lens)
+
     def map_bytes(self):
         return 0 if self.tops is None else self.tops.nbytes
 
@@ -218,9 +222,13 @@ class HostRows:
 
 
 def pack_ref(host, rows, ends):
-    """Packs rows [B, HKV, T, 2, D], bfloat16, of the T positions before ends [B] int32, into host,
-    HostRows with tops."""
+    """Stores rows [B, HKV, T, 2, D] of the T positions before ends [B] int32 in host, HostRows; if
+    it has tops, packed."""
     B, HKV, T, _, D = rows.shape
+    if host.tops is None:
+        for b in range(B):
+            host.kv[b, :, int(ends[b]) - T : int(ends[b])] = rows[b]
+        return
     rows = rows.contiguous()
     v = rows.view(torch.int16).int() & 0xFFFF
     exponents = v >> 7 & 255
@@ -259,6 +267,7 @@ def unpack_ref(host, b, h, tokens):
 @triton.jit
 def _pack_kernel(rows, ends, words, rest, tops, T, S, r_sb, r_sh, r_st, HKV, D: tl.constexpr,
                  BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    """pack_ref. Rows are of int16; without tops `words` are all of the host's rows."""
     row = tl.program_id(1)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     offs, g = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 8)
@@ -266,39 +275,45 @@ def _pack_kernel(rows, ends, words, rest, tops, T, S, r_sb, r_sh, r_st, HKV, D: 
     rows += (row // HKV).to(tl.int64) * r_sb + (row % HKV).to(tl.int64) * r_sh
     mask = (t < T)[:, None] & (offs < 2 * D)[None, :]
     v = tl.load(rows + t.to(tl.int64)[:, None] * r_st + offs[None, :], mask=mask, other=0)
-    bits = v.to(tl.int32) & 0xFFFF
-    exponents = (bits >> 7) & 255
-    of_k = (offs < D)[None, :]
-    top_k = tl.max(tl.where(of_k, exponents, 0), 1)
-    top_v = tl.max(tl.where(of_k, 0, exponents), 1)
-    codes = tl.where(mask, tl.where(of_k, top_k[:, None], top_v[:, None]) - exponents, 0)
-    fit = (tl.max(codes, 1) < 16) & (top_k >= 64) & (top_k < 192)
-    tl.store(tops + at, tl.where(fit, ((top_k - 64) << 8) + top_v, -1).to(tl.int16), mask=t < T)
-    halves = tl.pointer_type(tl.int16)
-    early = words.to(halves, bitcast=True) + (at * (D // 2 * 3))[:, None] + offs[None, :]
-    late = rest.to(halves, bitcast=True) + (at * (D // 2))[:, None] + offs[None, :] - D // 2 * 3
-    whole = tl.where((offs < D // 2 * 3)[None, :], early, late)
-    tl.store(whole, v, mask=mask & (fit == 0)[:, None])
-    byte = (((bits >> 8) & 128) | (bits & 127)) << (8 * (offs % 4))[None, :]
-    codes = (codes & 15) << (4 * (offs % 8))[None, :]
-    first = ((offs % 8) < 4)[None, :]
-    to = words + (at * (D // 4 * 3))[:, None] + g[None, :]
-    inside = ((t < T) & fit)[:, None] & (g < D // 4)[None, :]
-    EIGHTS: tl.constexpr = (TOKENS, BLOCK // 8, 8)
-    tl.store(to, tl.sum(tl.reshape(codes, EIGHTS), 2), mask=inside)
-    tl.store(to + D // 4, tl.sum(tl.reshape(tl.where(first, byte, 0), EIGHTS), 2), mask=inside)
-    tl.store(to + D // 2, tl.sum(tl.reshape(tl.where(first, 0, byte), EIGHTS), 2), mask=inside)
+    if tops is None:
+        tl.store(words + at[:, None] * (2 * D) + offs[None, :], v, mask=mask)
+    else:
+        bits = v.to(tl.int32) & 0xFFFF
+        exponents = (bits >> 7) & 255
+        of_k = (offs < D)[None, :]
+        top_k = tl.max(tl.where(of_k, exponents, 0), 1)
+        top_v = tl.max(tl.where(of_k, 0, exponents), 1)
+        codes = tl.where(mask, tl.where(of_k, top_k[:, None], top_v[:, None]) - exponents, 0)
+        fit = (tl.max(codes, 1) < 16) & (top_k >= 64) & (top_k < 192)
+        tl.store(tops + at, tl.where(fit, ((top_k - 64) << 8) + top_v, -1).to(tl.int16), mask=t < T)
+        halves = tl.pointer_type(tl.int16)
+        early = words.to(halves, bitcast=True) + (at * (D // 2 * 3))[:, None] + offs[None, :]
+        late = rest.to(halves, bitcast=True) + (at * (D // 2))[:, None] + offs[None, :] - D // 2 * 3
+        whole = tl.where((offs < D // 2 * 3)[None, :], early, late)
+        tl.store(whole, v, mask=mask & (fit == 0)[:, None])
+        byte = (((bits >> 8) & 128) | (bits & 127)) << (8 * (offs % 4))[None, :]
+        codes = (codes & 15) << (4 * (offs % 8))[None, :]
+        first = ((offs % 8) < 4)[None, :]
+        to = words + (at * (D // 4 * 3))[:, None] + g[None, :]
+        inside = ((t < T) & fit)[:, None] & (g < D // 4)[None, :]
+        EIGHTS: tl.constexpr = (TOKENS, BLOCK // 8, 8)
+        tl.store(to, tl.sum(tl.reshape(codes, EIGHTS), 2), mask=inside)
+        tl.store(to + D // 4, tl.sum(tl.reshape(tl.where(first, byte, 0), EIGHTS), 2), mask=inside)
+        tl.store(to + D // 2, tl.sum(tl.reshape(tl.where(first, 0, byte), EIGHTS), 2), mask=inside)
 
 
 def pack(host, rows, ends):
     """As pack_ref; rows with K and V of a token side by side."""
+    assert rows.stride(3) == rows.shape[4] and rows.stride(4) == 1
+    rows, words, rest = rows.view(torch.int16), host.kv.view(torch.int16), None
+    if host.tops is not None:
+        words, rest = host.words, host.rest
     B, HKV, T, _, D = rows.shape
-    assert rows.stride(3) == D and rows.stride(4) == 1
     tokens = min(16, triton.next_power_of_2(T))
     _pack_kernel[(triton.cdiv(T, tokens), B * HKV)](
-        rows=rows.view(torch.int16), ends=ends, words=host.words, rest=host.rest, tops=host.tops,
-        T=T, S=host.kv.shape[2], r_sb=rows.stride(0), r_sh=rows.stride(1), r_st=rows.stride(2),
-        HKV=HKV, D=D, BLOCK=triton.next_power_of_2(2 * D), TOKENS=tokens)
+        rows=rows, ends=ends, words=words, rest=rest, tops=host.tops, T=T, S=host.kv.shape[2],
+        r_sb=rows.stride(0), r_sh=rows.stride(1), r_st=rows.stride(2), HKV=HKV, D=D,
+        BLOCK=triton.next_power_of_2(2 * D), TOKENS=tokens)
 
 
 @triton.jit
@@ -350,3 +365,96 @@ def unpack(host, rows):
     _unpack_kernel[(triton.cdiv(T, 32), HKV)](
         words=host.words, rest=host.rest, tops=host.tops, rows=rows, T=T, S=host.kv.shape[2],
         r_sh=rows.stride(1), D=D, BLOCK=triton.next_power_of_2(D), TOKENS=32)
+
+
+# ---------------------------------------------------------------- fetching
+
+
+def fetch_ref(kv, placed, host, newest, indices, seq_lens):
+    """Copies tokens' rows from host, HostRows, to kv [B, HKV, any, 2, D].
+
+    indices [B, heads, capacity] int32: tokens of the first KV heads, or of all; placed, a Placement
+    of offload.py, says which of them are missing, and to which rows of kv they go. The newest
+    tokens' K and V, newest [B, HKV, 2, D], go to theirs. newest None: they are not known yet.
+    indices None: nothing is missing any more."""
+    last = (seq_lens - 1).long()
+    if indices is not None:
+        nth = torch.arange(indices.shape[2], device=indices.device)
+        b, h, j = (nth < placed.n_missing[..., None]).nonzero(as_tuple=True)
+        i = placed.missing[b, h, j].long()
+        known = indices[b, h, i] != last[b]
+        b, h, i = b[known], h[known], i[known]
+        tokens = indices[b, h, i].long()
+        found = host.kv[b, h, tokens] if host.tops is None else unpack_ref(host, b, h, tokens)
+        kv[b, h, placed.rows[b, h, i].long()] = found
+    if newest is None:
+        return
+    b, h = (placed.newest >= 0).nonzero(as_tuple=True)
+    kv[b, h, placed.newest[b, h].long()] = newest[b, h]
+
+
+@triton.jit
+def _fetch_kernel(host, rest, tops, newest, kv, seq_lens, indices, rows, missing, n_missing,
+                  newest_row, capacity, S, kv_rows, all_heads, HEADS: tl.constexpr,
+                  HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr,
+                  TOKENS: tl.constexpr):
+    """fetch_ref. The programs share out what is missing, TOKENS rows at a time, head after head.
+
+    A token's row is its K and V, ROW elements; with `tops` ROW words of two values, and host and
+    rest are the words and rest of HostRows. """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    offs, each = tl.arange(0, BLOCK), tl.arange(0, GIVEN)
+    if indices is not None:
+        count = tl.load(n_missing + each, mask=each < all_heads // HKV * HEADS, other=0)
+        parts = tl.cdiv(count, TOKENS)
+        end = tl.cumsum(parts, 0)
+        for part in range(program, tl.sum(parts), programs):
+            given = tl.sum((end <= part).to(tl.int32))  # of the rows and heads with tokens
+            of_row = part - tl.sum(tl.where(each == given, end - parts, 0))
+            nth = of_row * TOKENS + tl.arange(0, TOKENS)
+            mask = nth < tl.sum(tl.where(each == given, count, 0))
+            row = given // HEADS * HKV + given % HEADS  # of all
+            last = tl.load(seq_lens + row // HKV) - 1
+            base, first = row.to(tl.int64), given.to(tl.int64) * capacity
+            i = tl.load(missing + first + nth, mask=mask, other=0)
+            token = tl.load(indices + first + i, mask=mask, other=0)
+            to = tl.load(rows + first + i, mask=mask, other=0)
+            mask = mask & (token != last)
+            inside = mask[:, None] & (offs < ROW)[None, :]
+            if tops is None:
+                source = host + (base * S + token)[:, None] * ROW + offs[None, :]
+                fetched = tl.load(source, mask=inside, other=0.0)
+            else:
+                fetched = unpacked(host, rest, tops, base * S + token, mask, ROW, BLOCK)
+            target = kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :]
+            tl.store(target, fetched, mask=inside)
+    if newest is not None:
+        for begin in range(program * 16, all_heads, programs * 16):
+            row = begin + tl.arange(0, 16)
+            base = row.to(tl.int64)
+            to = tl.load(newest_row + base, mask=row < all_heads, other=-1)
+            mask = (row < all_heads)[:, None] & (offs < ROW)[None, :]
+            fresh = tl.load(newest + base[:, None] * ROW + offs[None, :], mask=mask, other=0)
+            tl.store(kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :], fresh,
+                     mask=mask & (to >= 0)[:, None])
+
+
+def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
+    """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows
+    on their way, which is enough for PCIe. Whatever shares a multiprocessor with loads from the
+    host waits as long as they do. More programs for more heads, which may miss few tokens each."""
+    B, heads, capacity = placed.rows.shape
+    programs = programs or min(64, max(8, B * heads // 4))
+    assert host.kv.is_contiguous() and (newest is None or newest.is_contiguous())
+    assert indices is None or indices.is_contiguous() and indices.shape == placed.rows.shape
+    whole, rest, fresh = host.kv, None, newest
+    _, HKV, S, _, D = whole.shape
+    if host.tops is not None:
+        whole, rest, D = host.words, host.rest, D // 2
+        fresh, kv = (x if x is None else x.view(torch.int32) for x in (fresh, kv))
+    _fetch_kernel[(programs,)](
+        host=whole, rest=rest, tops=host.tops, newest=fresh, kv=kv, seq_lens=seq_lens,
+        indices=indices, rows=placed.rows, missing=placed.missing, n_missing=placed.n_missing,
+        newest_row=placed.newest, capacity=capacity, S=S, kv_rows=kv.shape[2], all_heads=B * HKV,
+        HEADS=heads, HKV=HKV, ROW=2 * D, BLOCK=triton.next_power_of_2(2 * D),
+        GIVEN=triton.next_power_of_2(B * heads), TOKENS=tokens, num_warps=num_warps)

@@ -17,7 +17,9 @@ more than a row.) Two streams, time from left to right, layer l fetched ahead be
     side                         | choose l  | fetch l ahead ........................... |
 
   - `choose` waits for the resolve before it: from then on the GPU idles, and PCIe does not.
-  - `fetch ahead` waits for the fetch before it, and so for all attention before that.
+  - `fetch ahead` waits for the fetch before it, and so for all attention before that. It is
+    started before the attention beside it, which would take all multiprocessors: `fetch` needs
+    empty ones.
   - Layer l resolves after its choice, which changes the same maps, and fetches after what was
     fetched ahead, whose slots may be others' by then.
 
@@ -39,7 +41,7 @@ import triton.language as tl
 
 from ds_attention import Workspace, attend, attend_ref, dense_decode, select_tokens, write_labels
 from host_memory import (
-    PACKED, HostRows, host_layers, offloaded_layers, pack, pack_ref, packs, unpack_ref, unpacked
+    PACKED, HostRows, fetch, fetch_ref, host_layers, offloaded_layers, packs
 )
 from model import KVCache, LayerCache, open_tensors
 
@@ -314,102 +316,6 @@ def resolve(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, recent
         num_warps=max(1, tile // 256))  # PCIe waits for the last program: each has what fits a core
 
 
-def fetch_ref(kv, placed, host, newest, indices, seq_lens):
-    """Copies what `resolve` found missing of indices from host, HostRows, to its rows of
-    kv [B, HKV, any, 2, D], and the newest tokens' K and V, newest [B, HKV, 2, D], to theirs and to
-    the host. newest None: they are not known yet. indices None: nothing is missing any more."""
-    last = (seq_lens - 1).long()
-    if indices is not None:
-        nth = torch.arange(indices.shape[2], device=indices.device)
-        b, h, j = (nth < placed.n_missing[..., None]).nonzero(as_tuple=True)
-        i = placed.missing[b, h, j].long()
-        known = indices[b, h, i] != last[b]
-        b, h, i = b[known], h[known], i[known]
-        tokens = indices[b, h, i].long()
-        found = host.kv[b, h, tokens] if host.tops is None else unpack_ref(host, b, h, tokens)
-        kv[b, h, placed.rows[b, h, i].long()] = found
-    if newest is None:
-        return
-    b, h = (placed.newest >= 0).nonzero(as_tuple=True)
-    kv[b, h, placed.newest[b, h].long()] = newest[b, h]
-    if host.tops is None:
-        host.kv[torch.arange(len(last)), :, last] = newest
-    else:
-        pack_ref(host, newest[:, :, None], seq_lens)
-
-
-@triton.jit
-def _fetch_kernel(host, rest, tops, newest, kv, seq_lens, indices, rows, missing, n_missing,
-                  newest_row, capacity, S, kv_rows, all_heads, HEADS: tl.constexpr,
-                  HKV: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr,
-                  TOKENS: tl.constexpr):
-    """fetch_ref. The programs share out what is missing, TOKENS rows at a time, head after head.
-
-    A token's row is its K and V, ROW elements; with `tops` ROW words of two values, host and rest
-    are the words and rest of HostRows, and the newest rows stay to be packed. """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    offs, each = tl.arange(0, BLOCK), tl.arange(0, GIVEN)
-    if indices is not None:
-        count = tl.load(n_missing + each, mask=each < all_heads // HKV * HEADS, other=0)
-        parts = tl.cdiv(count, TOKENS)
-        end = tl.cumsum(parts, 0)
-        for part in range(program, tl.sum(parts), programs):
-            given = tl.sum((end <= part).to(tl.int32))  # of the rows and heads with tokens
-            of_row = part - tl.sum(tl.where(each == given, end - parts, 0))
-            nth = of_row * TOKENS + tl.arange(0, TOKENS)
-            mask = nth < tl.sum(tl.where(each == given, count, 0))
-            row = given // HEADS * HKV + given % HEADS  # of all
-            last = tl.load(seq_lens + row // HKV) - 1
-            base, first = row.to(tl.int64), given.to(tl.int64) * capacity
-            i = tl.load(missing + first + nth, mask=mask, other=0)
-            token = tl.load(indices + first + i, mask=mask, other=0)
-            to = tl.load(rows + first + i, mask=mask, other=0)
-            mask = mask & (token != last)
-            inside = mask[:, None] & (offs < ROW)[None, :]
-            if tops is None:
-                source = host + (base * S + token)[:, None] * ROW + offs[None, :]
-                fetched = tl.load(source, mask=inside, other=0.0)
-            else:
-                fetched = unpacked(host, rest, tops, base * S + token, mask, ROW, BLOCK)
-            target = kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :]
-            tl.store(target, fetched, mask=inside)
-    if newest is not None:
-        for begin in range(program * 16, all_heads, programs * 16):
-            row = begin + tl.arange(0, 16)
-            base = row.to(tl.int64)
-            last = tl.load(seq_lens + row // HKV, mask=row < all_heads, other=1) - 1
-            to = tl.load(newest_row + base, mask=row < all_heads, other=-1)
-            mask = (row < all_heads)[:, None] & (offs < ROW)[None, :]
-            fresh = tl.load(newest + base[:, None] * ROW + offs[None, :], mask=mask, other=0)
-            tl.store(kv + (base * kv_rows + to)[:, None] * ROW + offs[None, :], fresh,
-                     mask=mask & (to >= 0)[:, None])
-            if tops is None:
-                tl.store(host + (base * S + last)[:, None] * ROW + offs[None, :], fresh, mask=mask)
-
-
-def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
-    """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows
-    on their way, which is enough for PCIe. Whatever shares a multiprocessor with loads from the
-    host waits as long as they do. More programs for more heads, which may miss few tokens each."""
-    B, heads, capacity = placed.rows.shape
-    programs = programs or min(64, max(8, B * heads // 4))
-    assert host.kv.is_contiguous() and (newest is None or newest.is_contiguous())
-    assert indices is None or indices.is_contiguous() and indices.shape == placed.rows.shape
-    whole, rest, fresh = host.kv, None, newest
-    _, HKV, S, _, D = whole.shape
-    if host.tops is not None:
-        whole, rest, D = host.words, host.rest, D // 2
-        fresh, kv = (x if x is None else x.view(torch.int32) for x in (fresh, kv))
-    _fetch_kernel[(programs,)](
-        host=whole, rest=rest, tops=host.tops, newest=fresh, kv=kv, seq_lens=seq_lens,
-        indices=indices, rows=placed.rows, missing=placed.missing, n_missing=placed.n_missing,
-        newest_row=placed.newest, capacity=capacity, S=S, kv_rows=kv.shape[2], all_heads=B * HKV,
-        HEADS=heads, HKV=HKV, ROW=2 * D, BLOCK=triton.next_power_of_2(2 * D),
-        GIVEN=triton.next_power_of_2(B * heads), TOKENS=tokens, num_warps=num_warps)
-    if host.tops is not None and newest is not None:
-        pack(host, newest[:, :, None], seq_lens)
-
-
 # ---------------------------------------------------------------- the cache
 
 MODES = ("exact", "predicted")
@@ -542,8 +448,9 @@ class OffloadedLayer(HostLayer):
         foresight.fetching.wait(self.rows_there)
         self.fetch(placed, self.newest, indices, seq_lens)
         self.forget_prediction()
-        if following:
+        if following:  # before attention, which leaves no multiprocessor empty for it
             following.fetch_ahead(seq_lens)
+        self.host.append(self.newest, seq_lens, self.ds.use_triton(q))
 
         kv, (_, n_tokens, counts) = self.resident.kv, chosen
         if self.ds.use_triton(q):
@@ -598,6 +505,7 @@ class StreamedLayer(HostLayer):
         kv = stream.arrived(self.number)
         run = fetch if q.is_cuda else fetch_ref
         run(kv, stream.placed, self.host, self.newest, None, seq_lens)
+        self.host.append(self.newest, seq_lens, q.is_cuda)
         out = dense_decode(q, *kv.unbind(3), seq_lens, self.window, workspace=self.workspace)
         stream.begin(self.number + 2)
         return out
