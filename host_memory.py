@@ -444,7 +444,7 @@ def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128
     on their way, which is enough for PCIe. Whatever shares a multiprocessor with loads from the
     host waits as long as they do. More programs for more heads, which may miss few tokens each."""
     B, heads, capacity = placed.rows.shape
-    programs = programs or min(64, max(8, B * heads // 4))
+    programs = programs or min(64, max(12, B * heads // 4))
     assert host.kv.is_contiguous() and (newest is None or newest.is_contiguous())
     assert indices is None or indices.is_contiguous() and indices.shape == placed.rows.shape
     whole, rest, fresh = host.kv, None, newest
