@@ -83,34 +83,28 @@ def expert_linear(x, w, experts, block_n=8, block_k=512, num_warps=4):
 
 
 @triton.jit
-def _product(tile, inputs, acc, W8: tl.constexpr):
-    """acc + tile [n, k] times inputs [b, k]: [n, b]; of an int8 tile [b, n], where no two warps
-    widen the same weights."""
-    if W8:
-        acc = tl.dot(inputs, tl.trans(tile).to(inputs.dtype), acc)
-    else:
-        acc = tl.dot(tile, tl.trans(inputs), acc)
-    return acc
-
-
-@triton.jit
 def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain, cos, sin,
                    seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV, kv_sb, kv_sh, kv_ss, eps,
                    EPILOGUE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, NORM_PAIRS: tl.constexpr,
-                   STAGES: tl.constexpr, W8: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
+                   STAGES: tl.constexpr, PARTS: tl.constexpr, ALONE: tl.constexpr,
+                   UPCAST: tl.constexpr, PDL: tl.constexpr):
     """x [B, K] times w [rows, K], then an epilogue: see the methods of Residual.
 
-    A program owns BLOCK_N of N outputs, all of K. w may be int8: then scale [rows] fp32 is what its
-    rows are times. "silu" and "rope" take two rows of w for each n: n counts pairs of rows that lie
-    `half` apart. NORM_PAIRS: `half`, where q and k are normed by head; a program then has whole
-    heads.
+    A program owns BLOCK_N of N outputs, all of K. BLOCK_K is in PARTS, one for each warp where
+    there are several, so that no two read or widen the same weights; their sums meet at the end.
+    w may be int8: then scale [rows] fp32 is what its rows are times. "silu" and "rope" take two
+    rows of w for each n: n counts pairs of rows that lie `half` apart. NORM_PAIRS: `half`, where q
+    and k are normed by head; a program then has whole heads.
     """
     PAIR: tl.constexpr = EPILOGUE == "silu" or EPILOGUE == "rope"
     NORM: tl.constexpr = EPILOGUE != "residual"
     pid = tl.program_id(0)
-    n, b, offs_k = (pid * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B),
-                    tl.arange(0, BLOCK_K))
+    n, b = pid * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B)
+    PART: tl.constexpr = BLOCK_K // PARTS
+    offs_k = tl.arange(0, PART)[None, :]
+    if PARTS > 1:
+        offs_k += tl.arange(0, PARTS)[:, None, None] * PART  # [PARTS, 1, PART]
     mask_n, mask_b = n < N, b < B
     mask = mask_n[:, None] & mask_b[None, :]
     row = tl.minimum(n, N - 1)
@@ -148,26 +142,30 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
                              other=1.0).to(tl.float32)[:, None]
             gain_2 = tl.load(to_gain + half, mask=mask_n & (head < HQ + HKV),
                              other=1.0).to(tl.float32)[:, None]
-    SHAPE: tl.constexpr = [BLOCK_B, BLOCK_N] if W8 else [BLOCK_N, BLOCK_B]
-    acc, acc_2 = tl.zeros(SHAPE, tl.float32), tl.zeros(SHAPE, tl.float32)
+    OUT: tl.constexpr = [PARTS, BLOCK_N, BLOCK_B] if PARTS > 1 else [BLOCK_N, BLOCK_B]
+    IN: tl.constexpr = [PARTS, BLOCK_B, PART] if PARTS > 1 else [BLOCK_B, PART]
+    acc, acc_2 = tl.zeros(OUT, tl.float32), tl.zeros(OUT, tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         mask_k = k + offs_k < K
-        inputs = tl.load(x + b[:, None] * K + (k + offs_k)[None, :],
-                         mask=mask_b[:, None] & mask_k[None, :], other=0.0)
-        tile = tl.load(rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0,
-                       eviction_policy="evict_first")
+        if ALONE:  # the one sequence's stand in all rows
+            inputs = tl.broadcast_to(tl.load(x + (k + offs_k), mask=mask_k, other=0.0), IN)
+        else:
+            inputs = tl.load(x + b[:, None] * K + (k + offs_k), mask=mask_b[:, None] & mask_k,
+                             other=0.0)
         if UPCAST:
-            inputs, tile = inputs.to(tl.float32), tile.to(tl.float32)
-        acc = _product(tile, inputs, acc, W8)
+            inputs = inputs.to(tl.float32)
+        inputs = tl.trans(inputs)  # of the last two dims
+        tile = tl.load(rows + (k + offs_k), mask=mask_k, other=0, eviction_policy="evict_first")
+        acc = tl.dot(tile.to(inputs.dtype), inputs, acc)
         if PAIR:
-            tile_2 = tl.load(rows + half * K + (k + offs_k)[None, :], mask=mask_k[None, :], other=0,
-                             eviction_policy="evict_first")
-            acc_2 = _product(tile_2.to(tile.dtype), inputs, acc_2, W8)
+            tile = tl.load(rows + half * K + (k + offs_k), mask=mask_k, other=0,
+                           eviction_policy="evict_first")
+            acc_2 = tl.dot(tile.to(inputs.dtype), inputs, acc_2)
         if PDL:
             if k == launch_at:  # not earlier: programs that wait are in the way of those that run
                 tl.extra.cuda.gdc_launch_dependents()
-    if W8:
-        acc, acc_2 = tl.trans(acc), tl.trans(acc_2)
+    if PARTS > 1:
+        acc, acc_2 = tl.sum(acc, 0), tl.sum(acc_2, 0)
     dtype = out.dtype.element_ty
     if scale is not None:
         acc *= scale_1
@@ -293,7 +291,7 @@ class Residual:
                 strides=(0, 0, 0), NORM_PAIRS=0, **tiles):
         B, K = x.shape
         assert x.is_contiguous() and weight.is_contiguous() and B <= self.MAX_ROWS
-        tiles = _tiles(epilogue, N, K, B, weight.element_size()) | tiles
+        tiles = _tiles(epilogue, B, weight.element_size()) | tiles
         programs = triton.cdiv(N, tiles["BLOCK_N"])
         out = torch.empty(B, N, dtype=x.dtype, device=x.device) if out is None else out
         if epilogue == "residual":
@@ -305,33 +303,27 @@ class Residual:
             x, weight, scale, out, self.squares, gain, None if gain is None else self.scaled, bias,
             q_gain, k_gain, cos, sin, seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV,
             *strides, self.eps, EPILOGUE=epilogue, NORM_PAIRS=NORM_PAIRS,
-            BLOCK_B=max(8 if scale is None else 16, triton.next_power_of_2(B)),
-            BLOCK_P=triton.next_power_of_2(parts), W8=scale is not None,
+            BLOCK_B=max(8, triton.next_power_of_2(B)), BLOCK_P=triton.next_power_of_2(parts),
+            ALONE=B == 1,
             UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
             PDL=overlap, **tiles, **(dict(launch_pdl=True) if overlap else {}))
         return out
 
 
-def _tiles(epilogue, N, K, B, itemsize):
-    """Block sizes of a fused linear layer: all programs resident, 40 KB and more of weights on the
-    way to each multiprocessor. AHEAD: steps of BLOCK_K before its end when the next may start."""
-    # many: inputs take as much shared memory as weights
-    pair, many = epilogue in ("silu", "rope"), B > 16
-    short = epilogue == "residual" and K <= 8192
-    BLOCK_N = (16 if triton.cdiv(N, 32) < 128
-               else 64 if epilogue == "none" or (pair and many) else 32)
-    if many:
-        sizes = dict(BLOCK_K=64 if pair else 128, STAGES=4, num_warps=8)
-    else:
-        sizes = dict(BLOCK_K=128 if pair or BLOCK_N == 64 else 256,
-                     STAGES=3 if epilogue == "silu" else 4, num_warps=4)
-        if itemsize == 1:
-            if epilogue == "silu":
-                sizes["STAGES"] = 6
-            elif epilogue == "rope" or (epilogue == "residual" and not short):
-                sizes["BLOCK_K"] *= 2
-            if epilogue == "residual":
-                BLOCK_N, sizes["AHEAD"] = 64 if short and BLOCK_N == 32 else BLOCK_N, 4
-        elif short:  # the more programs there are, the more evenly they end
-            BLOCK_N, sizes["num_warps"] = 16, 1
-    return dict(BLOCK_N=BLOCK_N, AHEAD=2) | sizes
+def _tiles(epilogue, B, itemsize):
+    """Block sizes of a fused linear layer: small programs, all of them resident, with 40 KB and
+    more of weights on the way to each multiprocessor. AHEAD: steps of BLOCK_K before its end when
+    the next may start."""
+    int8, pair, many = itemsize == 1, epilogue in ("silu", "rope"), B > 16
+    if epilogue == "residual":  # has the fewest rows: more warps for each
+        sizes = (dict(BLOCK_N=32, BLOCK_K=512, num_warps=4, STAGES=4 if B <= 32 else 3) if many
+                 else dict(BLOCK_N=32, BLOCK_K=1024, num_warps=4, STAGES=4) if int8
+                 else dict(BLOCK_N=16, BLOCK_K=256, num_warps=2, STAGES=5))
+    elif not many:
+        sizes = dict(BLOCK_N=32 if int8 and B > 8 else 16, BLOCK_K=256 if int8 else 128,
+                     num_warps=2 if int8 else 1, STAGES=4 if epilogue == "rope" else 3)
+    elif int8:
+        sizes = dict(BLOCK_N=16 if B <= 32 else 32, BLOCK_K=128, num_warps=2, STAGES=4)
+    else:  # inputs take as much shared memory as weights: no warp has its own
+        sizes = dict(BLOCK_N=64, BLOCK_K=64 if pair else 128, num_warps=8, STAGES=4, PARTS=1)
+    return dict(AHEAD=2, PARTS=sizes["num_warps"]) | sizes
