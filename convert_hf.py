@@ -144,15 +144,16 @@ def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, t
             pieces[f"{ours}.ffn.w2.weight"] = {f"{hf}.mlp.down_proj.weight": (dim, ffn)}
         elif fused_experts:
             pieces[f"{ours}.ffn.router.weight"] = {f"{hf}.mlp.gate.weight": (E, dim)}
-            pieces[f"{ours}.ffn.w13"] = {f"{hf}.mlp.experts.gate_up_proj": (E, 2 * ffn, dim)}
-            pieces[f"{ours}.ffn.w2"] = {f"{hf}.mlp.experts.down_proj": (E, dim, ffn)}
+            pieces[f"{ours}.ffn.w13.weight"] = {
+                f"{hf}.mlp.experts.gate_up_proj": (E, 2 * ffn, dim)}
+            pieces[f"{ours}.ffn.w2.weight"] = {f"{hf}.mlp.experts.down_proj": (E, dim, ffn)}
         else:
             moe = f"{hf}.block_sparse_moe"
             pieces[f"{ours}.ffn.router.weight"] = {f"{moe}.gate.weight": (E, dim)}
-            pieces[f"{ours}.ffn.w13"] = {f"{moe}.experts.{e}.{w}.weight": (ffn, dim)
-                                         for e in range(E) for w in ("w1", "w3")}
-            pieces[f"{ours}.ffn.w2"] = {f"{moe}.experts.{e}.w2.weight": (dim, ffn)
-                                        for e in range(E)}
+            pieces[f"{ours}.ffn.w13.weight"] = {f"{moe}.experts.{e}.{w}.weight": (ffn, dim)
+                                                for e in range(E) for w in ("w1", "w3")}
+            pieces[f"{ours}.ffn.w2.weight"] = {f"{moe}.experts.{e}.w2.weight": (dim, ffn)
+                                               for e in range(E)}
     pieces["norm.weight"] = {"model.norm.weight": (dim,)}
     if not config.tie_embeddings:
         pieces["head.weight"] = {HEAD: (config.vocab_size, dim)}

@@ -775,9 +775,6 @@ def main():
     if [] in prompts or tokenizer.prefix in prompts:
         raise ValueError("the prompt is empty: give at least one character of text")
     check_layers(ds, config)
-    if args.quantize and config.n_experts:
-        raise ValueError(f"quantize={args.quantize}: not for a model with experts; leave the "
-                         "option out")
     size = cache_length(prompts, args.max_new_tokens, args.max_seq_length, config)
     cache_type, needs = KVCache, (config, max(1, len(prompts)), size, dtype)
     if args.offload:

@@ -11,12 +11,14 @@ from torch import nn
 from ds_attention import pdl
 
 def quantized(weight):
-    """weight [out, in] -> (codes int8 of its shape, scale [out] fp32): codes times scale is nearest
-    to it, by row and symmetric."""
-    scale = weight.abs().amax(1).float().clamp(min=1e-30) / 127
+    """weight [..., out, in] -> (codes int8 of its shape, scale [..., out] fp32): codes times scale
+    is nearest to it, by row and symmetric."""
     codes = torch.empty_like(weight, dtype=torch.int8)
-    for part, rows, of_rows in zip(codes.split(4096), weight.split(4096), scale.split(4096)):
-        part.copy_((rows.float() / of_rows[:, None]).round_())  # in parts: an fp32 copy is large
+    scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
+    parts = (x.flatten(0, weight.ndim - 2).split(4096) for x in (weight, codes, scale))
+    for rows, of_rows, scales in zip(*parts):  # in parts: an fp32 copy is large
+        scales.copy_(rows.abs().amax(1).float().clamp(min=1e-30) / 127)
+        of_rows.copy_((rows.float() / scales[:, None]).round_())
     return codes, scale
 
 
@@ -42,35 +44,6 @@ class Linear(nn.Linear):
         whole = self.scale is None  # then no slice: training would pay for it
         weight = self.weight if whole else self.rows(self.out_features, x.dtype)
         return F.linear(x, weight, self.bias)
-
-
-@triton.jit
-def _expert_linear_kernel(x, w, experts, out, N, K, PER_X: tl.constexpr, BLOCK_N: tl.constexpr,
-                          BLOCK_K: tl.constexpr):
-    """out[p, n] = w[experts[p], n] . x[p // PER_X]: w [E, N, K], x [rows, K], out [pairs, N]."""
-    pair, offs_n = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = (offs_n < N)[:, None]
-    w += tl.load(experts + pair).to(tl.int64) * N * K + offs_n.to(tl.int64)[:, None] * K
-    x += (pair // PER_X).to(tl.int64) * K
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        row = tl.load(x + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
-        acc += row[None, :] * tl.load(w + offs_k[None, :], mask=mask_n & (offs_k < K)[None, :],
-                                      other=0.0).to(tl.float32)
-    tl.store(out + pair.to(tl.int64) * N + offs_n, tl.sum(acc, 1).to(out.dtype.element_ty),
-             mask=offs_n < N)
-
-
-def expert_linear(x, w, experts, block_n=8, block_k=512, num_warps=4):
-    """Each row through its own experts, without gathering their weights: x [rows, K], w [E, N, K],
-    experts [rows * top] int64, a row's top ones side by side -> [rows * top, N]. All contiguous."""
-    (E, N, K), pairs = w.shape, len(experts)
-    out = torch.empty(pairs, N, dtype=x.dtype, device=x.device)
-    # pairs vary fastest: rows with the same expert meet its weights in the L2 cache
-    _expert_linear_kernel[(pairs, triton.cdiv(N, block_n))](
-        x, w, experts, out, N, K, pairs // len(x), block_n, block_k, num_warps=num_warps)
-    return out
 
 
 # ---------------------------------------------------------------- decode kernels

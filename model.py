@@ -11,7 +11,6 @@ reference.
 """
 import hashlib
 import json
-import math
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,8 @@ from torch import nn
 
 from config import ModelConfig, rope_frequencies
 from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, write_labels
-from linear import Linear, Residual, expert_linear, quantized
+from experts import Experts, MoEFeedForward
+from linear import Linear, Residual, quantized
 
 
 def apply_rope(x, cos, sin):
@@ -208,6 +208,7 @@ def causal_attention(q, k, v, window=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S),
                                           enable_gqa=gqa)
 
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -259,39 +260,10 @@ class FeedForward(nn.Module):
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 
-class MoEFeedForward(nn.Module):
-    """Mixtral's: each token through its top experts, weighted by the softmax of their logits."""
-
-    def __init__(self, config):
-        super().__init__()
-        E, F_, dim = config.n_experts, config.ffn_dim, config.dim
-        self.top = config.experts_per_token
-        self.router = nn.Linear(dim, E, bias=False)
-        self.w13 = nn.Parameter(torch.empty(E, 2 * F_, dim))
-        self.w2 = nn.Parameter(torch.empty(E, dim, F_))
-
-    def forward(self, x):
-        """x [..., tokens, dim]. Decode on a GPU asks nothing of the host: a CUDA graph must not."""
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])  # [tokens, dim]
-        logits, experts = self.router(x).topk(self.top, -1)  # [tokens, top]
-        weights = logits.float().softmax(-1).to(x.dtype)
-        if x.is_cuda and (shape[-2] == 1 or len(x) <= Residual.MAX_ROWS):
-            return self.by_token(x, experts, weights).view(shape)
-        out = torch.zeros_like(x)
-        for e in range(len(self.w13)):
-            token, choice = (experts == e).nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], self.w13[e]).chunk(2, -1)
-            out.index_add_(
-                0, token, F.linear(F.silu(gate) * up, self.w2[e]) * weights[token, choice, None])
-        return out.view(shape)
-
-    def by_token(self, x, experts, weights):
-        """For few tokens: x [tokens, dim]; experts, weights [tokens, top] -> [tokens, dim]."""
-        gate, up = expert_linear(x, self.w13, experts.flatten()).chunk(2, -1)  # [tokens * top, F_]
-        parts = expert_linear(F.silu(gate) * up, self.w2,
-                              experts.flatten()).view(*experts.shape, -1)
-        return (parts * weights[..., None]).sum(1)
+    def decode(self, residual, next_gain):
+        """`forward` of one token per sequence by fused kernels. next_gain: of the norm after it."""
+        y = residual.swiglu(self.w13.weight, scale=self.w13.scale)
+        residual.add(y, self.w2.weight, next_gain, scale=self.w2.scale)
 
 
 class Block(nn.Module):
@@ -321,12 +293,7 @@ class Block(nn.Module):
         y = cache.decode(q, seq_lens)  # [B, HQ, D]
         wo = self.attn.wo
         residual.add(y.flatten(1), wo.weight, self.ffn_norm.weight, scale=wo.scale)
-        if isinstance(self.ffn, FeedForward):
-            w13, w2 = self.ffn.w13, self.ffn.w2
-            y = residual.swiglu(w13.weight, scale=w13.scale)
-            residual.add(y, w2.weight, next_gain, scale=w2.scale)
-        else:
-            residual.enter(residual.x + self.ffn(self.ffn_norm(residual.x)), next_gain)
+        self.ffn.decode(residual, next_gain)
 
 
 PREFILL_CHUNK = 8192  # tokens: matrix products at full speed, activations below 2 GB at 7B
@@ -352,10 +319,8 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def quantize(self):
-        """The weights of all linear layers become int8, the head's too if it is not the embeddings.
-        Raises ValueError for a model with experts, whose layers are others."""
-        if self.config.n_experts:
-            raise ValueError("quantize=int8: not for a model with experts; leave the option out")
+        """The weights of all linear layers become int8, the head's too if it is not the embeddings;
+        not the routers', which are small and decide."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.quantize()
@@ -375,15 +340,14 @@ class Transformer(nn.Module):
 
     def weight_bytes(self, batch):
         """Bytes of weights that a decode step of `batch` sequences reads: all but the embedding
-        table, of which it takes a row each, and of an expert layer the experts of all sequences (as
-        if they chose different ones, while there are any)."""
-        total = self.embed.weight.nbytes if self.head is None else 0
-        for name, parameter in self.named_parameters():
-            if not name.startswith("embed."):
-                expert = parameter.ndim == 3  # [E, out, in]
-                share = (min(1, batch * self.config.experts_per_token / len(parameter))
-                         if expert else 1)
-                total += int(parameter.nbytes * share)
+        table, of which it takes a row each, and of experts those that are chosen, as many as if
+        each sequence chose at random."""
+        c, total = self.config, self.embed.weight.nbytes if self.head is None else 0
+        chosen = 1 - (1 - c.experts_per_token / c.n_experts) ** batch if c.n_experts else 0
+        for module in self.modules():
+            if module is not self.embed:
+                nbytes = sum(p.nbytes for p in module.parameters(recurse=False))
+                total += int(nbytes * chosen) if isinstance(module, Experts) else nbytes
         return total
 
     def logits(self, x):
@@ -516,12 +480,16 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     between = max_seq_length * (config.dim * dtype.itemsize + D * 4)
     sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and fp32 copies
     weights = widened = 0
-    for name, shape in parameter_shapes(config).items():
-        linear = quantize and len(shape) == 2 and not name.startswith("embed.")
-        weights += (math.prod(shape) * (1 if linear else dtype.itemsize)
-                    + (4 * shape[0] if linear else 0))
-        if linear:  # prefill makes fp32 of one at a time, and then 16 bits
-            widened = max(widened, math.prod(shape) * (4 + dtype.itemsize))
+    with torch.device("meta"):
+        modules = Transformer(config).modules()
+    for module in modules:
+        for name, parameter in module.named_parameters(recurse=False):
+            weights += parameter.numel() * dtype.itemsize
+            if quantize and isinstance(module, Linear) and name == "weight":
+                *_, rows, row = parameter.shape
+                weights += parameter.numel() // row * (row * (1 - dtype.itemsize) + 4)
+                # prefill makes fp32 of one at a time, and then 16 bits
+                widened = max(widened, rows * row * (4 + dtype.itemsize))
     in_chunks = min(PREFILL_CHUNK, max_seq_length) * widest * dtype.itemsize
     return {"weights": weights, **cache.gpu_bytes(),
             "activations": in_chunks + between + sampling + widened, "runtime": RUNTIME_BYTES}

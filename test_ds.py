@@ -594,6 +594,8 @@ DECODES = {  # with dim 40, ffn_dim 36 and a vocabulary of 65: no multiples of a
     "window": dict(B=3, n_heads=1, n_kv_heads=1, head_dim=128, sliding_window=9),
     "tied": dict(B=5, n_heads=3, n_kv_heads=3, tie_embeddings=True),
     "experts": dict(B=3, n_heads=2, n_kv_heads=1, n_experts=4, experts_per_token=2),
+    "experts-int8-many": dict(B=17, n_heads=1, n_kv_heads=1, n_experts=5, experts_per_token=3,
+                              dim=264, ffn_dim=272, quantize=True),
     "bias": dict(B=3, n_heads=7, n_kv_heads=1, qkv_bias=True),
     "head-norms": dict(B=3, n_heads=2, n_kv_heads=1, head_dim=128, qk_norm=True),
     "head-norms-two-heads-a-program": dict(B=17, n_heads=3, n_kv_heads=1, head_dim=16, qk_norm=True,
@@ -674,12 +676,21 @@ def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
     assert relative_error(outs[0], table + (F.silu(gate) * up) @ w2.float().T) < 2e-3
 
 
-def test_experts_of_few_tokens_equal_the_loop_over_experts():
-    model, *_ = random_model(n_experts=4, experts_per_token=2, dim=40, ffn_dim=72)
-    ffn, x = model.to(DEVICE).layers[0].ffn, torch.randn(5, 40, device=DEVICE)
-    logits, experts = ffn.router(x).topk(2, -1)
-    found = ffn.by_token(x, experts, logits.softmax(-1))
-    torch.testing.assert_close(found, ffn(x[None])[0], atol=1e-5, rtol=1e-4)
+@torch.inference_mode()
+def test_experts_of_a_sequence_do_not_depend_on_the_batch():
+    """To the bit, whoever else is in it, whichever of the experts they choose."""
+    model, *_ = random_model(n_experts=6, experts_per_token=2, dim=40, ffn_dim=72)
+    ffn = model.to(DEVICE, torch.float16).layers[0].ffn
+    x, gain = torch.randn(2, 7, 40, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    found = []
+    for rows in (range(7), [3], [6, 3, 3]):
+        residual = Residual(x[list(rows)], gain[0], 1e-5)
+        ffn.decode(residual, gain[1])
+        found.append(residual.x)
+    want = x + ffn(F.rms_norm(x, (40,), gain[0], 1e-5))
+    assert relative_error(found[0], want) < 2e-3
+    assert torch.equal(found[1][0], found[0][3])
+    assert torch.equal(found[2], found[0][[6, 3, 3]])
 
 
 def test_int8_weights_are_the_nearest_codes():
@@ -706,12 +717,12 @@ def test_a_checkpoint_loaded_in_int8(tmp_path):
     same = zip(whole.state_dict().items(), model.state_dict().items(), strict=True)
     assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in same)
     assert model.dtype == torch.float32 and model.embed.weight.dtype == torch.float32
-    need = memory_need(model.config, 1, 10, torch.float32, quantize="int8")
-    assert need["weights"] == sum(p.nbytes for p in model.parameters())
-    config = replace(PRESETS["Mixtral-8x7B-v0.1"], n_layers=1, dim=8, ffn_dim=8, vocab_size=8,
-                     head_dim=2)
-    with pytest.raises(ValueError, match="not for a model with experts"):
-        Transformer(config).quantize()
+    experts, *_ = random_model(n_experts=4, experts_per_token=2)
+    experts.quantize()
+    assert experts.layers[0].ffn.w13.weight.dtype == torch.int8
+    for model in (model, experts):
+        need = memory_need(model.config, 1, 10, torch.float32, quantize="int8")
+        assert need["weights"] == sum(p.nbytes for p in model.parameters())
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
