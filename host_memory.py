@@ -441,8 +441,9 @@ def _fetch_kernel(host, rest, tops, newest, kv, seq_lens, indices, rows, missing
 
 def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
     """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows
-    on their way, which is enough for PCIe. Whatever shares a multiprocessor with loads from the
-    host waits as long as they do. More programs for more heads, which may miss few tokens each."""
+    on their way. Whatever shares a multiprocessor with loads from the host waits as long as they
+    do. Of 32 warps 8 programs are enough for PCIe, beside attention 12: there what a program reads
+    on the GPU before a row comes later. More for more heads, which may miss few tokens each."""
     B, heads, capacity = placed.rows.shape
     programs = programs or min(64, max(12, B * heads // 4))
     assert host.kv.is_contiguous() and (newest is None or newest.is_contiguous())

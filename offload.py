@@ -2,10 +2,11 @@
 tokens attended are those that the layer's own query selects, as in the on-GPU cache.
 
 On the GPU stay the labels, the first (dense) layers, and rows of K and V for the tokens that recent
-steps selected: each other layer has R slots, and all of them share overflow rows, for what a step
-selects beyond its slots (N is met on average). A step gives the tokens it selects slots, fetches
-those that are missing over PCIe and attends to their rows; the host is not asked. Shapes follow the
-key at the top of ds_attention.py.
+steps selected: each other layer has R slots, and all of them share overflow rows, for a step that
+selects more tokens than a layer has slots (N are selected on average). A layer resolves the tokens
+that a step selects (finds their slots, or gives them some), fetches those that are missing over
+PCIe, and attends to their rows. The GPU does all this; the CPU is not asked. Shapes follow the key
+at the top of ds_attention.py.
 
 While a layer attends and runs its linear layers, PCIe idles. With `prefetch_heads` the next layer's
 queries are predicted from this layer's input, and what those of so many KV heads select is fetched
@@ -81,10 +82,11 @@ class SideStream:
 # ---------------------------------------------------------------- resident tokens
 
 AGES = 64  # resolves since a slot was last used that replacement tells apart: one or two a step
-# What a Resident counts, of each row and KV head: tokens selected, of them fetched when that was
-# known, in so many steps, and cut off; tokens predicted, of them selected thereafter, and fetched
-# ahead. Without the newest token; predicted, confirmed also without others attended in any case.
-COUNTS = ("selected", "fetched", "steps", "cut", "predicted", "confirmed", "prefetched")
+COUNTS = (  # what a Resident counts of each row and KV head: tokens, without the newest, and steps
+    "selected", "fetched",  # of those selected, the ones missing when that was known
+    "steps", "cut",  # selected, but there was no row left for them
+    "predicted", "confirmed",  # of those predicted; both without what is attended in any case
+    "prefetched")  # of those predicted, the ones missing
 SELECTED, FETCHED, STEPS, CUT, PREDICTED, CONFIRMED, PREFETCHED = map(tl.constexpr, range(7))
 
 
@@ -134,10 +136,10 @@ class Placement:
 
 
 def resolve_ref(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, recent=1):
-    """Gives every selected token a row: those held keep their slots, the others take the slots that
-    were not used for longest (of equals the first), none of this call's, both in ascending order;
-    the last of them, if slots are too few, overflow rows. Sets `placed`, a Placement, and the maps
-    of r, a Resident.
+    """Gives every selected token a row. Tokens that are held keep their slots. The missing ones
+    take, in their order, the slots that were not used for longest (of equals the first), in
+    ascending order; none that this call uses. Those for which no slot is left get overflow rows.
+    Sets `placed`, a Placement, and the maps of r, a Resident.
 
     chosen: as from select_tokens, of the first KV heads, or of all: indices [B, heads, capacity]
     int32, distinct, of which the first n_tokens [B, heads] count, and counts [B, heads, any], which
@@ -380,10 +382,11 @@ class Foresight:
 @dataclass(kw_only=True)
 class OffloadedLayer(HostLayer):
     resident: Resident
-    placed: Placement  # of what is selected; layers share it, and the scratch of attention
-    attending: Workspace | None
+    placed: Placement  # of what is selected: one of all layers
+    attending: Workspace | None  # of attention, likewise
     foresight: Foresight
-    number: int  # of this layer
+    placed_ahead: Placement  # of what is chosen ahead: one of even layers, one of odd ones
+    workspace_ahead: Workspace | None  # of choosing it, likewise
     ahead: int  # KV heads, the first ones, whose tokens are chosen and fetched ahead
     predicted: bool  # what was chosen ahead is attended to
     following: "OffloadedLayer | None" = None
@@ -409,30 +412,28 @@ class OffloadedLayer(HostLayer):
         block of the model, the input of the layer before after this block's norm [B, 1, dim], and
         cos, sin [B, 1, 1, D / 2] of the newest positions."""
         block, x, cos, sin = self.foreseen
-        workspace, placed = (both[self.number % 2] for both in
-                             (self.foresight.workspaces, self.foresight.placements))
 
         def choose():
             q = block.attn.queries(x, cos, sin, self.ahead).squeeze(2)  # [B, HQ of these heads, D]
             labels, label_map = self.labels[:, : self.ahead], self.label_map.first(self.ahead)
             self.chosen = select_tokens(q, None, labels, label_map, seq_lens, self.ds, self.window,
-                                        workspace, placed.rows.shape[2])
-            self.resolve(placed, self.chosen, seq_lens, ahead=not self.predicted)
+                                        self.workspace_ahead, self.placed_ahead.rows.shape[2])
+            self.resolve(self.placed_ahead, self.chosen, seq_lens, ahead=not self.predicted)
 
         self.slots_known = self.foresight.choosing.run(choose)
 
     def fetch_ahead(self, seq_lens):
         """Fetches what was chosen, once the current stream has done what it was given."""
-        indices, placed = self.chosen[0], self.foresight.placements[self.number % 2]
+        indices = self.chosen[0]
         self.rows_there = self.foresight.fetching.run(
-            lambda: self.fetch(placed, None, indices, seq_lens), after=self.slots_known)
+            lambda: self.fetch(self.placed_ahead, None, indices, seq_lens), after=self.slots_known)
 
     def decode(self, q, seq_lens):
         """As of any layer, over the tokens' rows; the next layer's may be chosen and fetched."""
         foresight = self.foresight
         foresight.choosing.wait(self.slots_known)
         if self.predicted:
-            placed, chosen, indices = foresight.placements[self.number % 2], self.chosen, None
+            placed, chosen, indices = self.placed_ahead, self.chosen, None
             newest_k, position = self.newest[:, :, None, 0], (seq_lens - 1)[:, None]
             write_labels(newest_k, position, self.labels, self.label_map, self.ds)
         else:
@@ -587,13 +588,14 @@ class OffloadCache(KVCache):
         newest = torch.zeros(B, HKV, 2, D, dtype=dtype, device=device)
         number = len(self.layers)
         nth = number - self.n_layers + len(self.host)  # of those in host memory
-        settings |= dict(kv=newest[:, :, None].expand(shape), host=self.host[nth], newest=newest,
-                         number=number)
+        settings |= dict(kv=newest[:, :, None].expand(shape), host=self.host[nth], newest=newest)
         if self.ds is None:
-            return StreamedLayer(**settings, streaming=self.streaming)
+            return StreamedLayer(**settings, streaming=self.streaming, number=number)
         ahead = self.ahead if number in self.predictable else 0
         layer = OffloadedLayer(
             **settings, placed=self.placed, attending=self.attending, foresight=self.foresight,
+            placed_ahead=self.foresight.placements[number % 2],
+            workspace_ahead=self.foresight.workspaces[number % 2],
             resident=Resident(self.kv, S, self.slots, nth * self.slots, self.overflow[number % 2]),
             ahead=ahead, predicted=ahead > 0 and self.mode == "predicted")
         if number and isinstance(self.layers[-1], OffloadedLayer):
