@@ -19,7 +19,6 @@ import os
 import statistics
 import sys
 import time
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -42,6 +41,7 @@ from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, w
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
 from host_memory import check_host_memory, fetch, free_host_bytes, host_layers, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
+from linear import quantized
 from model import KVCache, Transformer, apply_rope, check_memory, parameter_shapes
 from offload import MIN_AGREEMENT, OffloadCache, Placement, idle_heads, predictable_layers
 
@@ -349,30 +349,29 @@ STEPS = [("Llama-2-7B", B, S) for B, S in [
     (1, 512), (1, 1024), (1, 4096), (1, 16384), (1, 65536), (4, 16384), (8, 16384), (14, 16384)]]
 STEPS += [("Llama-3.1-8B", B, S) for B, S in [(1, 32768), (8, 32768), (16, 32768), (1, 131072)]]
 PREFILLS = [("Llama-2-7B", 1, 16384), ("Llama-2-7B", 1, 131072)]
-MODES = ("prefill", "gpt_fast", "dense", "ds", "dense_int8", "ds_int8")
+MODES = ("prefill", "gpt_fast", "dense", "ds", "prefill_int8", "dense_int8", "ds_int8")
 WARM_UP = 5  # steps before those that are timed
 DATASHEET = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}  # bytes per second of memory
 CPU_MODEL = ModelConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96,
                         vocab_size=128, max_positions=512)
 
 
-def int8_copy(model):
-    """The model with its linear layers in int8; whatever else it has is shared."""
-    twin = deepcopy(model, {id(p): p for p in model.parameters()})
-    twin.quantize()
-    return twin
-
-
-def random_model(config, device, dtype):
-    """A Transformer with random weights, made where they stay; no end of text or sliding window."""
+def random_model(config, device, dtype, quantize=None):
+    """A Transformer with random weights, made where they stay; no end of text or sliding window.
+    quantize: as for load_model, a tensor at a time."""
     config = replace(config, eos_ids=(), sliding_window=None)
     with torch.device("meta"):
         model = Transformer(config)
-    weights = {name: torch.ones(shape, device=device, dtype=dtype)
-               for name, shape in parameter_shapes(config).items()}
-    for weight in weights.values():
-        if weight.ndim > 1:
-            weight.normal_(0, 0.02)
+    if quantize:
+        model.requires_grad_(False).quantize()
+    ours, weights = model.state_dict(), {}
+    for name, shape in parameter_shapes(config).items():
+        weights[name] = torch.ones(shape, device=device, dtype=dtype)
+        if len(shape) > 1:
+            weights[name].normal_(0, 0.02)
+        scale = name.removesuffix("weight") + "scale"
+        if scale in ours:
+            weights[name], weights[scale] = quantized(weights[name])
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)
 
@@ -573,35 +572,40 @@ def check_fit(model, B, size, config, device, cache_type=KVCache):
     """check_memory beside a model that is on the GPU already."""
     if device != "cpu":
         held = sum(p.nbytes for p in model.parameters())
+        int8 = any(p.dtype == torch.int8 for p in model.parameters())
         check_memory(torch.cuda.mem_get_info()[0] + held, model.config, B, size, model.dtype,
-                     config, cache_type)
+                     config, cache_type, "int8" if int8 else None)
 
 
-def generate_rows(name, model, B, S, modes, configs, steps, device, first, compiled=False):
-    """One shape's rows of results/generate.jsonl, of one mode each. configs: a ds row for each.
-    first: of this process. compiled: whether the model's blocks are."""
+def time_mode(mode, model, B, S, steps, device, config):
+    """What a row says of one of MODES, whose weights the model has: a dict."""
+    check_fit(model, B, S + steps + WARM_UP, config, device)
+    if mode.startswith("prefill"):
+        prefill_s, cold_start_s = time_prefill(model, B, S, device, config)
+        return {"prefill_s": prefill_s, "cold_start_s": cold_start_s}
+    time_steps_of = time_gpt_fast if mode == "gpt_fast" else time_decode
+    seconds, read = time_steps_of(model, B, S, steps, device, config)
+    return {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds, "bytes_per_step": read}
+
+
+def generate_rows(name, model_of, B, S, modes, configs, steps, device, first, compiled=False):
+    """One shape's rows of results/generate.jsonl, of one mode each. model_of: called with quantize;
+    configs: a ds row for each. first: of this process. compiled: whether the model's blocks are."""
     rows = []
     of_mode = {"prefill": configs[:1], "gpt_fast": [None], "dense": [None], "ds": configs}
-    of_mode |= {"dense_int8": [None], "ds_int8": configs}
-    for mode, config in [(mode, config) for mode in modes for config in of_mode[mode]]:
-        row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode,
-               "config": config and asdict(config),
-               "dtype": str(model.dtype).removeprefix("torch."), "steps": steps,
-               "ms_per_step": None}
-        row |= {"compiled": compiled} if mode == "prefill" else {}
-        with measured(row, device):
-            check_fit(model, B, S + steps + WARM_UP, config, device)
-            if mode == "prefill":
-                row["prefill_s"], cold_start_s = time_prefill(model, B, S, device, config)
-                row |= {"cold_start_s": cold_start_s} if first and not rows else {}
-            else:
-                time_mode = time_gpt_fast if mode == "gpt_fast" else time_decode
-                timed = int8_copy(model) if mode.endswith("int8") else model
-                seconds, read = time_mode(timed, B, S, steps, device, config)
-                row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds,
-                        "bytes_per_step": read}
-        timed = None
-        rows.append(row | provenance(device))
+    for mode in modes:
+        weights = "int8" if mode.endswith("_int8") else None
+        for config in of_mode[mode.removesuffix("_int8")]:
+            row = {"bench": "generate", "model": name, "B": B, "S": S, "mode": mode,
+                   "config": config and asdict(config),
+                   "dtype": str(default_dtype(device)).removeprefix("torch."), "steps": steps,
+                   "ms_per_step": None}
+            row |= {"compiled": compiled} if mode.startswith("prefill") else {}
+            with measured(row, device):
+                row |= time_mode(mode, model_of(weights), B, S, steps, device, config)
+            if rows or not first:
+                row.pop("cold_start_s", None)
+            rows.append(row | provenance(device))
     gc.collect()
     for row in rows:
         if row["ms_per_step"] and device != "cpu":
@@ -610,7 +614,7 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
             row["bandwidth_share"] = read / row["copy_gb_per_s"]
             if row["gpu"] in DATASHEET:
                 row["datasheet_share"] = read * 1e9 / DATASHEET[row["gpu"]]
-        for mode in ("dense", "gpt_fast"):
+        for mode in ("dense", "gpt_fast", "dense_int8"):
             other = next((r["ms_per_step"] for r in rows if r["mode"] == mode), None)
             row[f"speedup_vs_{mode}"] = (other / row["ms_per_step"]
                                          if other and row["ms_per_step"] else None)
@@ -619,7 +623,8 @@ def generate_rows(name, model, B, S, modes, configs, steps, device, first, compi
 
 
 def model_shapes(args, device, settings, modes, example):
-    """Yields (model, (name, B, S, modes)) of the shapes asked for or `settings`; one on a CPU."""
+    """Yields (model_of, (name, B, S, modes)) of the shapes asked for or `settings`; one on a CPU.
+    model_of(quantize): the model; the one before must not be in use."""
     presets = {"tiny": CPU_MODEL} if device == "cpu" else PRESETS
     if device == "cpu":
         for name in ("model", "shapes"):
@@ -630,19 +635,26 @@ def model_shapes(args, device, settings, modes, example):
     elif args.model or args.shapes:
         shapes = parse_sizes("shapes", args.shapes or example, "4x16384,16x16384")
         settings = [(args.model or "Llama-2-7B", *shape, modes) for shape in shapes]
-    unfit = [mode for mode in modes if mode == "gpt_fast" or mode.endswith("_int8")]
-    if any(presets[name].n_experts for name, *_ in settings) and unfit:
-        raise ValueError(f"modes={unfit[0]}: does not know expert layers; leave it out with "
+    if any(presets[name].n_experts for name, *_ in settings) and "gpt_fast" in modes:
+        raise ValueError("modes=gpt_fast: does not know expert layers; leave it out with "
                          "--modes dense ds")
-    model = held = None
-    for setting in tqdm(settings, desc="bench", unit="shape", leave=False):
-        if setting[0] != held:
-            model = None  # before there is another one
-            model, held = (random_model(presets[setting[0]], device, default_dtype(device)),
-                           setting[0])
+    held = {}
+
+    def model_of(name, quantize=None):
+        if (name, quantize) not in held:
+            held.clear()
+            gc.collect()
+            config, dtype = presets[name], default_dtype(device)
+            if device != "cpu":
+                torch.cuda.empty_cache()
+                check_memory(torch.cuda.mem_get_info()[0], config, 1, 1, dtype, quantize=quantize)
+            model = held[name, quantize] = random_model(config, device, dtype, quantize)
             if args.compile and device != "cpu":
                 model.compile_blocks()
-        yield model, setting
+        return held[name, quantize]
+
+    for setting in tqdm(settings, desc="bench", unit="shape", leave=False):
+        yield partial(model_of, setting[0]), setting
 
 
 def run_generate(args, device):
@@ -651,13 +663,13 @@ def run_generate(args, device):
     configs = [DSConfig(dense_layers=n, dense_below=args.dense_below) for n in args.dense_layers]
     if device == "cpu":
         configs = [replace(config, min_tokens=16, dense_below=0) for config in configs]
-    timed = [mode for mode in modes if mode != "prefill"]
+    timed = [mode for mode in modes if not mode.startswith("prefill")]
     settings = ([(*row, ["prefill"]) for row in PREFILLS if "prefill" in modes]
                 + [(*row, timed) for row in STEPS if timed])
-    for i, (model, (name, B, S, of_shape)) in enumerate(
+    for i, (model_of, (name, B, S, of_shape)) in enumerate(
             model_shapes(args, device, settings, modes, "1x16384")):
-        yield generate_rows(name, model, B, S, of_shape, configs, args.steps, device, first=i == 0,
-                            compiled=args.compile and device != "cpu")
+        yield generate_rows(name, model_of, B, S, of_shape, configs, args.steps, device,
+                            first=i == 0, compiled=args.compile and device != "cpu")
 
 
 def mode_name(r):
@@ -676,10 +688,10 @@ def mode_name(r):
 
 def generate_table(rows):
     """Rows of results/generate.jsonl -> Markdown: a line for each shape, then for each prefill."""
-    prefills = [r for r in rows if r["mode"] == "prefill"]
+    prefills = [r for r in rows if r["mode"].startswith("prefill")]
     shapes, modes = {}, dict.fromkeys(["gpt_fast", "dense"])
     for r in rows:
-        if r["mode"] != "prefill":
+        if r not in prefills:
             shapes.setdefault((r["model"], r["B"], r["S"]), {})[mode_name(r)] = r
             modes.setdefault(mode_name(r))
 
@@ -697,16 +709,20 @@ def generate_table(rows):
         for mode in modes:
             row = found.get(mode, {})
             reference = row.get("mode", "dense") in ("dense", "gpt_fast")
-            over = "-" if reference else cell(row, "speedup_vs_dense", ".2f", "x over dense")
+            than = "dense_int8" if row.get("speedup_vs_dense_int8") else "dense"
+            than = than if row.get("mode") == "ds_int8" else "dense"
+            over = ("-" if reference
+                    else cell(row, f"speedup_vs_{than}", ".2f", f"x over {than}"))
             time = "out of memory" if "error" in row else cell(row, "ms_per_step", ".2f", " ms")
             times.append(time + (f", {over}" if over != "-" else ""))
+        int8 = next((row for row in found.values() if row["mode"] == "ds_int8"), None)
         first = next((found[mode] for mode in modes
-                      if mode in found and found[mode]["mode"] == "ds"), None)
+                      if mode in found and found[mode]["mode"] == "ds"), int8)
         shares = ", ".join(
             f"{cell(row, 'bandwidth_share', '.0%')} ({cell(row, 'datasheet_share', '.0%')})"
-            for row in (found.get("dense"), first))
-        int8 = next((row for row in found.values() if row["mode"] == "ds_int8"), None)
-        over = [cell(row, "speedup_vs_gpt_fast", ".2f", "x") for row in (first, int8) if row]
+            for row in (found.get("dense") or found.get("dense_int8"), first))
+        over = [cell(row, "speedup_vs_gpt_fast", ".2f", "x")
+                for row in ([first, int8] if int8 is not first else [first]) if row]
         reference = " (CPU reference)" if "CPU" in next(iter(found.values()))["gpu"] else ""
         lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | "
                      f"{', int8 '.join(over) or '-'} | {cell(first, 'tokens_per_s', '.0f')} | "
@@ -717,7 +733,8 @@ def generate_table(rows):
     for r in prefills:
         seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
         rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
-        lines.append(f"| {r['model']}{', compiled' * r['compiled']} | {r['B']}, {r['S']} | "
+        int8 = ", int8" * r["mode"].endswith("_int8")
+        lines.append(f"| {r['model']}{int8}{', compiled' * r['compiled']} | {r['B']}, {r['S']} | "
                      f"{seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
                      f"{cell(r, 'peak_gib', '.1f')} |")
     return "\n".join(lines).strip()
@@ -958,8 +975,8 @@ def run_offload(args, device):
         return
     settings = [(*row[:3], args.modes or row[3]) for row in OFFLOADS]
     shapes = model_shapes(args, device, settings, modes, "1x131072")
-    for model, (name, B, S, of_shape) in shapes:
-        source = RandomText(name=name, model=model, B=B, S=S, device=device)
+    for model_of, (name, B, S, of_shape) in shapes:
+        source = RandomText(name=name, model=model_of(), B=B, S=S, device=device)
         yield offload_rows(source, of_shape, configs, *options)
 
 
@@ -1114,7 +1131,7 @@ def parse_arguments():
                        help="whose shape, without a sliding window (default: several)")
     steps.add_argument("--modes", nargs="+", choices=(*MODES, *OFFLOAD_MODES),
                        help="of generate: prefill; decode steps as gpt-fast's, dense, or Double "
-                            "Sparsity as generate.py has it, _int8 with the weights rounded "
+                            "Sparsity as generate.py has it; _int8 with the weights rounded "
                             "(gpt_fast compiles for some minutes per shape); of offload: all K "
                             "and V streamed as FlexGen does, "
                             "likewise but packed, Double Sparsity with K and V on the GPU, with "

@@ -153,7 +153,7 @@ def widen(codes, like: tl.constexpr):
 def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scaled, B, N, K, E,
                     launch_at, UP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
-                    UPCAST: tl.constexpr, PDL: tl.constexpr):
+                    ALONE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
     """See `expert_products`. A program owns BLOCK_N of N outputs, all of K, each of its WARPS a
     part of BLOCK_K. With UP they are of the program_id(1)-th chosen expert, whose up is N rows
     behind its gate; else of all chosen ones, one after the other in one pipeline: `flatten`."""
@@ -182,13 +182,19 @@ def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scale
     for i in tl.range(first, last, flatten=not UP):
         expert = tl.load(order + 1 + i).to(tl.int64)
         row = expert * N * (2 if UP else 1) + tl.minimum(n, N - 1)
-        rows, of_inputs = w + row[:, None] * K, x + b[:, None] * K
+        rows, of_inputs = w + row[:, None] * K, x
+        if not ALONE:
+            of_inputs += b[:, None] * K
         if not UP:
             of_inputs += i * B * K
         acc, acc_2 = tl.zeros(SHAPE, tl.float32), tl.zeros(SHAPE, tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             mask_k = k + offs_k < K
-            inputs = tl.load(of_inputs + (k + offs_k), mask=mask_b[:, None] & mask_k, other=0.0)
+            if ALONE:  # the one sequence's stand in all rows
+                inputs = tl.broadcast_to(tl.load(of_inputs + (k + offs_k), mask=mask_k, other=0.0),
+                                         [WARPS, BLOCK_B, PART])
+            else:
+                inputs = tl.load(of_inputs + (k + offs_k), mask=mask_b[:, None] & mask_k, other=0.0)
             if UPCAST:
                 inputs = inputs.to(tl.float32)
             inputs = tl.permute(inputs, (0, 2, 1))
@@ -244,7 +250,7 @@ def expert_products(residual, x, experts, routes, next_gain=None, **tiles):
     launch(_experts_kernel, grid, x, x=x, w=weight, scale=scale, shares=routes.shares,
            order=routes.order, rstds=routes.rstd, out=out, squares=residual.squares, gain=next_gain,
            scaled=residual.scaled, B=B, N=N, K=K, E=E, launch_at=launch_at, UP=up,
-           BLOCK_B=max(8, triton.next_power_of_2(B)), WARPS=tiles["num_warps"],
+           BLOCK_B=max(8, triton.next_power_of_2(B)), WARPS=tiles["num_warps"], ALONE=B == 1,
            UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
            **tiles)
     return out

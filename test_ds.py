@@ -2037,6 +2037,7 @@ def test_bench_generate_times_int8_beside_the_weights_as_they_are():
     assert dense["bytes_per_step"] - int8["bytes_per_step"] == saved
     assert sparse["bytes_per_step"] < int8["bytes_per_step"]
     assert int8["speedup_vs_dense"] == dense["ms_per_step"] / int8["ms_per_step"]
+    assert "x over dense_int8 |" in bench.generate_table([dense, int8, sparse])
 
 
 def test_bench_generate_rows(tmp_path, monkeypatch):
@@ -2074,7 +2075,7 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
     monkeypatch.setattr(bench, "time_prefill", out_of_memory)
     model = bench.random_model(bench.CPU_MODEL, "cpu", torch.float32)
     modes = ["prefill", "dense", "ds"]
-    rows = bench.generate_rows("tiny", model, 1, 50, modes, [DSConfig()], 3, "cpu", False)
+    rows = bench.generate_rows("tiny", lambda _: model, 1, 50, modes, [DSConfig()], 3, "cpu", False)
     assert {row["error"] for row in rows} == {"CUDA out of memory. Tried to allocate 1 GiB"}
     assert rows[2]["ms_per_step"] is rows[2]["speedup_vs_dense"] is None
 
