@@ -35,6 +35,7 @@ from config import ModelConfig
 from convert_hf import convert
 from ds_attention import DSConfig
 from host_memory import check_host_memory, free_host_bytes
+from linear import choose_likeliest
 from model import KVCache, check_memory, load_label_maps, load_model, open_tensors
 from offload import MIN_AGREEMENT, MODES, OffloadCache, predictable_layers
 from tiny.tasks import kv_answer, kv_prompt, random_kv
@@ -198,7 +199,7 @@ class DecodeStep:
         warm_up.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up):
             with compiling_only():
-                self._logits(sparse)
+                self._step(sparse)
             for _ in range(2):
                 self._step(sparse)
         torch.cuda.current_stream().wait_stream(warm_up)
@@ -211,11 +212,11 @@ class DecodeStep:
         self.graphs[sparse] = graph
         self.cache.seq_lens -= 1
 
-    def _logits(self, sparse):
-        return self.model.decode(self.tokens, self.views[sparse], self.running)
-
     def _step(self, sparse):
-        logits = self._logits(sparse)
+        logits = self.model.decode(self.tokens, self.views[sparse], self.running)
+        if logits.is_cuda and self.sampling[0] == 0:
+            choose_likeliest(logits, self.sampled, self.tokens, self.running, self.end_tokens)
+            return
         self.sampled.copy_(sample(logits, *self.sampling, self.generator))
         self.running &= (self.sampled[:, None] != self.end_tokens).all(1)
         self.tokens.copy_(torch.where(self.running, self.sampled, self.tokens))

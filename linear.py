@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from ds_attention import pdl
+from ds_attention import launch, pdl
 
 def quantized(weight):
     """weight [..., out, in] -> (codes int8 of its shape, scale [..., out] fp32): codes times scale
@@ -180,11 +180,27 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
 
 
 @triton.jit
-def _enter_kernel(table, tokens, gain, x, scaled, squares, dim, BLOCK: tl.constexpr):
+def _enter_kernel(table, tokens, gain, x, scaled, squares, seq_lens, grow, frequencies, rope,
+                  B, dim, half, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """See Residual; a program for each sequence."""
     pid_b = tl.program_id(0)
     row = pid_b.to(tl.int64)
     if tokens is not None:
         row = tl.load(tokens + pid_b).to(tl.int64)
+    if seq_lens is not None:
+        length = tl.load(seq_lens + pid_b)
+        if grow is None:
+            length += 1
+        else:
+            length += tl.load(grow + pid_b).to(tl.int32)
+        tl.debug_barrier()  # all warps have loaded it
+        tl.store(seq_lens + pid_b, length)
+        offs_d = tl.arange(0, BLOCK_D)
+        frequency = tl.load(frequencies + offs_d, mask=offs_d < half, other=0.0)
+        angle = (length - 1) * frequency.to(tl.float32)
+        rope += pid_b * half + offs_d
+        tl.store(rope, tl.cos(angle), mask=offs_d < half)
+        tl.store(rope + B * half, tl.sin(angle), mask=offs_d < half)
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(0, dim, BLOCK):
         offs = i + tl.arange(0, BLOCK)
@@ -196,6 +212,36 @@ def _enter_kernel(table, tokens, gain, x, scaled, squares, dim, BLOCK: tl.conste
                  mask=offs < dim)
         total += value * value
     tl.store(squares + pid_b, tl.sum(total, 0))
+
+
+@triton.jit
+def _choose_kernel(logits, sampled, tokens, running, ends, vocab, E, BLOCK: tl.constexpr,
+                   PDL: tl.constexpr):
+    """See choose_likeliest; a program for each sequence."""
+    pid_b, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    best, at = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for i in range(0, vocab, BLOCK):
+        value = tl.load(logits + pid_b.to(tl.int64) * vocab + i + offs, mask=i + offs < vocab,
+                        other=float("-inf")).to(tl.float32)
+        at = tl.where(value > best, i + offs, at)
+        best = tl.maximum(value, best)
+    token = tl.min(tl.where(best == tl.max(best, 0), at, vocab), 0).to(tl.int64)
+    alive = tl.load(running + pid_b) != 0
+    for i in range(0, E):
+        alive = alive & (token != tl.load(ends + i))
+    tl.store(sampled + pid_b, token)
+    tl.store(running + pid_b, alive)
+    tl.store(tokens + pid_b, token, mask=alive)
+
+
+def choose_likeliest(logits, sampled, tokens, running, ends):
+    """A greedy step's end, in one launch: sampled [B] int64 becomes the first of the likeliest
+    tokens of logits [B, vocab]; rows of running [B] bool for which it is one of ends [any] int64
+    stop, and those that still run have it as the next of tokens [B] int64."""
+    launch(_choose_kernel, (len(logits),), logits, logits=logits, sampled=sampled, tokens=tokens,
+           running=running, ends=ends, vocab=logits.shape[1], E=len(ends), BLOCK=4096, num_warps=16)
 
 
 class Residual:
@@ -210,21 +256,24 @@ class Residual:
 
     MAX_ROWS = 64
 
-    def __init__(self, table, gain, eps, tokens=None):
-        """Starts as rows tokens [B], or all, of table [any, dim]; gain [dim]: the first norm's."""
+    def __init__(self, table, gain, eps, tokens=None, seq_lens=None, grow=None, frequencies=None):
+        """Starts as rows tokens [B], or all, of table [any, dim]; gain [dim]: the first norm's.
+
+        With seq_lens [B] int32 and frequencies [D / 2] a step begins: lengths grow by grow [B], or
+        by 1 if it is None, and self.rope is cos and sin [B, D / 2] fp32 of the newest positions.
+        """
         B, dim = len(table if tokens is None else tokens), table.shape[1]
+        half = 1 if frequencies is None else len(frequencies)
         self.eps = eps
         self.x, self.scaled = (torch.empty(B, dim, dtype=table.dtype, device=table.device)
                                for _ in range(2))
         self.partial = torch.empty(triton.cdiv(dim, 16), B, dtype=torch.float32,
                                    device=table.device)
-        self.enter(table, gain, tokens)
-
-    def enter(self, table, gain, tokens=None):
-        """x becomes rows of table, as in __init__."""
         self.squares = self.partial[:1]
-        _enter_kernel[(len(self.x),)](table, tokens, gain, self.x, self.scaled, self.squares,
-                                      table.shape[1], BLOCK=1024)
+        self.rope = torch.empty(2, B, half, device=table.device)
+        _enter_kernel[(B,)](table, tokens, gain, self.x, self.scaled, self.squares, seq_lens, grow,
+                            frequencies, self.rope, B, dim, half, BLOCK=1024,
+                            BLOCK_D=triton.next_power_of_2(half))
 
     def logits(self, weight, **more):
         """norm(x) times weight [vocab, dim]: [B, vocab]."""

@@ -412,33 +412,34 @@ class Transformer(nn.Module):
                         progress(done // len(self.layers) - before // len(self.layers))
 
     @torch.inference_mode()
-    def decode(self, tokens, cache, grow=1, impl="auto"):
+    def decode(self, tokens, cache, grow=None, impl="auto"):
         """Appends one token per sequence: tokens [B] -> logits of the next, [B, vocab].
 
-        grow: 1, or a [B] tensor of bool or int: a sequence with 0 repeats its last step (whose
-        token must be given again), which leaves its cache as it is. impl: "triton" for the fused
-        kernels, "torch", or "auto": the kernels for up to 64 sequences of a 16-bit model on a GPU.
+        grow: None for 1, or a [B] tensor of bool or int: a sequence with 0 repeats its last step
+        (whose token must be given again), which leaves its cache as it is. impl: "triton" for the
+        fused kernels, "torch", or "auto": the kernels for up to 64 sequences of a 16-bit model on a
+        GPU.
         """
         assert impl in ("auto", "torch", "triton"), f"impl={impl}"
-        cache.seq_lens += grow
-        positions = (cache.seq_lens - 1)[:, None]
         fused = (self.dtype.itemsize == 2 and self.device.type == "cuda"
                  and len(tokens) <= Residual.MAX_ROWS)
         if impl == "triton" or (impl == "auto" and fused):
-            return self._decode_fused(tokens, positions, cache)
+            return self._decode_fused(tokens, cache, grow)
+        cache.seq_lens += 1 if grow is None else grow
+        positions = (cache.seq_lens - 1)[:, None]
         x = self._run(tokens[:, None], cache, Step(positions, row_lens=cache.seq_lens))
         return self.logits(x[:, 0])
 
-    def _decode_fused(self, tokens, positions, cache):
-        """`decode` by fused kernels; positions [B, 1]: of the new tokens, which seq_lens counts."""
-        rope = self.rope(positions)
-        cos, sin = (table.flatten(1) for table in rope)  # [B, D / 2]
+    def _decode_fused(self, tokens, cache, grow):
+        """`decode` by fused kernels."""
         gains = [layer.attn_norm.weight for layer in self.layers] + [self.norm.weight]
-        residual = Residual(self.embed.weight, gains[0], self.config.norm_eps, tokens)
+        residual = Residual(self.embed.weight, gains[0], self.config.norm_eps, tokens,
+                            seq_lens=cache.seq_lens, grow=grow, frequencies=self.frequencies)
         for i, (layer, layer_cache, next_gain) in enumerate(
                 zip(self.layers, cache.layers, gains[1:])):
-            cache.foresee(i, residual.x[:, None], self.layers, *rope)
-            layer.decode(residual, cos, sin, layer_cache, cache.seq_lens, next_gain)
+            cache.foresee(i, residual.x[:, None], self.layers,
+                          *(table[:, None, None] for table in residual.rope))
+            layer.decode(residual, *residual.rope, layer_cache, cache.seq_lens, next_gain)
         if self.head is None:
             return residual.logits(self.embed.weight)
         return residual.logits(self.head.weight, scale=self.head.scale)

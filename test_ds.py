@@ -50,7 +50,7 @@ import items as asked
 import offload
 from config import PRESETS, ModelConfig
 from ds_attention import DSConfig, LabelMap
-from linear import Linear, Residual
+from linear import Linear, Residual, choose_likeliest
 from model import (
     Attention, KVCache, MoEFeedForward, Transformer, apply_rope, check_memory, load_label_maps,
     load_model, memory_need, parameter_shapes
@@ -691,6 +691,40 @@ def test_experts_of_a_sequence_do_not_depend_on_the_batch():
     assert relative_error(found[0], want) < 2e-3
     assert torch.equal(found[1][0], found[0][3])
     assert torch.equal(found[2], found[0][[6, 3, 3]])
+
+
+def test_a_fused_step_begins_where_torch_does():
+    """Frozen rows stay where they are; RoPE's tables are those of far positions, too."""
+    model = random_model(dim=40, head_dim=64)[0].to(DEVICE)
+    lens = torch.tensor([0, 5, 8191, 131071], dtype=torch.int32, device=DEVICE)
+    tokens = torch.tensor([3, 1, 4, 1], device=DEVICE)
+    grows = [None, torch.tensor([True, False, True, False], device=DEVICE)]
+    for grow in (grows[0], grows[1], grows[1].int()):
+        found = lens.clone() + (grow is not None)
+        wanted = found + (1 if grow is None else grow)
+        residual = Residual(model.embed.weight, model.norm.weight, 1e-5, tokens, seq_lens=found,
+                            grow=grow, frequencies=model.frequencies)
+        assert torch.equal(found, wanted)
+        assert torch.equal(residual.x, model.embed(tokens))
+        for table, exact in zip(residual.rope, model.rope(wanted[:, None] - 1)):
+            torch.testing.assert_close(table, exact.flatten(1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ends", [[], [7], [2, 9000]], ids=str)
+def test_the_likeliest_token_as_torch_chooses_it(ends):
+    logits = torch.randn(6, 9001).to(DEVICE, torch.bfloat16)
+    for b, likeliest in enumerate([[7], [2, 8999], [9000], [0], [5000, 5001], [7]]):
+        logits[b, likeliest] = 9.0  # of equal ones the first
+    ends = torch.tensor(ends, dtype=torch.long, device=DEVICE)
+    tokens = torch.arange(100, 106, device=DEVICE)
+    running = torch.tensor([True] * 5 + [False], device=DEVICE)
+    sampled = torch.zeros_like(tokens)
+    wanted = torch.tensor([7, 2, 9000, 0, 5000, 7], device=DEVICE)
+    still = running & (wanted[:, None] != ends).all(1)
+    next_tokens = torch.where(still, wanted, tokens)
+    choose_likeliest(logits, sampled, tokens, running, ends)
+    assert torch.equal(sampled, wanted) and torch.equal(running, still)
+    assert torch.equal(tokens, next_tokens)
 
 
 def test_int8_weights_are_the_nearest_codes():
