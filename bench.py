@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import ds_attention as ds
+import parallel
 from cli import (
     ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_output, default_dtype,
     pick_device, provenance, read_json_lines, run_command, writing
@@ -41,7 +42,7 @@ from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, w
 from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
 from host_memory import check_host_memory, fetch, free_host_bytes, host_layers, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
-from linear import quantized
+from linear import largest, quantized
 from model import KVCache, Transformer, apply_rope, check_memory, parameter_shapes
 from offload import MIN_AGREEMENT, OffloadCache, Placement, idle_heads, predictable_layers
 
@@ -364,14 +365,16 @@ def random_model(config, device, dtype, quantize=None):
         model = Transformer(config)
     if quantize:
         model.requires_grad_(False).quantize()
+    alike, own = (torch.Generator(device).manual_seed(seed) for seed in (0, 1 + parallel.rank()))
     ours, weights = model.state_dict(), {}
     for name, shape in parameter_shapes(config).items():
         weights[name] = torch.ones(shape, device=device, dtype=dtype)
         if len(shape) > 1:
-            weights[name].normal_(0, 0.02)
+            generator = own if parallel.split(name, config) else alike
+            weights[name].normal_(0, 0.02, generator=generator)
         scale = name.removesuffix("weight") + "scale"
         if scale in ours:
-            weights[name], weights[scale] = quantized(weights[name])
+            weights[name], weights[scale] = quantized(weights[name], largest(weights[name]))
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)
 
@@ -507,7 +510,7 @@ def random_cache(model, B, size, config, device, cache_type=KVCache):
                                        device)
     cache = cache_type(model.config, B, size, device, model.dtype, config,
                        [label_map] * model.config.n_layers)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(parallel.rank())
     for b in range(B):
         for layer in cache.prefill_layers(b, 0, size):
             layer.kv.normal_(generator=generator)
@@ -635,6 +638,8 @@ def model_shapes(args, device, settings, modes, example):
     elif args.model or args.shapes:
         shapes = parse_sizes("shapes", args.shapes or example, "4x16384,16x16384")
         settings = [(args.model or "Llama-2-7B", *shape, modes) for shape in shapes]
+    if parallel.size() > 1 and (args.compile or "gpt_fast" in modes):
+        raise ValueError("gpt_fast and --compile are for one process: take --modes dense ds")
     if any(presets[name].n_experts for name, *_ in settings) and "gpt_fast" in modes:
         raise ValueError("modes=gpt_fast: does not know expert layers; leave it out with "
                          "--modes dense ds")
@@ -644,7 +649,8 @@ def model_shapes(args, device, settings, modes, example):
         if (name, quantize) not in held:
             held.clear()
             gc.collect()
-            config, dtype = presets[name], default_dtype(device)
+            config = parallel.share(presets[name], parallel.size())
+            dtype = default_dtype(device)
             if device != "cpu":
                 torch.cuda.empty_cache()
                 check_memory(torch.cuda.mem_get_info()[0], config, 1, 1, dtype, quantize=quantize)
@@ -659,7 +665,7 @@ def model_shapes(args, device, settings, modes, example):
 
 def run_generate(args, device):
     """Yields the rows of the shapes asked for, one shape's at a time, all its modes in turn."""
-    modes = args.modes or MODES
+    modes = args.modes or [mode for mode in MODES if mode != "gpt_fast" or parallel.size() == 1]
     configs = [DSConfig(dense_layers=n, dense_below=args.dense_below) for n in args.dense_layers]
     if device == "cpu":
         configs = [replace(config, min_tokens=16, dense_below=0) for config in configs]
@@ -686,13 +692,18 @@ def mode_name(r):
     return r["mode"] + layers + resident + ahead + rows
 
 
+def model_name(r):
+    """A row's model, and how many GPUs shared it."""
+    return r["model"] + (f", {r['gpus']} GPUs" if "gpus" in r else "")
+
+
 def generate_table(rows):
     """Rows of results/generate.jsonl -> Markdown: a line for each shape, then for each prefill."""
     prefills = [r for r in rows if r["mode"].startswith("prefill")]
     shapes, modes = {}, dict.fromkeys(["gpt_fast", "dense"])
     for r in rows:
         if r not in prefills:
-            shapes.setdefault((r["model"], r["B"], r["S"]), {})[mode_name(r)] = r
+            shapes.setdefault((model_name(r), r["B"], r["S"]), {})[mode_name(r)] = r
             modes.setdefault(mode_name(r))
 
     def cell(row, name, form, unit=""):
@@ -734,7 +745,8 @@ def generate_table(rows):
         seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
         rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
         int8 = ", int8" * r["mode"].endswith("_int8")
-        lines.append(f"| {r['model']}{int8}{', compiled' * r['compiled']} | {r['B']}, {r['S']} | "
+        lines.append(f"| {model_name(r)}{int8}{', compiled' * r['compiled']} | "
+                     f"{r['B']}, {r['S']} | "
                      f"{seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
                      f"{cell(r, 'peak_gib', '.1f')} |")
     return "\n".join(lines).strip()
@@ -744,11 +756,11 @@ def draw_generate(rows, axes):
     """Tokens per second of each shape, a bar for each mode."""
     rows = [r for r in rows if r["ms_per_step"]]
     shapes, modes = (list(dict.fromkeys(map(of, rows)))
-                     for of in (lambda r: (r["model"], r["B"], r["S"]), mode_name))
+                     for of in (lambda r: (model_name(r), r["B"], r["S"]), mode_name))
     width = 0.8 / max(1, len(modes))
     for i, mode in enumerate(modes):
         found = [r for r in rows if mode_name(r) == mode]
-        at = [shapes.index((r["model"], r["B"], r["S"])) + (i - (len(modes) - 1) / 2) * width
+        at = [shapes.index((model_name(r), r["B"], r["S"])) + (i - (len(modes) - 1) / 2) * width
               for r in found]
         axes.bar(at, [r["tokens_per_s"] for r in found], width, label=mode)
     axes.set_xticks(range(len(shapes)), [f"{model}\n{B} x {S}" for model, B, S in shapes],
@@ -1036,7 +1048,8 @@ def attention_setting(r):
 
 def generate_setting(r):
     mode = mode_name(r) if r["mode"].startswith("ds") else r["mode"]
-    return [*(r[key] for key in ("gpu", "model", "B", "S", "dtype")), mode, r.get("compiled")]
+    return [*(r[key] for key in ("gpu", "model", "B", "S", "dtype")), mode, r.get("compiled"),
+            r.get("gpus", 1)]
 
 
 def offload_setting(r):
@@ -1237,6 +1250,9 @@ def tour(args):
 def main():
     """The command line: measures one benchmark, prints its table, or gives a tour of all."""
     args = parse_arguments()
+    if parallel.size() > 1 and args.what not in ("generate", "table"):
+        raise ValueError("of bench.py generate alone runs as several processes: name it, or leave "
+                         "out torchrun")
     if args.what is None:
         return tour(args)
     bench = BENCHES[args.of if args.what == "table" else args.what]
@@ -1247,4 +1263,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, several=True)

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import triton
 
+import parallel
+
 # ---------------------------------------------------------------- options
 
 
@@ -125,13 +127,15 @@ def check_value(name, value, kind):
 
 
 def pick_device(name):
-    """The --device argument -> "cuda" or "cpu". Raises ValueError for a GPU that is not there."""
+    """The --device argument -> "cuda" or "cpu"; processes that torchrun started are connected.
+    Raises ValueError for a GPU that is not there."""
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cuda", "cpu"):
         raise ValueError(f"device={name}: must be cuda or cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name}: no GPU that torch can use; run with --device cpu")
+    parallel.connect(name)
     return name
 
 
@@ -148,8 +152,12 @@ def writing(path, directory=False):
     ends.
 
     If that fails, `path` is as it was and nothing is left behind; what a killed process left is
-    removed by the next that writes there. Devices and pipes are written as they are.
+    removed by the next that writes there. Devices and pipes are written as they are. Of several
+    processes of a run the first alone writes.
     """
+    if parallel.rank():
+        yield Path(os.devnull)
+        return
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
@@ -212,7 +220,10 @@ def ends_a_line(path):
 
 
 def append_json_lines(path, rows):
-    """Adds a line for each object. Where that fails, on a full disk say, the file is as it was."""
+    """Adds a line for each object. Where that fails, on a full disk say, the file is as it was. Of
+    several processes of a run the first alone writes."""
+    if parallel.rank():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
@@ -232,10 +243,11 @@ def append_json_lines(path, rows):
 
 
 def provenance(device):
-    """What a row was measured with: gpu, torch, triton, commit, date."""
+    """What a row was measured with: gpu, and gpus if several, torch, triton, commit, date."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
                          capture_output=True, text=True)
     return {"gpu": torch.cuda.get_device_name() if device != "cpu" else "none (CPU)",
+            **({"gpus": parallel.size()} if parallel.size() > 1 else {}),
             "torch": torch.__version__, "triton": triton.__version__,
             "commit": git.stdout.strip() or "unknown", "date": datetime.date.today().isoformat()}
 
@@ -243,22 +255,31 @@ def provenance(device):
 # ---------------------------------------------------------------- running
 
 
-def run_command(main):
+def run_command(main, several=False):
     """Runs a script's main(). What the user can mend is one line on stderr and exit status 2,
-    without a traceback."""
+    without a traceback. several: whether torchrun may start it as several processes."""
     def stop(number, _):
         sys.exit(128 + number)  # an exception: what was begun is tidied up
 
     signal.signal(signal.SIGTERM, stop)
+    parallel.mute()
     try:
+        if parallel.size() > 1 and not several:
+            raise ValueError(f"{Path(sys.argv[0]).name} runs as one process: leave out torchrun")
         main()
         sys.stdout.flush()
+        parallel.disconnect()
     except BrokenPipeError:  # as by `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, OverflowError, MemoryError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not parallel.fails_first():
+            sys.exit(2)
+        if not isinstance(error, (ValueError, OSError, OverflowError, MemoryError,
+                                  torch.OutOfMemoryError)):
+            raise
         message = str(error).split("\n")[0] if isinstance(error, torch.OutOfMemoryError) else error
         print("error:", *(str(message) or type(error).__name__).split(), file=sys.stderr)
         sys.exit(2)

@@ -72,6 +72,7 @@ class ModelConfig:
     n_experts: int = 0  # 0: a dense feed-forward
     experts_per_token: int = 0
     eos_ids: tuple[int, ...] = (2,)
+    ranks: int = 1  # processes that share a model; heads and ffn_dim are of one (parallel.share)
 
     def window(self, layer):
         """The sliding window of a layer, or None."""

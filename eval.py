@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import calibrate
+import parallel
 from cli import (
     ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_value, default_dtype,
     pick_device, provenance, read_json_lines, run_command
@@ -161,13 +162,13 @@ class Decoder:
         heads; dense: all live ones."""
         if not self.sparse:
             return float(self.live)
-        return statistics.mean(float(layer.attended) for layer in self.sparse)
+        return parallel.mean(statistics.mean(float(layer.attended) for layer in self.sparse))
 
     def mass(self):
         """Share of the exact attention that the chosen tokens hold; None where none was asked."""
         probed = [layer for layer in self.sparse if layer.probes]
         shares = [float(layer.mass) / layer.probes for layer in probed]
-        return statistics.mean(shares) if shares else None
+        return parallel.mean(statistics.mean(shares)) if shares else None
 
     def greedy(self, tokens, max_new_tokens, done):
         """The text that follows `tokens`, which are decoded: up to its end, or till done(text)."""
@@ -265,12 +266,13 @@ def score_items(score, items, dense, decoders, partials, name):
     partials: a Path for each; the items that it has are done, what comes out now is added to it.
     """
     results = []
-    for path in partials:
-        lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # not one that was being written
-        results.append([json.loads(line) for line in whole])
-        if lines:
-            path.write_text("".join(whole), encoding="utf-8")
+    with parallel.rank_0_first():
+        for path in partials:
+            lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]  # not what was being written
+            results.append([json.loads(line) for line in whole])
+            if lines:
+                path.write_text("".join(whole), encoding="utf-8")
     for i, item in enumerate(tqdm(items, desc=name, unit="item", leave=False)):
         todo = [j for j, done in enumerate(results) if len(done) == i]
         for j, found in zip(todo, score(item, dense, [decoders[j] for j in todo]) if todo else ()):
@@ -285,8 +287,8 @@ def score_items(score, items, dense, decoders, partials, name):
 # What makes two rows the same line of the table, of which the newest counts; and the same
 # measurement, not to be repeated.
 SETTING = ("task", "checkpoint", "data", "context", "last", "method", "budget", "n_items", "gpu",
-           "config", "channels", "fewshot", "chat")
-IDENTITY = ("task", "model", "data", "inputs", "method", "config", "calibration", "gpu")
+           "gpus", "config", "channels", "fewshot", "chat")
+IDENTITY = ("task", "model", "data", "inputs", "method", "config", "calibration", "gpu", "gpus")
 
 
 def key_of(row, names):
@@ -316,12 +318,13 @@ def labels_file(checkpoint, method, path, device):
     code = Path(calibrate.__file__).read_bytes()
     tag = hashlib.sha256(model_hash.encode() + code + text.encode()).hexdigest()[:12]
     out = RUNS / "labels" / f"{checkpoint.name}-{method}-{tag}.safetensors"
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        print(f"calibrating labels of method {method} (once)", file=sys.stderr)
-        with contextlib.redirect_stdout(sys.stderr):
-            calibrate.calibrate(checkpoint, text, method, device=device,
-                                dtype=default_dtype(device), out=out)
+    with parallel.rank_0_first():
+        if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            print(f"calibrating labels of method {method} (once)", file=sys.stderr)
+            with contextlib.redirect_stdout(sys.stderr):
+                calibrate.calibrate(checkpoint, text, method, device=device,
+                                    dtype=default_dtype(device), out=out)
     return out
 
 
@@ -415,7 +418,7 @@ class Evaluation:
                 row |= {"mean_tokens": attended / decoded, **summary(found)}
                 row["dense_score"] = rows[0]["score"]
                 self.save(row)
-                partial.unlink()
+                partial.unlink(missing_ok=True)
         return rows
 
     def harness_rows(self, task, settings):
@@ -628,4 +631,4 @@ def evaluate(args):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, several=True)

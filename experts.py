@@ -174,8 +174,9 @@ def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scale
         rstd = tl.load(rstds + b, mask=mask_b, other=0.0)[None, :]
     else:  # all but x is by kernels before the one before
         first, last = 0, tl.load(order)
-        before = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
-        gains = tl.load(gain + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        if gain is not None:
+            before = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
+            gains = tl.load(gain + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         if PDL:
             tl.extra.cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, BLOCK_B] if UP else SHAPE, tl.float32)
@@ -217,10 +218,12 @@ def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scale
             total = tl.where(share > 0, share * acc / (1 + tl.exp(-acc)) * acc_2, 0.0)
         else:
             total += acc
-    if UP:
+    if not UP:
+        total = tl.sum(total, 0)
+    if gain is None:  # up, or one rank's part of down
         tl.store(out + at, total.to(dtype), mask=mask)
     else:
-        total = (before + tl.sum(total, 0)).to(dtype)
+        total = (before + total).to(dtype)
         tl.store(out + at, total, mask=mask)
         total = total.to(tl.float32)
         tl.store(scaled + at, (total * gains).to(dtype), mask=mask)
@@ -242,17 +245,20 @@ def expert_products(residual, x, experts, routes, next_gain=None, **tiles):
     tiles = _tiles(up, B, weight.element_size()) | tiles
     programs = triton.cdiv(N, tiles["BLOCK_N"])
     if up:
-        grid, out = (programs, routes.most), torch.empty(routes.most, B, N, dtype=x.dtype,
-                                                         device=x.device)
+        grid, gain = (programs, routes.most), None
+        out = torch.empty(routes.most, B, N, dtype=x.dtype, device=x.device)
     else:
-        grid, out, residual.squares = (programs,), residual.x, residual.partial[:programs]
+        grid, (out, gain) = (programs,), residual.sum_place(next_gain)
+        residual.squares = residual.partial[:programs]
     launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
     launch(_experts_kernel, grid, x, x=x, w=weight, scale=scale, shares=routes.shares,
-           order=routes.order, rstds=routes.rstd, out=out, squares=residual.squares, gain=next_gain,
+           order=routes.order, rstds=routes.rstd, out=out, squares=residual.squares, gain=gain,
            scaled=residual.scaled, B=B, N=N, K=K, E=E, launch_at=launch_at, UP=up,
            BLOCK_B=max(8, triton.next_power_of_2(B)), WARPS=tiles["num_warps"], ALONE=B == 1,
            UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
            **tiles)
+    if not up:
+        residual.sum_ranks(out, next_gain)
     return out
 
 

@@ -26,6 +26,7 @@ import triton
 from tqdm import tqdm
 from triton.runtime import JITFunction
 
+import parallel
 from calibrate import calibrate
 from cli import (
     ArgumentParser, InputFile, Number, OutputFile, check_output, default_dtype, pick_device,
@@ -79,11 +80,12 @@ def resolve_checkpoint(name):
 
 def ensure_calibrated(checkpoint, device):
     """Calibrates a checkpoint that has no label maps yet."""
-    if not (checkpoint / "channels.safetensors").exists():
-        check_output(checkpoint / "channels.safetensors")
-        print(f"{checkpoint} is not calibrated yet: calibrating (once)", file=sys.stderr)
-        with contextlib.redirect_stdout(sys.stderr):
-            calibrate(checkpoint, device=device, dtype=default_dtype(device))
+    with parallel.rank_0_first():
+        if not (checkpoint / "channels.safetensors").exists():
+            check_output(checkpoint / "channels.safetensors")
+            print(f"{checkpoint} is not calibrated yet: calibrating (once)", file=sys.stderr)
+            with contextlib.redirect_stdout(sys.stderr):
+                calibrate(checkpoint, device=device, dtype=default_dtype(device))
 
 
 def load_maps(checkpoint, config, ds, device, channels=None):
@@ -95,15 +97,18 @@ def load_maps(checkpoint, config, ds, device, channels=None):
 
 def open_checkpoint(name):
     """A checkpoint by directory or hub id -> (config, tokenizer, our checkpoint directory)."""
-    checkpoint = resolve_checkpoint(name)
+    with parallel.rank_0_first():
+        checkpoint = resolve_checkpoint(name)
     config = ModelConfig.from_file(checkpoint / "config.json")
     return config, Tokenizer(checkpoint, config.vocab_size), checkpoint
 
 
 def load(name, device, dtype, quantize=None):
-    """A checkpoint by directory or hub id -> (model, tokenizer, our checkpoint directory)."""
+    """A checkpoint by directory or hub id -> (model, tokenizer, our checkpoint directory). Of
+    several processes each has its part of the model."""
     _, tokenizer, checkpoint = open_checkpoint(name)
-    return load_model(checkpoint, device, dtype, quantize), tokenizer, checkpoint
+    model = load_model(checkpoint, device, dtype, quantize, parallel.size())
+    return model, tokenizer, checkpoint
 
 
 # ---------------------------------------------------------------- generation
@@ -207,7 +212,8 @@ class DecodeStep:
         graph.register_generator_state(self.generator)
         # the graphs never run at once and leave nothing in it
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # thread_local: of several processes each has a thread that looks after those lost
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self._step(sparse)
         self.graphs[sparse] = graph
         self.cache.seq_lens -= 1
@@ -410,7 +416,8 @@ def run_statistics(result, cache, device):
     """A Generation's statistics and what belongs to the machine: a dict for --json."""
     found = result.statistics() | {
         "kv_cache_bytes": cache.kv_bytes(), "label_cache_bytes": cache.label_bytes(),
-        "peak_memory_bytes": peak_memory_bytes(device)} | cache.statistics()
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "processes": parallel.size()} | cache.statistics()
     if device != "cpu" and result.step_s:
         found["bandwidth_share"] = (found["bytes_per_step"] / found["median_ms_per_token"] * 1e3
                                     / copy_bandwidth(device))
@@ -458,6 +465,8 @@ def print_statistics(found, device, name=""):
                                 f"{mebibytes('slot_map_bytes')}")
     lines[f"peak {'GPU' if device != 'cpu' else 'process'} memory"] = (
         f"{found['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if found["processes"] > 1:
+        lines["processes"] = f"{found['processes']}; bytes are of each"
     if name:
         print(name, file=sys.stderr)
     for key, value in lines.items():
@@ -756,15 +765,19 @@ def main():
     if args.offload_mode == "predicted" and ds is None:
         raise ValueError("offload_mode=predicted: nothing is selected with --sparsity 1; take a "
                          "larger one, or leave the mode out")
-    args.device = pick_device(args.device)
+    args.device, ranks = pick_device(args.device), parallel.size()
     if args.compile and args.device == "cpu":
         raise ValueError("--compile: is for a GPU; leave it out on a CPU")
+    for name in ("compile", "interactive"):
+        if getattr(args, name) and ranks > 1:
+            raise ValueError(f"--{name}: is for one process; leave it or torchrun out")
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     texts = list(args.prompt or [])
     if args.prompt_file:
         texts.append(read_text(args.prompt_file))
     texts = [text.removeprefix("\ufeff") for text in texts]
     config, tokenizer, checkpoint = open_checkpoint(args.checkpoint)
+    config = parallel.share(config, ranks)
     answer = None
     if not texts and not args.interactive:
         prompt, answer = demonstration(tokenizer)
@@ -784,15 +797,16 @@ def main():
             mode=args.offload_mode, packed=not args.no_pack)
     for config_ds in (None, ds) if args.compare else (ds,):
         if args.offload:
-            check_host_memory(free_host_bytes(), *needs, config_ds)
+            check_host_memory(free_host_bytes() // ranks, *needs, config_ds)
         if args.device != "cpu":
             check_memory(torch.cuda.mem_get_info()[0], *needs, config_ds, cache_type, args.quantize)
         elif not args.offload:
-            check_memory(free_host_bytes(), *needs, config_ds, quantize=args.quantize, of="host")
+            check_memory(free_host_bytes() // ranks, *needs, config_ds, quantize=args.quantize,
+                         of="host")
     if ds and not args.channels:
         ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it loads its own
     say_if_dense(ds, size, config)
-    model = load_model(checkpoint, args.device, dtype, args.quantize)
+    model = load_model(checkpoint, args.device, dtype, args.quantize, ranks)
     label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
     if ds and args.offload:
         channels = args.channels or checkpoint / "channels.safetensors"
@@ -851,4 +865,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, several=True)

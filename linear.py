@@ -10,14 +10,20 @@ from torch import nn
 
 from ds_attention import launch, pdl
 
-def quantized(weight):
+def largest(weight):
+    """weight [..., out, in] -> [..., out]: the largest magnitude of each row."""
+    low, high = weight.aminmax(dim=-1)
+    return torch.maximum(-low, high)
+
+
+def quantized(weight, magnitudes):
     """weight [..., out, in] -> (codes int8 of its shape, scale [..., out] fp32): codes times scale
-    is nearest to it, by row and symmetric."""
+    is nearest to it, by row and symmetric. magnitudes: `largest` of the rows, of which `weight` may
+    have a part."""
     codes = torch.empty_like(weight, dtype=torch.int8)
-    scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
+    scale = magnitudes.float().clamp(min=1e-30) / 127
     parts = (x.flatten(0, weight.ndim - 2).split(4096) for x in (weight, codes, scale))
     for rows, of_rows, scales in zip(*parts):  # in parts: an fp32 copy is large
-        scales.copy_(rows.abs().amax(1).float().clamp(min=1e-30) / 127)
         of_rows.copy_((rows.float() / scales[:, None]).round_())
     return codes, scale
 
@@ -31,7 +37,7 @@ class Linear(nn.Linear):
         self.register_parameter("scale", None)
 
     def quantize(self):
-        codes, scale = quantized(self.weight)
+        codes, scale = quantized(self.weight, largest(self.weight))
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
@@ -92,7 +98,7 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
         offs_p = tl.arange(0, BLOCK_P)
         part = tl.load(squares + offs_p[:, None] * B + b[None, :],
                        mask=(offs_p < parts)[:, None] & mask_b[None, :], other=0.0)
-    else:
+    elif gain is not None:
         before = tl.load(out + at, mask=mask, other=0.0)
         gains = tl.load(gain + n, mask=mask_n, other=0.0)
     if scale is not None:
@@ -147,11 +153,11 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
     if NORM:
         rstd = tl.rsqrt(tl.sum(part, 0) / K + eps)[None, :]
         acc, acc_2 = acc * rstd, acc_2 * rstd
-    if EPILOGUE == "none":
+    if EPILOGUE == "none" or (EPILOGUE == "residual" and gain is None):
         tl.store(out + at, acc.to(dtype), mask=mask)
     if EPILOGUE == "silu":
         tl.store(out + at, (acc / (1 + tl.exp(-acc)) * acc_2).to(dtype), mask=mask)
-    if EPILOGUE == "residual":
+    if EPILOGUE == "residual" and gain is not None:
         total = (before.to(tl.float32) + acc).to(dtype)
         tl.store(out + at, total, mask=mask)
         total = total.to(tl.float32)
@@ -256,15 +262,17 @@ class Residual:
 
     MAX_ROWS = 64
 
-    def __init__(self, table, gain, eps, tokens=None, seq_lens=None, grow=None, frequencies=None):
+    def __init__(self, table, gain, eps, tokens=None, seq_lens=None, grow=None, frequencies=None,
+                 peers=None):
         """Starts as rows tokens [B], or all, of table [any, dim]; gain [dim]: the first norm's.
+        peers: a parallel.Peers, if what is added is one rank's part.
 
         With seq_lens [B] int32 and frequencies [D / 2] a step begins: lengths grow by grow [B], or
         by 1 if it is None, and self.rope is cos and sin [B, D / 2] fp32 of the newest positions.
         """
         B, dim = len(table if tokens is None else tokens), table.shape[1]
         half = 1 if frequencies is None else len(frequencies)
-        self.eps = eps
+        self.eps, self.peers = eps, peers
         self.x, self.scaled = (torch.empty(B, dim, dtype=table.dtype, device=table.device)
                                for _ in range(2))
         self.partial = torch.empty(triton.cdiv(dim, 16), B, dtype=torch.float32,
@@ -306,7 +314,20 @@ class Residual:
 
     def add(self, inputs, weight, gain, **more):
         """x += inputs [B, K] times weight [dim, K]; gain [dim]: the weight of the next norm."""
-        self._linear("residual", inputs, weight, weight.shape[0], out=self.x, gain=gain, **more)
+        out, own_gain = self.sum_place(gain)
+        self._linear("residual", inputs, weight, weight.shape[0], out=out, gain=own_gain, **more)
+        self.sum_ranks(out, gain)
+
+    def sum_place(self, gain):
+        """Where a kernel writes that adds to x, and the gain it takes: x itself, or a rank's part
+        of the sum, which sum_ranks then adds."""
+        return ((self.x, gain) if self.peers is None
+                else (torch.empty_like(self.x, dtype=torch.float32), None))
+
+    def sum_ranks(self, part, gain):
+        """x += part [B, dim] of all ranks, if it is not x."""
+        if self.peers is not None:
+            self.squares = self.peers.add(part, self.x, self.scaled, self.partial, gain)
 
     def _linear(self, epilogue, x, weight, N, half=1, scale=None, out=None, gain=None, bias=None,
                 q_gain=None, k_gain=None, cos=None, sin=None, seq_lens=None, kv=None, HQ=1, HKV=1,

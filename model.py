@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+import parallel
 from config import ModelConfig, rope_frequencies
 from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, write_labels
 from experts import Experts, MoEFeedForward
-from linear import Linear, Residual, quantized
+from linear import Linear, Residual, largest, quantized
 
 
 def apply_rope(x, cos, sin):
@@ -269,6 +270,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
+        self.ranks = config.ranks
         self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config, layer)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -280,8 +282,8 @@ class Block(nn.Module):
 
     def after(self, x, y):
         """x [B, T, dim] and attention's result y [B, T, HQ, D] -> [B, T, dim]."""
-        x = x + self.attn.wo(y.flatten(2))
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + parallel.total(self.attn.wo(y.flatten(2)), self.ranks)
+        return x + parallel.total(self.ffn(self.ffn_norm(x)), self.ranks)
 
     def forward(self, x, cos, sin, cache=None, step=None):
         q, k, v = self.before(x, cos, sin)
@@ -315,7 +317,8 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
+        self.head = (None if config.tie_embeddings
+                     else Linear(config.dim, parallel.output_rows(config)))
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def quantize(self):
@@ -342,7 +345,7 @@ class Transformer(nn.Module):
         """Bytes of weights that a decode step of `batch` sequences reads: all but the embedding
         table, of which it takes a row each, and of experts those that are chosen, as many as if
         each sequence chose at random."""
-        c, total = self.config, self.embed.weight.nbytes if self.head is None else 0
+        c, total = self.config, self.tied_rows().nbytes if self.head is None else 0
         chosen = 1 - (1 - c.experts_per_token / c.n_experts) ** batch if c.n_experts else 0
         for module in self.modules():
             if module is not self.embed:
@@ -350,10 +353,17 @@ class Transformer(nn.Module):
                 total += int(nbytes * chosen) if isinstance(module, Experts) else nbytes
         return total
 
+    def tied_rows(self):
+        """The embeddings [any, dim] that are output weights, of a rank its own."""
+        rows = parallel.output_rows(self.config)
+        whole = rows == self.config.vocab_size
+        return self.embed.weight if whole else self.embed.weight[parallel.own(rows)]
+
     def logits(self, x):
         """x [..., dim] after the last block -> [..., vocab]."""
         x = self.norm(x)
-        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+        x = F.linear(x, self.tied_rows()) if self.head is None else self.head(x)
+        return parallel.whole_logits(x, self.config)
 
     def forward(self, tokens):
         """Whole sequences, dense, no cache: tokens [B, T] -> logits [B, T, vocab]."""
@@ -433,16 +443,20 @@ class Transformer(nn.Module):
     def _decode_fused(self, tokens, cache, grow):
         """`decode` by fused kernels."""
         gains = [layer.attn_norm.weight for layer in self.layers] + [self.norm.weight]
-        residual = Residual(self.embed.weight, gains[0], self.config.norm_eps, tokens,
-                            seq_lens=cache.seq_lens, grow=grow, frequencies=self.frequencies)
+        residual = Residual(
+            self.embed.weight, gains[0], self.config.norm_eps, tokens, seq_lens=cache.seq_lens,
+            grow=grow, frequencies=self.frequencies, peers=parallel.peers(
+                self.config.ranks, Residual.MAX_ROWS, self.config.dim, self.device))
         for i, (layer, layer_cache, next_gain) in enumerate(
                 zip(self.layers, cache.layers, gains[1:])):
             cache.foresee(i, residual.x[:, None], self.layers,
                           *(table[:, None, None] for table in residual.rope))
             layer.decode(residual, *residual.rope, layer_cache, cache.seq_lens, next_gain)
         if self.head is None:
-            return residual.logits(self.embed.weight)
-        return residual.logits(self.head.weight, scale=self.head.scale)
+            logits = residual.logits(self.tied_rows())
+        else:
+            logits = residual.logits(self.head.weight, scale=self.head.scale)
+        return parallel.whole_logits(logits, self.config)
 
     @torch.inference_mode()
     def decode_rows(self, tokens, cache):
@@ -569,15 +583,17 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-def load_model(checkpoint, device, dtype, quantize=None):
+def load_model(checkpoint, device, dtype, quantize=None, ranks=1):
     """Checkpoint directory of ours -> Transformer in eval mode. quantize: "int8" for the weights of
-    linear layers as Transformer.quantize has them. Raises ValueError naming what is wrong."""
+    linear layers as Transformer.quantize has them; ranks: how many processes share the model, of
+    which this one has its part. Raises ValueError naming what is wrong."""
     checkpoint = Path(checkpoint)
-    config = ModelConfig.from_file(checkpoint / "config.json")
+    whole = ModelConfig.from_file(checkpoint / "config.json")
+    config = parallel.share(whole, ranks)
     with torch.device("meta"):
         model = Transformer(config)
     path = checkpoint / "model.safetensors"
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = parameter_shapes(whole)
     with open_tensors(path) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         wrong = ([name for name in expected if found.get(name) != tuple(expected[name])]
@@ -590,12 +606,13 @@ def load_model(checkpoint, device, dtype, quantize=None):
             model.requires_grad_(False).quantize()
         ours, tensors = model.state_dict(), {}
         for name in expected:
-            tensors[name] = file.get_tensor(name).to(device, dtype)
+            tensors[name] = parallel.read(file, name, config).to(device, dtype)
             if not tensors[name].isfinite().all():
                 raise ValueError(f"{path}: {name} has weights that are infinite or not a number")
             scale = name.removesuffix("weight") + "scale"
             if scale in ours:
-                tensors[name], tensors[scale] = quantized(tensors[name])
+                magnitudes = parallel.whole_rows(largest(tensors[name]), name, config)
+                tensors[name], tensors[scale] = quantized(tensors[name], magnitudes)
         model.load_state_dict(tensors, assign=True)
     return model.to(device).eval().requires_grad_(False)
 
@@ -620,11 +637,12 @@ def load_label_maps(checkpoint, config, ds, path=None):
             raise ValueError(f"{path}: holds label maps of an older form; "
                              f"run calibrate.py --checkpoint {checkpoint}")
         shape, D = file.get_slice("channels").get_shape(), config.head_dim
-        if shape != [config.n_layers, config.n_kv_heads, D]:
+        HKV, heads = config.n_kv_heads * config.ranks, parallel.own(config.n_kv_heads)
+        if shape != [config.n_layers, HKV, D]:
             raise ValueError(f"{path}: made for {shape} layers, KV heads, head_dim; the model has "
-                             f"{config.n_layers}, {config.n_kv_heads}, {D}; "
+                             f"{config.n_layers}, {HKV}, {D}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        tensors = {name: file.get_tensor(name)[..., : ds.channels(D)] for name in MAP_TENSORS
+        tensors = {name: file.get_tensor(name)[:, heads, : ds.channels(D)] for name in MAP_TENSORS
                    if name in file.keys() and file.get_slice(name).get_shape() == shape}
         channels = tensors.get("channels", torch.tensor(-1))
         if len(tensors) < 3 or channels.min() < 0 or channels.max() >= D or not all(
