@@ -315,10 +315,9 @@ def draw_attention(rows, axes):
 
 def run_attention(args, device):
     """Yields the rows of the settings asked for, a list of one at a time."""
-    config = DSConfig(sparsity=args.sparsity, label_channels=args.label_channels,
-                      label_bits=args.label_bits, dense_below=0)
+    config = DSConfig(sparsity=args.sparsity, label_bits=args.label_bits, dense_below=0)
     settings = [(shape, config) for shape in SHAPES]
-    if args.label_bits is None and args.label_channels is None:
+    if args.label_bits is None:
         more = [labels for labels in MORE_LABELS
                 if sum(dims for dims, _ in parse_widths(labels)) <= args.head_dim]
         others = ([(shape, UNIFORM) for shape in SHAPES]
@@ -1106,7 +1105,7 @@ def parse_sizes(name, text, example, by="x"):
 
 
 # Of which benchmarks an option is that not all of them have
-OPTIONS = {"attention": ("heads", "head_dim", "sparsity", "label_channels", "label_bits", "dtype"),
+OPTIONS = {"attention": ("heads", "head_dim", "sparsity", "label_bits", "dtype"),
            "generate and offload": ("model", "modes", "steps", "dense_layers", "compile"),
            "generate": ("dense_below",),
            "offload": ("budgets", "prefetch_heads", "no_pack", "checkpoint", "data")}
@@ -1133,10 +1132,8 @@ def parse_arguments():
                            help="channels per head (default %(default)s)")
     attention.add_argument("--sparsity", type=Number(float, 1, 1e6), default=DSConfig.sparsity,
                            help="1/R of tokens and label bytes (default %(default)g)")
-    attention.add_argument("--label_channels", type=Number(int, 1),
-                           help="label dims per KV head (default: from --sparsity)")
     attention.add_argument("--label_bits", type=label_bits,
-                           help="bits per dim, or dims x bits as 8x4,48x2")
+                           help="dims x bits as 8x4,48x2, or bits of as many dims as fit")
     attention.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16",
                            help="of q, K and V (default %(default)s)")
     steps = parser.add_argument_group("generate and offload")

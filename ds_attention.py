@@ -35,9 +35,8 @@ class DSConfig:
     sparsity: float = 16.0  # attend to 1/sparsity of the live tokens; labels take that of K
     n_tokens: int | None = None  # a fixed number of attended tokens instead of a share
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
-    label_channels: int | None = None  # label dims per KV head; None: what 1/sparsity of K holds
-    # bits per label dim, or dims x bits of each width: "8x4,48x2"; None: default_widths, or 4 with
-    # label_channels
+    # dims x bits of each width, as "8x4,48x2", or bits of as many dims as 1/sparsity of K holds;
+    # None: default_widths
     label_bits: int | str | None = None
     dense_layers: int = 2  # the first layers attend to everything; the caller sees to that
     dense_below: int = 3072  # so do rows of fewer live tokens: sparse is no faster there
@@ -50,17 +49,14 @@ class DSConfig:
         if not (math.isfinite(self.sparsity) and self.sparsity > 1):
             raise ValueError(f"sparsity={self.sparsity:g}: must be above 1; "
                              "use --sparsity 1 for dense")
-        for name, low in [("n_tokens", 1), ("min_tokens", 1), ("label_channels", 1), ("sink", 0),
-                          ("recent", 1), ("dense_layers", 0), ("dense_below", 0)]:
+        for name, low in [("n_tokens", 1), ("min_tokens", 1), ("sink", 0), ("recent", 1),
+                          ("dense_layers", 0), ("dense_below", 0)]:
             value = getattr(self, name)
             if value is not None and value < low:
                 hint = "; use --sparsity 1 for dense" if name == "n_tokens" else ""
                 raise ValueError(f"{name}={value}: must be at least {low}{hint}")
         if isinstance(self.label_bits, str):
             parse_widths(self.label_bits)
-            if self.label_channels is not None:
-                raise ValueError(f"label_channels={self.label_channels}: label_bits="
-                                 f"{self.label_bits} says how many; give one")
         elif self.label_bits not in (None, 1, 2, 4, 8):
             raise ValueError(f"label_bits={self.label_bits}: must be 1, 2, 4, 8, or dims x bits of "
                              "each width as 8x4,48x2")
@@ -96,16 +92,13 @@ class DSConfig:
                                  f"head's {D}")
             return widths
         words = max(1, int(D * 16 / self.sparsity) // 32)  # 1/sparsity of a 16-bit K's bytes
-        if self.label_bits is None and self.label_channels is None:
+        if self.label_bits is None:
             return default_widths(words, D)
-        bits = self.label_bits or 4
-        C = self.label_channels or max(1, min(words, D * bits // 32)) * (32 // bits)
-        if C * bits % 32:
-            raise ValueError(f"label_channels={C}: must be a multiple of {32 // bits} with "
-                             f"{bits}-bit labels")
-        if C > D:
-            raise ValueError(f"label_channels={C}: more label dims than the head's {D}")
-        return ((C, bits),)
+        dims = min(words, D * self.label_bits // 32) * (32 // self.label_bits)
+        if not dims:
+            raise ValueError(f"label_bits={self.label_bits}: the {D} dims of a head do not fill a "
+                             "32-bit word")
+        return ((dims, self.label_bits),)
 
     def channels(self, D):
         """Label dims C for head dim D."""

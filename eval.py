@@ -364,7 +364,7 @@ class Evaluation:
             return Decoder(self.model, self.tokenizer, longest), fields
         method_class, calibration, bits = parse_method(method)
         ds = parse_budget(budget, self.ds) if budget else self.ds
-        ds = replace(ds, label_bits=bits, label_channels=None) if bits else ds
+        ds = replace(ds, label_bits=bits) if bits else ds
         channels = self.args.channels
         if calibration:
             data = self.args.calibration_data

@@ -501,12 +501,10 @@ def add_sparsity_arguments(parser):
                              "labels of 1/R of K's bytes; 1: dense (default %(default)g)")
     parser.add_argument("--n_tokens", type=Number(int, 1),
                         help="attend to this many tokens instead of a share")
-    parser.add_argument("--label_channels", type=Number(int, 1), metavar="C",
-                        help="label dims per KV head (default: from --sparsity)")
     parser.add_argument("--label_bits", type=label_bits, metavar="BITS",
-                        help="bits per label dim: 1, 2, 4 or 8; or dims x bits of each width, the "
-                             "most important first, as 8x4,48x2 (default: many dims of few bits, "
-                             "as 8x4,48x2 in 16 bytes; 4 with --label_channels)")
+                        help="a label's dims x bits of each width, the most important first, as "
+                             "8x4,48x2; or 1, 2, 4 or 8 bits for as many dims as --sparsity has "
+                             "room for (default: many dims of few bits, 8x4,48x2 in 16 bytes)")
     parser.add_argument("--channels", type=InputFile(), metavar="FILE",
                         help="label maps of calibrate.py --out (default: the checkpoint's own)")
     parser.add_argument("--dense_layers", type=Number(int, 0), default=default.dense_layers,
@@ -522,7 +520,7 @@ def add_quantize_argument(parser):
 def sparsity_from(args):
     """DSConfig of the arguments, or None for dense. Raises ValueError for values out of bounds."""
     if args.sparsity == 1 and args.n_tokens is None:
-        for name in ("label_channels", "label_bits", "channels"):
+        for name in ("label_bits", "channels"):
             if getattr(args, name) is not None:
                 raise ValueError(f"{name}={getattr(args, name)}: --sparsity 1 is dense; take a "
                                  "larger one, or leave this out")

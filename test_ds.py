@@ -148,8 +148,8 @@ class Problem:
             return torch.randn(*shape, generator=generator).to(DEVICE)
 
         config = dict(sparsity=8, min_tokens=8, sink=2, recent=4, dense_below=0) | config
-        self.config = DSConfig(**config, label_bits=self.bits,
-                               label_channels=None if isinstance(self.bits, str) else self.C)
+        widths = self.bits if isinstance(self.bits, str) else f"{self.C}x{self.bits}"
+        self.config = DSConfig(**config, label_bits=widths)
         self.widths, self.C = self.config.widths(self.D), self.config.channels(self.D)
         self.q = normal(self.B, self.HQ, self.D).to(self.dtype)
         self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
@@ -493,9 +493,7 @@ def test_label_bytes_follow_from_sparsity():
     (dict(sink=-1), "sink=-1: must be at least 0"),
     (dict(recent=0), "recent=0: must be at least 1"),
     (dict(impl="cuda"), "impl=cuda: must be one of auto, torch, triton"),
-    (dict(label_channels=12), "label_channels=12: must be a multiple of 8"),
-    (dict(label_channels=512), "label_channels=512: more label dims than the head's 64"),
-    (dict(label_bits="8x4,48x2", label_channels=32), "label_bits=8x4,48x2 says how many"),
+    (dict(label_bits="512x4"), "label_bits=512x4: more label dims than the head's 64"),
     (dict(label_bits="8x4,48"), "must be dims x bits, the most bits first"),
     (dict(label_bits="48x2,8x4"), "must be dims x bits, the most bits first"),
     (dict(label_bits="0x4"), "must be dims x bits"),
@@ -535,7 +533,7 @@ def random_model(seed=0, **more):
             parameter.normal_(0, 0.3)
         elif ".attn." in name:  # biases, and norms of q and k
             parameter.normal_(1, 0.3)
-    config = DSConfig(sparsity=4, min_tokens=4, label_channels=8, dense_layers=1, dense_below=0,
+    config = DSConfig(sparsity=4, min_tokens=4, label_bits="8x4", dense_layers=1, dense_below=0,
                       sink=1, recent=2)
     channels = torch.randperm(16)[:8].expand(model.config.n_kv_heads, -1)
     zeros = torch.zeros(channels.shape)
@@ -1552,7 +1550,7 @@ def test_tiny_perplexity(tiny):
 
 def test_tiny_retrieval_is_kept_at_a_sixteenth_and_breaks_with_too_little(tiny):
     items = asked.generated_items(tiny[1], asked.kv_document, [3000], 2)
-    few = DSConfig(n_tokens=16, label_channels=8, recent=4)
+    few = DSConfig(n_tokens=16, label_bits="8x4", recent=4)
     found = measured(tiny, items, (DSConfig(), "ds"), (few, "ds"))
     assert [row["score"] for row in found[:2]] == [100, 100] and found[2]["score"] <= 50
 
@@ -2023,8 +2021,7 @@ def test_bench_times_labels_that_fit_the_head(monkeypatch):
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: None)
     monkeypatch.setattr(bench, "attention_row", lambda B, S, HQ, HKV, D, dtype, config, *_:
                         timed.append(config.channels(D)))
-    args = SimpleNamespace(sparsity=16, label_channels=None, label_bits=None, shapes=None,
-                           head_dim=32, dtype="bfloat16")
+    args = SimpleNamespace(sparsity=16, label_bits=None, shapes=None, head_dim=32, dtype="bfloat16")
     rows = list(bench.run_attention(args, "cuda"))
     assert len(rows) == len(timed) == 2 * len(bench.SHAPES) + 3
 
