@@ -131,25 +131,6 @@ class Routes(NamedTuple):
 
 
 @triton.jit
-def widen(codes, like: tl.constexpr):
-    """Weights in the dtype `like`, int8 to bfloat16 in two instructions each: 128 + the low 7 bits,
-    less 128 or 256, as the sign says."""
-    if like == tl.bfloat16 and codes.dtype == tl.int8:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 low, sign, a, b;
-            and.b32 low, $2, 0x7f7f7f7f;
-            and.b32 sign, $2, 0x80808080;
-            prmt.b32 a, low, 0x43434343, 0x4140;
-            prmt.b32 b, sign, 0x43434343, 0x4140;
-            sub.rn.bf16x2 $0, a, b;
-            prmt.b32 a, low, 0x43434343, 0x4342;
-            prmt.b32 b, sign, 0x43434343, 0x4342;
-            sub.rn.bf16x2 $1, a, b; }""",
-            "=&r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
-    return codes.to(like)
-
-
-@triton.jit
 def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scaled, B, N, K, E,
                     launch_at, UP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
@@ -200,11 +181,11 @@ def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scale
                 inputs = inputs.to(tl.float32)
             inputs = tl.permute(inputs, (0, 2, 1))
             tile = tl.load(rows + (k + offs_k), mask=mask_k, other=0, eviction_policy="evict_first")
-            acc = tl.dot(widen(tile, inputs.dtype), inputs, acc)
+            acc = tl.dot(tile.to(inputs.dtype), inputs, acc)
             if UP:
                 tile = tl.load(rows + N * K + (k + offs_k), mask=mask_k, other=0,
                                eviction_policy="evict_first")
-                acc_2 = tl.dot(widen(tile, inputs.dtype), inputs, acc_2)
+                acc_2 = tl.dot(tile.to(inputs.dtype), inputs, acc_2)
             if PDL:
                 if k == launch_at and i == last - 1:
                     tl.extra.cuda.gdc_launch_dependents()
@@ -264,6 +245,7 @@ def expert_products(residual, x, experts, routes, next_gain=None, **tiles):
 
 def _tiles(up, B, itemsize):
     """Block sizes of `expert_products`, see those of linear.py; at most 16 KB of inputs."""
-    BLOCK_K = 256 if itemsize > 1 else 512 if up else 1024
-    return dict(BLOCK_N=16 if B <= 16 else 32, STAGES=4, num_warps=4, AHEAD=2,
+    BLOCK_K = 1024 if itemsize == 1 and not up else 256
+    return dict(BLOCK_N=16 if B <= 16 else 32, STAGES=4, AHEAD=2,
+                num_warps=2 if itemsize == 1 and up else 4,
                 BLOCK_K=min(BLOCK_K, 8192 // max(8, triton.next_power_of_2(B))))

@@ -56,11 +56,16 @@ def wait_for_memory(nbytes, seconds=10):
                              "smaller batch")
 
 
+def host_need(config, batch, length, dtype, ds=None):
+    """Bytes of host memory for K and V of `batch` sequences of `length` tokens."""
+    token = config.n_kv_heads * 2 * config.head_dim * dtype.itemsize
+    return offloaded_layers(config, ds) * batch * length * token
+
+
 def check_host_memory(free, config, batch, max_seq_length, dtype, ds=None):
     """Raises ValueError, naming what would fit, if `free` bytes of host memory are too few for K
     and V."""
-    layers = offloaded_layers(config, ds)
-    token = layers * config.n_kv_heads * 2 * config.head_dim * dtype.itemsize
+    layers, token = offloaded_layers(config, ds), host_need(config, 1, 1, dtype, ds)
     need = batch * max_seq_length * token
     if need <= free:
         return

@@ -48,6 +48,7 @@ import generate
 import host_memory
 import items as asked
 import offload
+import plan
 from config import PRESETS, ModelConfig
 from ds_attention import DSConfig, LabelMap
 from linear import Linear, Residual, choose_likeliest
@@ -819,6 +820,21 @@ def test_memory_need_counts_what_is_allocated():
     assert need["KV cache"] == cache.kv_bytes() and need["labels"] == cache.label_bytes() > 0
     scratch = vars(ds.Workspace(3, 4, 2, 16, 70, torch.device(DEVICE), config)).values()
     assert need["workspace"] == sum(x.nbytes for x in scratch if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("cache_type", [KVCache, OffloadCache], ids=["gpu", "offload"])
+def test_the_plan_has_what_is_refused_with_less(cache_type):
+    config = PRESETS["Mixtral-8x7B-v0.1"]
+    found = plan.cell(config, 1, "int8", 2, 16384)
+    gib = float(re.fullmatch(r"(.+) or (.+) [+] .+", found)[1 + (cache_type is OffloadCache)])
+
+    def check(gib):
+        check_memory(gib * 2**30, config, 2, 16384, torch.bfloat16, DSConfig(), cache_type, "int8")
+
+    check(gib + 0.1)
+    with pytest.raises(ValueError, match="GiB of GPU memory"):
+        check(gib - 0.1)
+    assert plan.cell(config, 3, None, 1, 10) == plan.cell(config, 1, None, 1, 32769) == "-"
 
 
 @pytest.mark.parametrize("check, gib, batch, length, message", [
