@@ -575,8 +575,8 @@ def check_fit(model, B, size, config, device, cache_type=KVCache):
     if device != "cpu":
         held = sum(p.nbytes for p in model.parameters())
         int8 = any(p.dtype == torch.int8 for p in model.parameters())
-        check_memory(torch.cuda.mem_get_info()[0] + held, model.config, B, size, model.dtype,
-                     config, cache_type, "int8" if int8 else None)
+        check_memory(parallel.least(torch.cuda.mem_get_info()[0]) + held, model.config, B, size,
+                     model.dtype, config, cache_type, "int8" if int8 else None)
 
 
 def time_mode(mode, model, B, S, steps, device, config):
@@ -652,7 +652,8 @@ def model_shapes(args, device, settings, modes, example):
             dtype = default_dtype(device)
             if device != "cpu":
                 torch.cuda.empty_cache()
-                check_memory(torch.cuda.mem_get_info()[0], config, 1, 1, dtype, quantize=quantize)
+                free = parallel.least(torch.cuda.mem_get_info()[0])
+                check_memory(free, config, 1, 1, dtype, quantize=quantize)
             model = held[name, quantize] = random_model(config, device, dtype, quantize)
             if args.compile and device != "cpu":
                 model.compile_blocks()

@@ -100,9 +100,16 @@ def collective(call, *args, **more):
 
 def mean(x):
     """A number's mean over the ranks."""
-    x = torch.tensor([x], dtype=torch.float64)
+    x = torch.tensor([x / size()], dtype=torch.float64)
     collective(dist.all_reduce, x)
-    return x.item() / size()
+    return x.item()
+
+
+def least(x):
+    """The least of the ranks' integers."""
+    x = torch.tensor([x])
+    collective(dist.all_reduce, x, dist.ReduceOp.MIN)
+    return x.item()
 
 
 # ---------------------------------------------------------------- shares
@@ -229,9 +236,10 @@ class Peers:
 
     BLOCK = 256  # values of a program, which no other touches
 
-    def __init__(self, slots):
-        """slots: each rank's [2, ranks, any] int64, zeros, as this process sees them."""
-        self.slots, self.addresses = slots, tuple(slot.data_ptr() for slot in slots)
+    def __init__(self, slots, owner=None):
+        """slots: each rank's [2, ranks, any] int64, zeros, as this process sees them; owner: what
+        must live for them to be there."""
+        self.owner, self.addresses = (slots, owner), tuple(slot.data_ptr() for slot in slots)
         _, self.ranks, self.room = slots[0].shape
         self.counts = torch.zeros(self.room // self.BLOCK, dtype=torch.int32,
                                   device=slots[rank()].device)
@@ -260,4 +268,5 @@ def peers(ranks, rows, dim, device):
     handle = symmetric.rendezvous(slots, dist.group.WORLD)
     torch.cuda.synchronize()
     barrier()  # all are zero before the first part comes
-    return Peers([handle.get_buffer(other, slots.shape, slots.dtype) for other in range(ranks)])
+    return Peers([handle.get_buffer(other, slots.shape, slots.dtype) for other in range(ranks)],
+                 (slots, handle))
