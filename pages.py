@@ -24,7 +24,8 @@ PICTURE = HERE / "results" / "summary.svg"
 STEPS = [("Llama-2-7B", 1, 16384), ("Llama-2-7B", 4, 16384), ("Llama-2-7B", 1, 65536),
          ("Llama-2-7B", 14, 16384), ("Llama-2-7B", 1, 4096)]
 # milliseconds of a step by gpt-fast's own files, measured once on the same kind of machine
-GPT_FAST_S_OWN = {("Llama-2-7B", 1, 16384): 7.34, ("Llama-2-7B", 4, 16384): 12.63}
+GPT_FAST_S_OWN = {("Llama-2-7B", 1, 4096): 5.62, ("Llama-2-7B", 1, 16384): 7.34,
+                  ("Llama-2-7B", 4, 16384): 12.63}
 UNIFORM = 4  # bits of the attention rows with the paper's labels, beside those of the default
 CHOICES = {"ds": "ds", "exact_topk": "exact scores", "paper": "the paper's labels",
            "quest": "Quest", "streaming": "first and newest tokens"}
