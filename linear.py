@@ -308,7 +308,7 @@ class Residual:
             assert BLOCK_N % (D // 2) == 0 and BLOCK_N & (BLOCK_N - 1) == 0, (
                 f"head_dim={D}: a program has whole heads")
             rope |= dict(NORM_PAIRS=D // 2, q_gain=attn.q_norm.weight, k_gain=attn.k_norm.weight,
-                         BLOCK_N=BLOCK_N)
+                         BLOCK_N=BLOCK_N, PARTS=1, num_warps=4 if len(self.x) <= 16 else 8)
         return self._linear("rope", self.scaled, weight, weight.shape[0] // 2, half=D // 2, out=out,
                             **rope | more)
 
