@@ -35,11 +35,12 @@ import ds_attention as ds
 import parallel
 from cli import (
     ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_output, default_dtype,
-    pick_device, provenance, read_json_lines, run_command, writing
+    label_bits, pick_device, provenance, read_json_lines, run_command, writing
 )
 from config import PRESETS, ModelConfig
+from decode import DecodeStep, generate, now
 from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, write_labels
-from generate import HERE, DecodeStep, copy_bandwidth, generate, label_bits, load, load_maps, now
+from generate import HERE, copy_bandwidth, load, load_maps
 from host_memory import check_host_memory, fetch, free_host_bytes, host_layers, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
 from linear import largest, quantized

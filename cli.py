@@ -14,12 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import triton
 
 import parallel
+from ds_attention import DSConfig
 
 # ---------------------------------------------------------------- options
 
@@ -141,6 +143,61 @@ def pick_device(name):
 
 def default_dtype(device):
     return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+# ---------------------------------------------------------------- options of a sparse model
+
+
+def label_bits(text):
+    """DSConfig.label_bits of a command line's text."""
+    return int(text) if text.isdigit() else text
+
+
+def add_sparsity_arguments(parser):
+    """The DSConfig fields that a command line offers; defaults are read from the dataclass."""
+    default = DSConfig()
+    parser.add_argument("--sparsity", type=Number(float, 1, 1e6), default=default.sparsity,
+                        metavar="R",
+                        help=f"attend to 1/R of the tokens, {default.min_tokens} at least, with "
+                             "labels of 1/R of K's bytes; 1: dense (default %(default)g)")
+    parser.add_argument("--n_tokens", type=Number(int, 1),
+                        help="attend to this many tokens instead of a share")
+    parser.add_argument("--label_bits", type=label_bits, metavar="BITS",
+                        help="a label's dims x bits of each width, the most important first, as "
+                             "8x4,48x2; or 1, 2, 4 or 8 bits for as many dims as --sparsity has "
+                             "room for (default: many dims of few bits, 8x4,48x2 in 16 bytes)")
+    parser.add_argument("--channels", type=InputFile(), metavar="FILE",
+                        help="label maps of calibrate.py --out (default: the checkpoint's own)")
+    parser.add_argument("--dense_layers", type=Number(int, 0), default=default.dense_layers,
+                        help="first layers that attend to everything (default %(default)s)")
+
+
+def add_quantize_argument(parser):
+    parser.add_argument("--quantize", choices=("int8",),
+                        help="round the linear layers' weights to 8 bits, with a scale per output: "
+                             "half the bytes of a step's weights (default: as they are)")
+
+
+def sparsity_from(args):
+    """DSConfig of the arguments, or None for dense. Raises ValueError for values out of bounds."""
+    if args.sparsity == 1 and args.n_tokens is None:
+        for name in ("label_bits", "channels"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name}={getattr(args, name)}: --sparsity 1 is dense; take a "
+                                 "larger one, or leave this out")
+        return None
+    names = {f.name for f in fields(DSConfig)}
+    chosen = {name: value for name, value in vars(args).items() if name in names}
+    if args.sparsity == 1:  # --n_tokens alone decides how many, the default how large labels are
+        del chosen["sparsity"]
+    return DSConfig(**chosen)
+
+
+def check_layers(ds, config):
+    """Raises ValueError for a DSConfig, if it is one, of which no layer of the model is sparse."""
+    if ds and ds.dense_layers >= config.n_layers:
+        raise ValueError(f"dense_layers={ds.dense_layers}: of {config.n_layers} layers none is "
+                         "left to be sparse; take fewer, or --sparsity 1 for dense")
 
 
 # ---------------------------------------------------------------- files

@@ -35,14 +35,12 @@ from tqdm import tqdm
 import calibrate
 import parallel
 from cli import (
-    ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_value, default_dtype,
-    pick_device, provenance, read_json_lines, run_command
+    ArgumentParser, InputFile, Number, OutputFile, add_quantize_argument, add_sparsity_arguments,
+    append_json_lines, check_layers, check_value, default_dtype, label_bits, pick_device,
+    provenance, read_json_lines, run_command, sparsity_from
 )
 from ds_attention import DSConfig, bits_of, widths_name
-from generate import (
-    HERE, add_quantize_argument, add_sparsity_arguments, check_layers, label_bits, load, load_maps,
-    sparsity_from
-)
+from generate import HERE, load, load_maps
 from items import BUILTIN, LENGTHS, TASKS, WIKITEXT2, size
 from methods import METHODS, DoubleSparsity
 from model import KVCache, fingerprint, open_tensors

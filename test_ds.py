@@ -42,6 +42,7 @@ from triton.runtime import JITFunction
 import bench
 import calibrate
 import cli
+import decode
 import ds_attention as ds
 import eval as evaluation
 import generate
@@ -547,7 +548,7 @@ def decode_step(size=110, batch=1, sparse=True, seed=0, more={}, shape={}, **sam
     model, maps, config = random_model(seed, eos_ids=(), **shape)
     config = replace(config, **more) if sparse else None
     cache = KVCache(model.config, batch, size, DEVICE, torch.float32, config, maps)
-    return generate.DecodeStep(model.to(DEVICE), cache, **sampling)
+    return decode.DecodeStep(model.to(DEVICE), cache, **sampling)
 
 
 @pytest.mark.parametrize("shape", [
@@ -564,7 +565,7 @@ def test_ragged_batch_gives_what_each_prompt_gives_alone(sparse, below, shape):
     def run(batch):
         more = dict(dense_below=below)
         step = decode_step(110, len(batch), sparse, 4, more=more, shape=shape)
-        return generate.generate(step, batch, 30).token_ids
+        return decode.generate(step, batch, 30).token_ids
 
     together = run(prompts)
     assert together == [run([prompt])[0] for prompt in prompts]
@@ -579,7 +580,7 @@ def test_tokens_attended_to_in_sparse_steps_are_counted():
     for layer in cache.layers:
         layer.workspace = scratch
     for n in (2, 1):  # begin() counts anew
-        generate.generate(step, [[1] + list(range(3, 32)), [1, 5, 9, 20, 7]], n)
+        decode.generate(step, [[1] + list(range(3, 32)), [1, 5, 9, 20, 7]], n)
         wanted = [cache.ds.budget(length + i) for length in (30, 5) for i in range(n)]
         assert wanted[n:] == list(range(5, 5 + n)) and wanted[0] == 8
         found = cache.statistics()["tokens_attended"]
@@ -788,10 +789,10 @@ def test_compiled_blocks_equal_eager_ones_and_are_compiled_once_for_all_layers()
 
     eager, step = decode_step(90), decode_step(90)
     prompts = [[1] + list(range(3, 3 + n)) for n in (50, 33)]
-    want = [generate.generate(eager, [prompt], 4).token_ids for prompt in prompts]
+    want = [decode.generate(eager, [prompt], 4).token_ids for prompt in prompts]
     step.model.compile_blocks()
     counters.clear()
-    assert [generate.generate(step, [prompt], 4).token_ids for prompt in prompts] == want
+    assert [decode.generate(step, [prompt], 4).token_ids for prompt in prompts] == want
     assert counters["stats"]["unique_graphs"] == 4, "of prefill and decode, before and behind it"
 
 
@@ -870,19 +871,19 @@ def test_too_little_memory_is_refused_with_what_would_fit(check, gib, batch, len
 
 def test_end_of_text_stops_one_sequence_and_the_rest_go_on():
     step, prompts = decode_step(40, 2, sparse=False), [[1, 5, 9], [1, 7]]
-    free = generate.generate(step, prompts, 20).token_ids
+    free = decode.generate(step, prompts, 20).token_ids
     stop = next(token for token in free[0] if token not in free[1])
     object.__setattr__(step.model.config, "eos_ids", (stop,))
-    stopped = generate.generate(step, prompts, 20).token_ids
+    stopped = decode.generate(step, prompts, 20).token_ids
     assert stopped == [free[0][: free[0].index(stop)], free[1]]
 
 
 def test_samples_have_the_softmax_s_frequencies_and_respect_top_k():
     logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0], device=DEVICE), 100_000
-    assert torch.equal(generate.sample(logits[None]), logits.argmax(-1, keepdim=True))
+    assert torch.equal(decode.sample(logits[None]), logits.argmax(-1, keepdim=True))
     for top_k in (None, 3):
         generator = torch.Generator(DEVICE).manual_seed(0)
-        drawn = generate.sample(logits.expand(n, -1), 0.7, top_k, generator).cpu()
+        drawn = decode.sample(logits.expand(n, -1), 0.7, top_k, generator).cpu()
         p = (logits.cpu() / 0.7)[:top_k].softmax(0)
         deviation = (p * (1 - p) / n).sqrt()
         found = drawn.bincount(minlength=len(p)) / n
@@ -892,10 +893,10 @@ def test_samples_have_the_softmax_s_frequencies_and_respect_top_k():
 def test_generation_repeats_itself_with_a_seed_and_only_then():
     prompts = [[1, 5, 9, 20], [1, 7]]
     step = decode_step(60, 2, temperature=1.0)
-    first, again = (generate.generate(step, prompts, 20).token_ids for _ in range(2))
+    first, again = (decode.generate(step, prompts, 20).token_ids for _ in range(2))
     step.seed = 1
-    assert first == again != generate.generate(step, prompts, 20).token_ids
-    assert first == generate.generate(decode_step(60, 2, temperature=1.0), prompts, 20).token_ids
+    assert first == again != decode.generate(step, prompts, 20).token_ids
+    assert first == decode.generate(decode_step(60, 2, temperature=1.0), prompts, 20).token_ids
 
 
 def test_frozen_rows_repeat_their_step_to_no_effect():
@@ -926,7 +927,7 @@ def test_tokens_are_read_one_step_behind_or_at_the_end(reader, monkeypatch):
     """Step i + 1 has begun before the host asks for the tokens of step i."""
     step = decode_step(40, 2)
     object.__setattr__(step.model.config, "eos_ids", (99,) if reader == "stopping" else ())
-    order, run, now = [], step.run, generate.now
+    order, run, now = [], step.run, decode.now
     monkeypatch.setattr(step, "run", lambda sparse: (order.append("run"), run(sparse)))
 
     def recorded(device):
@@ -935,10 +936,10 @@ def test_tokens_are_read_one_step_behind_or_at_the_end(reader, monkeypatch):
         noted = {"synchronize": lambda: (order.append(number), wait())}
         return SimpleNamespace(**{"elapsed_time": event.elapsed_time} | vars(event) | noted)
 
-    monkeypatch.setattr(generate, "now", recorded if not GPU else now)
+    monkeypatch.setattr(decode, "now", recorded if not GPU else now)
     streamed = [[], []]
     on_token = (lambda b, token: streamed[b].append(token)) if reader == "streaming" else None
-    result = generate.generate(step, [[1, 5, 9], [1, 7]], 5, on_token=on_token)
+    result = decode.generate(step, [[1, 5, 9], [1, 7]], 5, on_token=on_token)
     assert [len(ids) for ids in result.token_ids] == [5, 5]
     assert streamed == (result.token_ids if reader == "streaming" else [[], []])
     at_the_end = ["run"] * 5 + [0, 1, 2, 3, 4]
@@ -950,9 +951,9 @@ def test_short_sequences_are_decoded_dense_and_leave_labels():
     """Below dense_below a sparse configuration gives what dense gives; the labels written meanwhile
     serve the sparse steps after."""
     prompt = [1] + torch.randint(3, 64, (19,), generator=torch.Generator().manual_seed(0)).tolist()
-    dense = generate.generate(decode_step(100, sparse=False), [prompt], 60)
+    dense = decode.generate(decode_step(100, sparse=False), [prompt], 60)
     steps = {below: decode_step(100, more=dict(dense_below=below)) for below in (0, 50, 1000)}
-    found = {below: generate.generate(step, [prompt], 60) for below, step in steps.items()}
+    found = {below: decode.generate(step, [prompt], 60) for below, step in steps.items()}
     assert found[1000].token_ids == dense.token_ids and found[0].token_ids != dense.token_ids
     assert found[50].token_ids[0][:30] == dense.token_ids[0][:30]
     assert found[50].token_ids != dense.token_ids
@@ -976,7 +977,7 @@ def test_generation_equals_a_plain_loop_of_decode(sparse, more):
     """On a GPU: graphs, captured in the middle of it all, against eager steps."""
     prompts, n = [[1, 5, 9, 20], [1] + list(range(3, 20))], 25
     step, plain = (decode_step(60, 2, sparse, more=more) for _ in "ab")
-    got = generate.generate(step, prompts, n).token_ids
+    got = decode.generate(step, prompts, n).token_ids
     assert step.cache.seq_lens.tolist() == [len(prompt) + n - 1 for prompt in prompts]
 
     plain.model.prefill([prompt[:-1] for prompt in prompts], plain.cache)
@@ -987,17 +988,17 @@ def test_generation_equals_a_plain_loop_of_decode(sparse, more):
     assert got == torch.stack(want, 1).tolist()
     for mine, theirs in zip(step.cache.layers, plain.cache.layers):
         torch.testing.assert_close(mine.kv, theirs.kv, atol=1e-4, rtol=1e-4)
-    another = generate.generate(step, [[7]] * 2, 3, start=10)  # turn, on the same graphs
+    another = decode.generate(step, [[7]] * 2, 3, start=10)  # turn, on the same graphs
     assert another.token_ids != got and step.cache.seq_lens.tolist() == [13, 13]
 
 
 def test_compiling_only_ends_with_its_block():
     run = JITFunction.run
-    with pytest.raises(ZeroDivisionError), generate.compiling_only():
+    with pytest.raises(ZeroDivisionError), decode.compiling_only():
         assert JITFunction.run is not run
         1 / 0
     assert JITFunction.run is run
-    with generate.compiling_only():
+    with decode.compiling_only():
         assert JITFunction.run is not run
 
 
@@ -1010,8 +1011,8 @@ def test_programs_start_without_the_compiler():
 
 def test_forced_logits_are_those_of_generation():
     step, prompts = decode_step(60, 2), [[1, 5, 9, 20], [1, 7]]
-    texts = generate.generate(step, prompts, 20).token_ids
-    forced = torch.stack(list(generate.forced_logits(step, prompts, texts)))  # [steps, B, vocab]
+    texts = decode.generate(step, prompts, 20).token_ids
+    forced = torch.stack(list(decode.forced_logits(step, prompts, texts)))  # [steps, B, vocab]
     assert forced.argmax(-1).T.tolist() == texts
 
 
@@ -1200,7 +1201,7 @@ def offload_step(cache_type=KVCache, size=250, batch=3, below=0, impl="auto", dt
     model, maps, config = random_model(**(dict(eos_ids=(), max_positions=4096) | more))
     config = replace(config, dense_below=below, impl=impl)
     cache = cache_type(model.config, batch, size, DEVICE, dtype, config, maps)
-    return generate.DecodeStep(model.to(DEVICE, dtype), cache)
+    return decode.DecodeStep(model.to(DEVICE, dtype), cache)
 
 
 PREFETCHING = partial(OffloadCache, prefetch_heads=1)
@@ -1217,10 +1218,10 @@ def test_offloaded_generation_equals_that_of_the_gpu_s_cache(more, resident):
     told = {}
     for name, dtype, packed in (("float32", torch.float32, True), ("whole", torch.bfloat16, False),
                                 ("packed", torch.bfloat16, True)):
-        want = generate.generate(offload_step(size=130, dtype=dtype, **more), RAGGED, 40)
+        want = decode.generate(offload_step(size=130, dtype=dtype, **more), RAGGED, 40)
         kind = partial(PREFETCHING, resident_tokens=resident, packed=packed)
         step = offload_step(kind, 130, dtype=dtype, **more)
-        found = generate.generate(step, RAGGED, 40)
+        found = decode.generate(step, RAGGED, 40)
         assert found.token_ids == want.token_ids or GPU and dtype == torch.bfloat16
         # rows that attend to everything read labels all the same
         assert (found.kv_bytes_per_step > want.kv_bytes_per_step) == ("below" in more)
@@ -1309,7 +1310,7 @@ def test_predicted_layers_attend_to_what_is_predicted(monkeypatch):
         assert told["prefetched_bytes_per_step"] > exact["prefetched_bytes_per_step"]
         agreements.append(exact["agreement"])  # of two layers, one predicted by the query itself
     assert errors[0] < 1e-3 < 0.1 < errors[1] and agreements[1] < 0.2 < 0.6 < agreements[0]
-    want, found = (generate.generate(step(kind, below=70), RAGGED, 16) for kind in kinds[::2])
+    want, found = (decode.generate(step(kind, below=70), RAGGED, 16) for kind in kinds[::2])
     assert found.token_ids == want.token_ids
 
 
@@ -1371,11 +1372,11 @@ def test_offload_survives_other_texts_in_the_same_cache(monkeypatch):
     assert any(layer.foreseen for layer in step.cache.offloaded())
     found = []
     for which in (step, plain):
-        texts = generate.generate(which, RAGGED, 20).token_ids
-        forced = generate.forced_logits(which, RAGGED, [text[::-1] for text in texts])
+        texts = decode.generate(which, RAGGED, 20).token_ids
+        forced = decode.forced_logits(which, RAGGED, [text[::-1] for text in texts])
         logits = torch.stack(list(forced))
-        turn = generate.generate(which, [[7, 9], [8, 4], [9]], 20, start=30).token_ids
-        other = generate.generate(which, RAGGED[::-1], 10).token_ids
+        turn = decode.generate(which, [[7, 9], [8, 4], [9]], 20, start=30).token_ids
+        other = decode.generate(which, RAGGED[::-1], 10).token_ids
         found.append(((texts, turn, other), logits))
     assert found[0][0] == found[1][0]
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
@@ -1392,7 +1393,7 @@ def test_offload_by_kernels_equals_the_reference(dtype, monkeypatch):
     steps = [offload_step(kind, 40, 2, impl=impl, n_kv_heads=1, dtype=dtype, n_layers=2)
              for impl in ("torch", "triton")]
     steps[1].cache.foresight.fetching = Late()  # while the next layer's tokens are chosen
-    found = [generate.generate(step, RAGGED[1:], 5).token_ids for step in steps]
+    found = [decode.generate(step, RAGGED[1:], 5).token_ids for step in steps]
     assert found[0] == found[1]
     a, b = (step.cache.layers[1] for step in steps)
     for name in ("counts", "slot_token"):
@@ -1470,8 +1471,8 @@ def test_streaming_equals_dense_decoding(packed):
     kinds = KVCache, partial(OffloadCache, packed=False), partial(OffloadCache, packed=True)
     for cache_type in kinds:
         cache = cache_type(model.config, 3, 90, DEVICE, dtype)
-        step = generate.DecodeStep(model, cache)
-        found.append(generate.generate(step, RAGGED, 38).token_ids)
+        step = decode.DecodeStep(model, cache)
+        found.append(decode.generate(step, RAGGED, 38).token_ids)
     assert found[0] == found[1] == found[2]
     told, whole = cache.statistics(), 3 * 3 * 2 * 90 * 2 * 16 * dtype.itemsize
     assert told["host_bytes"] == whole and (cache.host[0].tops is not None) == packed
@@ -1807,8 +1808,8 @@ def test_published_items_are_read(tiny, tmp_path):
 
 def test_greedy_continues_as_generate_does(tiny):
     prompt = tiny[1].encode("The sea was calm and the")
-    step = generate.DecodeStep(tiny[0], KVCache(tiny[0].config, 1, 64, DEVICE, tiny[0].dtype))
-    want = generate.generate(step, [prompt], 12).token_ids[0]
+    step = decode.DecodeStep(tiny[0], KVCache(tiny[0].config, 1, 64, DEVICE, tiny[0].dtype))
+    want = decode.generate(step, [prompt], 12).token_ids[0]
     told = decoder(tiny, 64)
 
     def greedy(done=lambda text: False):
@@ -1938,8 +1939,8 @@ def test_tasks_of_lm_eval(evaluate, tmp_path, monkeypatch):
         {"text": text, "choices": choices, "label": i} for text, i in zip(asked_for, best)],
         doc_to_text="{{text}}", doc_to_choice="{{choices}}", doc_to_target="{{label}}",
         target_delimiter="", metric_list=[{"metric": "acc"}])
-    step = generate.DecodeStep(model, KVCache(model.config, 1, 64, "cpu", torch.float32))
-    answers = [tokenizer.decode(generate.generate(step, [tokenizer.encode(text)], 6).token_ids[0])
+    step = decode.DecodeStep(model, KVCache(model.config, 1, 64, "cpu", torch.float32))
+    answers = [tokenizer.decode(decode.generate(step, [tokenizer.encode(text)], 6).token_ids[0])
                for text in asked_for]
     local_task(tmp_path, "say", "generate_until", [
         {"text": text, "answer": answer} for text, answer in zip(asked_for, answers)],

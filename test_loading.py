@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from config import ModelConfig
 import convert_hf
+import decode
 import generate
 from ds_attention import DSConfig
 from model import KVCache, load_model, parameter_shapes
@@ -146,8 +147,8 @@ def test_models_equal_hugging_face_s(config, positions, tmp_path):
 
     eos_ids = ours.eos_ids
     object.__setattr__(ours, "eos_ids", ())
-    step = generate.DecodeStep(model, KVCache(ours, 1, 41 + 32, "cpu", torch.float32))
-    found = generate.generate(step, [prompt[0].tolist()], 32).token_ids
+    step = decode.DecodeStep(model, KVCache(ours, 1, 41 + 32, "cpu", torch.float32))
+    found = decode.generate(step, [prompt[0].tolist()], 32).token_ids
     likeliest = hf(torch.cat([prompt, torch.tensor(found)], 1)).logits.argmax(-1)
     assert likeliest[:, 40:-1].tolist() == found
 
@@ -770,7 +771,7 @@ def test_published_gguf_equals_transformers(published):
     torch.testing.assert_close(model(prompt), hf(prompt).logits, atol=1e-3, rtol=0)
     for prompt in (tokenizer.encode("The capital of France is"), tokens[:700]):
         cache = KVCache(model.config, 1, len(prompt) + n, DEVICE, torch.float32)
-        ours = generate.generate(generate.DecodeStep(model, cache), [prompt], n).token_ids[0]
+        ours = decode.generate(decode.DecodeStep(model, cache), [prompt], n).token_ids[0]
         likeliest = hf(torch.tensor([prompt + ours], device=DEVICE)).logits[0].argmax(-1).tolist()
         assert likeliest[len(prompt) - 1 :][: len(ours)] == ours
         assert len(ours) == n or likeliest[-1] in model.config.eos_ids
@@ -1064,7 +1065,7 @@ def turns(path, monkeypatch, lines, *more):
     """Runs --interactive -> of each line the token ids up to the answer, and the answer's."""
     found, cached, lines = [], [], iter(lines)
 
-    def record(step, prompts, max_new_tokens, start, *rest, real=generate.generate):
+    def record(step, prompts, max_new_tokens, start, *rest, real=decode.generate):
         result = real(step, prompts, max_new_tokens, start, *rest)
         result.token_ids[0] += [2]  # as if the model had said </s> where it is no end
         cached[start:] = prompts[0]

@@ -20,8 +20,8 @@ import parallel
 from calibrate import builtin_text
 from cli import run_command, writing
 from config import ModelConfig
+from decode import DecodeStep, forced_logits, generate
 from ds_attention import DSConfig
-from generate import DecodeStep, forced_logits, generate
 from model import KVCache, fingerprint, load_label_maps, load_model, parameter_shapes
 from tokenizer import Tokenizer
 
