@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from test_ds import ROOT  # first: it sets Triton's interpreter where there is no GPU
+
 from safetensors.torch import save_file
 
 import parallel
@@ -25,7 +28,6 @@ from ds_attention import DSConfig
 from model import KVCache, fingerprint, load_label_maps, load_model, parameter_shapes
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent
 LLAMA = dict(model_type="llama", hidden_size=64, intermediate_size=96, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=96,
              eos_token_id=None)
