@@ -13,7 +13,6 @@ Weights are random without --checkpoint.
 import contextlib
 import gc
 import itertools
-import json
 import math
 import os
 import statistics
@@ -21,10 +20,8 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -34,20 +31,20 @@ from tqdm import tqdm
 import ds_attention as ds
 import parallel
 from cli import (
-    ArgumentParser, InputFile, Number, OutputFile, append_json_lines, check_output, default_dtype,
-    label_bits, pick_device, provenance, read_json_lines, run_command, writing
+    ArgumentParser, InputFile, Number, append_json_lines, check_output, default_dtype, label_bits,
+    pick_device, provenance, run_command
 )
 from config import PRESETS, ModelConfig
 from decode import DecodeStep, generate, now
 from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, write_labels
-from generate import HERE, copy_bandwidth, load, load_maps
+from generate import copy_bandwidth, load, load_maps
+from gpt_fast import GptFast
 from host_memory import check_host_memory, fetch, free_host_bytes, host_layers, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
 from linear import largest, quantized
-from model import KVCache, Transformer, apply_rope, check_memory, parameter_shapes
+from model import KVCache, Transformer, check_memory, parameter_shapes
 from offload import MIN_AGREEMENT, OffloadCache, Placement, idle_heads, predictable_layers
-
-RESULTS = HERE / "results"
+from pages import RESULTS, TABLES, newest_rows
 
 # ---------------------------------------------------------------- attention
 
@@ -269,51 +266,6 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device, bandwidth):
     return row | provenance(device)
 
 
-def labels_name(r):
-    """A row's label dims and their bits, for people."""
-    bits = r["label_bits"]
-    return f"{bits} bit" if isinstance(bits, str) else f"{r['label_channels']} x {bits} bit"
-
-
-def attention_table(rows):
-    """Rows of results/attention.jsonl -> Markdown. Times in microseconds."""
-    lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | bracket "
-             "alone | speedup | clustered | tokens attended | GB/s | byte limit | topk chain |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
-
-    def us(value):
-        return "-" if value is None else f"{value:.0f}"
-
-    for r in rows:
-        speedup = (f"{r['speedup']:.1f}x" if r.get("speedup")
-                   else "wrong" if "speedup" in r else "CPU")
-        limit = (f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})"
-                 if "limit_us" in r else "-")
-        dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))
-        attended = f"{r['attended']:.0f} of {r['n_tokens']}" if r.get("attended") else r["n_tokens"]
-        lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {labels_name(r)} | {dense} | "
-                     f"{us(r['ds_us'])} | {us(r.get('bracket_us'))} | {speedup} | "
-                     f"{us(r.get('clustered_us'))} | {attended} | "
-                     f"{r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | {us(r.get('naive_us'))} |")
-    return "\n".join(lines)
-
-
-def draw_attention(rows, axes):
-    """Speedup over S, a line for each B, heads and labels."""
-    def line(r):
-        return f"B = {r['B']}, {r['HQ']}/{r['HKV']} heads, {labels_name(r)}"
-
-    rows = [r for r in rows if r.get("speedup")]
-    for i, name in enumerate(dict.fromkeys(map(line, rows))):
-        points = sorted((r["S"], r["speedup"]) for r in rows if line(r) == name)
-        axes.plot(*zip(*points), marker="os^"[i // 10 % 3], label=name)  # colors repeat after ten
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens", ylabel="speedup over the fastest dense kernel", ylim=(0, None))
-    if rows:
-        axes.legend(fontsize="x-small", bbox_to_anchor=(1, 1), loc="upper left")
-
-
 def run_attention(args, device):
     """Yields the rows of the settings asked for, a list of one at a time."""
     config = DSConfig(sparsity=args.sparsity, label_bits=args.label_bits, dense_below=0)
@@ -377,68 +329,6 @@ def random_model(config, device, dtype, quantize=None):
             weights[name], weights[scale] = quantized(weights[name], largest(weights[name]))
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)
-
-
-class GptFast:
-    """A decode step as gpt-fast has it, of a Transformer's weights: K and V of the allocated
-    length, all attended under a boolean causal mask, repeated for grouped queries, RoPE from a
-    table, gate and up apart. Greedy, as our steps are.
-    """
-
-    def __init__(self, model, batch, max_seq_length):
-        c, device, dtype = model.config, model.device, model.dtype
-        self.model, self.layer, self.head = model, self._layer, self._head
-        shape = (batch, c.n_kv_heads, max_seq_length, c.head_dim)
-        self.caches = [[torch.empty(shape, device=device, dtype=dtype).normal_() for _ in range(2)]
-                       for _ in range(c.n_layers)]  # K and V
-        positions = torch.arange(max_seq_length, device=device)
-        self.rope = [table[0, 0].to(dtype) for table in model.rope(positions[None])]  # [S, D / 2]
-        everything = (max_seq_length, max_seq_length)
-        self.mask = torch.ones(everything, dtype=torch.bool, device=device).tril_()
-
-    def compile(self):
-        """What gpt-fast compiles as a whole, in a sixth of the time: layers are alike, so one of
-        them is compiled. It begins with the sum that ends the layer before, so that the kernels
-        are those of the whole."""
-        self.layer, self.head = (torch.compile(f, fullgraph=True)
-                                 for f in (self._layer, self._head))
-
-    @staticmethod
-    def _norm(x, norm):
-        x32 = x.float()
-        return (x32 * torch.rsqrt(
-            (x32 * x32).mean(-1, keepdim=True) + norm.eps)).to(x.dtype) * norm.weight
-
-    @staticmethod
-    def _layer(layer, x, more, k, v, cos, sin, mask, position):
-        """x + more [B, 1, dim] is the layer's input, and what it returns, too."""
-        attn, ffn, norm = layer.attn, layer.ffn, GptFast._norm
-        x = x + more
-        heads = attn.wqkv(norm(x, layer.attn_norm)).unflatten(-1, (-1, attn.head_dim))
-        q, new_k, new_v = heads.transpose(1, 2).split(attn.heads, 1)
-        if attn.q_norm is not None:
-            q, new_k = norm(q, attn.q_norm), norm(new_k, attn.k_norm)
-        q, new_k = (apply_rope(a, cos[position], sin[position]) for a in (q, new_k))
-        k[:, :, position] = new_k
-        v[:, :, position] = new_v
-        k, v = (a.repeat_interleave(attn.heads[0] // attn.heads[1], 1) for a in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None, position])
-        x = x + attn.wo(y.transpose(1, 2).flatten(2))
-        gate, up = (F.linear(norm(x, layer.ffn_norm), w) for w in ffn.w13.weight.chunk(2))
-        return x, ffn.w2(F.silu(gate) * up)
-
-    @staticmethod
-    def _head(x, more, norm, weight):
-        return F.linear(GptFast._norm(x + more, norm), weight).argmax(-1)
-
-    def step(self, tokens, position):
-        """tokens [B, 1], position [1] int64, the same for all -> the next tokens [B, 1]."""
-        x = self.model.embed(tokens)
-        more = torch.zeros_like(x)
-        for layer, cache in zip(self.model.layers, self.caches):
-            x, more = self.layer(layer, x, more, *cache, *self.rope, self.mask, position)
-        head = self.model.head or self.model.embed
-        return self.head(x, more, self.model.norm, head.weight)
 
 
 def step_seconds(run, steps, device, warm=lambda: None):
@@ -679,97 +569,6 @@ def run_generate(args, device):
                             first=i == 0, compiled=args.compile and device != "cpu")
 
 
-def mode_name(r):
-    """A row's mode, and what else tells it from others of its shape."""
-    layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
-    resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
-    ahead = (f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead"
-             if r.get("prefetch_heads") else "")
-    rows = ""  # of K and V in host memory: packed is what offload does, and what FlexGen does not
-    if r["mode"].startswith("offload") and not r.get("packed"):
-        rows = ", not packed"
-    if r["mode"] == "flexgen" and r.get("packed"):
-        rows = ", packed"
-    return r["mode"] + layers + resident + ahead + rows
-
-
-def model_name(r):
-    """A row's model, and how many GPUs shared it."""
-    return r["model"] + (f", {r['gpus']} GPUs" if "gpus" in r else "")
-
-
-def generate_table(rows):
-    """Rows of results/generate.jsonl -> Markdown: a line for each shape, then for each prefill."""
-    prefills = [r for r in rows if r["mode"].startswith("prefill")]
-    shapes, modes = {}, dict.fromkeys(["gpt_fast", "dense"])
-    for r in rows:
-        if r not in prefills:
-            shapes.setdefault((model_name(r), r["B"], r["S"]), {})[mode_name(r)] = r
-            modes.setdefault(mode_name(r))
-
-    def cell(row, name, form, unit=""):
-        value = (row or {}).get(name)
-        return "-" if value is None else f"{value:{form}}{unit}"
-
-    lines = []
-    if shapes:
-        lines = [f"| model | B, S | {' | '.join(modes)} | ds over gpt_fast | tokens/s | "
-                 "bandwidth, of a copy's (of the datasheet's): dense, ds | peak GiB |",
-                 "|---|" + "---|" * (len(modes) + 5)]
-    for (model, B, S), found in shapes.items():
-        times = []
-        for mode in modes:
-            row = found.get(mode, {})
-            reference = row.get("mode", "dense") in ("dense", "gpt_fast")
-            than = "dense_int8" if row.get("speedup_vs_dense_int8") else "dense"
-            than = than if row.get("mode") == "ds_int8" else "dense"
-            over = ("-" if reference
-                    else cell(row, f"speedup_vs_{than}", ".2f", f"x over {than}"))
-            time = "out of memory" if "error" in row else cell(row, "ms_per_step", ".2f", " ms")
-            times.append(time + (f", {over}" if over != "-" else ""))
-        int8 = next((row for row in found.values() if row["mode"] == "ds_int8"), None)
-        first = next((found[mode] for mode in modes
-                      if mode in found and found[mode]["mode"] == "ds"), int8)
-        shares = ", ".join(
-            f"{cell(row, 'bandwidth_share', '.0%')} ({cell(row, 'datasheet_share', '.0%')})"
-            for row in (found.get("dense") or found.get("dense_int8"), first))
-        over = [cell(row, "speedup_vs_gpt_fast", ".2f", "x")
-                for row in ([first, int8] if int8 is not first else [first]) if row]
-        reference = " (CPU reference)" if "CPU" in next(iter(found.values()))["gpu"] else ""
-        lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | "
-                     f"{', int8 '.join(over) or '-'} | {cell(first, 'tokens_per_s', '.0f')} | "
-                     f"{shares} | {cell(first, 'peak_gib', '.1f')} |")
-    if prefills:
-        lines += ["", "| model | B, S | prefill, s | tokens/s | process start to first token, s | "
-                  "peak GiB |", "|---|" + "---|" * 5]
-    for r in prefills:
-        seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
-        rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
-        int8 = ", int8" * r["mode"].endswith("_int8")
-        lines.append(f"| {model_name(r)}{int8}{', compiled' * r['compiled']} | "
-                     f"{r['B']}, {r['S']} | "
-                     f"{seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
-                     f"{cell(r, 'peak_gib', '.1f')} |")
-    return "\n".join(lines).strip()
-
-
-def draw_generate(rows, axes):
-    """Tokens per second of each shape, a bar for each mode."""
-    rows = [r for r in rows if r["ms_per_step"]]
-    shapes, modes = (list(dict.fromkeys(map(of, rows)))
-                     for of in (lambda r: (model_name(r), r["B"], r["S"]), mode_name))
-    width = 0.8 / max(1, len(modes))
-    for i, mode in enumerate(modes):
-        found = [r for r in rows if mode_name(r) == mode]
-        at = [shapes.index((model_name(r), r["B"], r["S"])) + (i - (len(modes) - 1) / 2) * width
-              for r in found]
-        axes.bar(at, [r["tokens_per_s"] for r in found], width, label=mode)
-    axes.set_xticks(range(len(shapes)), [f"{model}\n{B} x {S}" for model, B, S in shapes],
-                    rotation=90, fontsize="small")
-    axes.set(yscale="log", ylabel="tokens/s")
-    axes.legend(fontsize="small")
-
-
 # ---------------------------------------------------------------- offload
 
 OFFLOAD_MODES = ("flexgen", "flexgen_packed", "gpu", "offload", "offload_predicted")
@@ -993,106 +792,9 @@ def run_offload(args, device):
         yield offload_rows(source, of_shape, configs, *options)
 
 
-OFFLOAD_COLUMNS = [
-    "model", "B, S", "mode", "ms per step", "tokens/s", "over flexgen", "over flexgen, packed",
-    "PCIe: MB per step", "of it ahead", "GB/s, of a gather's or copy's", "tokens on the GPU",
-    "agreement", "rows not packed", "same tokens, logits as gpu", "GPU GiB: K and V",
-    "labels, maps", "host GiB"]
+# ---------------------------------------------------------------- command line
 
-
-def offload_table(rows):
-    """Rows of results/offload.jsonl -> Markdown."""
-    lines = [f"| {' | '.join(OFFLOAD_COLUMNS)} |", "|---" * len(OFFLOAD_COLUMNS) + "|"]
-    for r in rows:
-        def cell(name, form, unit="", scale=1, r=r):
-            return "-" if r.get(name) is None else f"{r[name] / scale:{form}}{unit}"
-
-        alone = r.get("pcie_gather_gbps") or r.get("pcie_copy_gbps")
-        share = f" ({r['pcie_gbps'] / alone:.0%} of {alone:.1f})" if alone else ""
-        error = f", {r['logit_error']:.0e}" if "logit_error" in r else ""
-        maps = r.get("gpu_label_bytes", 0) + r.get("slot_map_bytes", 0)
-        cells = [
-            r["model"] + (f", {r['data']}" if r.get("data") else "")
-            + (" (CPU reference)" if "CPU" in r["gpu"] else ""),
-            f"{r['B']}, {r['S']}", mode_name(r),
-            "out of memory" if "error" in r else cell("ms_per_step", ".2f"),
-            cell("tokens_per_s", ".1f"), cell("speedup_vs_flexgen", ".1f", "x"),
-            cell("speedup_vs_flexgen_packed", ".1f", "x"),
-            cell("pcie_bytes_per_step", ".1f", scale=1e6),
-            cell("prefetched_bytes_per_step", ".1f", scale=1e6), cell("pcie_gbps", ".1f") + share,
-            cell("hit_rate", ".0%"), cell("agreement", ".0%"),
-            cell("as_is", ".1%") if r.get("packed") else "-",
-            {None: "-", True: "yes", False: "no"}[r.get("same_tokens")] + error,
-            cell("gpu_kv_bytes", ".2f", scale=2**30), f"{maps / 2**30:.2f}",
-            cell("host_bytes", ".1f", scale=2**30)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- results
-
-
-@dataclass
-class Bench:
-    """What one kind of row needs to be measured, told from others, and shown."""
-
-    run: Callable  # (args, device) -> lists of rows, as they come
-    setting: Callable  # row -> what it measures: a newer row of the same replaces it in tables
-    table: Callable  # rows -> Markdown
-    draw: Callable  # (rows, matplotlib axes)
-
-
-def attention_setting(r):
-    return [r[key] for key in ("gpu", "B", "S", "HQ", "HKV", "D", "dtype", "label_channels",
-                               "label_bits", "n_tokens")]
-
-
-def generate_setting(r):
-    mode = mode_name(r) if r["mode"].startswith("ds") else r["mode"]
-    return [*(r[key] for key in ("gpu", "model", "B", "S", "dtype")), mode, r.get("compiled"),
-            r.get("gpus", 1)]
-
-
-def offload_setting(r):
-    return [*(r[key] for key in ("gpu", "model", "data", "B", "S", "dtype")), mode_name(r)]
-
-
-def draw_offload(rows, axes):
-    """Tokens per second, a bar for each row."""
-    rows = [r for r in rows if r["ms_per_step"]]
-    axes.barh([f"{r['model']} {r['B']} x {r['S']}, {mode_name(r)}" for r in rows],
-              [r["tokens_per_s"] for r in rows])
-    axes.set(xscale="log", xlabel="tokens/s")
-    axes.invert_yaxis()
-    axes.figure.set_figheight(1 + len(rows) / 4)  # a line of text each
-
-
-BENCHES = {"attention": Bench(run_attention, attention_setting, attention_table, draw_attention),
-           "generate": Bench(run_generate, generate_setting, generate_table, draw_generate),
-           "offload": Bench(run_offload, offload_setting, offload_table, draw_offload)}
-
-
-def newest_rows(name):
-    """The last row of each setting in a bench's results file, in the order they first came in."""
-    path = RESULTS / f"{name}.jsonl"
-    if not path.exists():
-        raise ValueError(f"{path}: no results yet; run bench.py {name} first")
-    rows = {}
-    for row in read_json_lines(path):
-        if row.get("bench") != name:
-            raise ValueError(f"{path}: has lines that are not rows of bench.py {name}")
-        rows[json.dumps(BENCHES[name].setting(row))] = row
-    return list(rows.values())
-
-
-def plot(rows, draw, path):
-    """An image file of the rows. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    draw(rows, figure.subplots())
-    with writing(path) as file:
-        figure.savefig(file, dpi=150, format=Path(path).suffix[1:])
+BENCHES = {"attention": run_attention, "generate": run_generate, "offload": run_offload}
 
 
 def parse_sizes(name, text, example, by="x"):
@@ -1123,8 +825,6 @@ def parse_arguments():
                         help="BxS, comma-separated, S in tokens (default: several)")
     parser.add_argument("--no_save", action="store_true",
                         help="print the rows, but leave the results file as it is")
-    parser.add_argument("--plot", type=OutputFile(), metavar="FILE",
-                        help="draw the rows of this run or of the table (needs matplotlib)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda; on a CPU one small shape is "
                                          "checked, and nothing saved)")
     attention = parser.add_argument_group("attention")
@@ -1183,10 +883,6 @@ def parse_arguments():
                                  f"{', '.join(BENCHES)}")
     if args.what == "table" and args.of is None:
         raise ValueError(f"table of what: must be one of {', '.join(BENCHES)}")
-    if args.plot and not find_spec("matplotlib"):  # before anything is measured for it
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"plot={args.plot}: must end in .png, .svg or .pdf")
     if args.steps < 2 and args.checkpoint:
         raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the "
                          "first includes the prefill")
@@ -1214,7 +910,7 @@ def measure(args):
     if saved and path.exists():
         check_output(path)
         newest_rows(args.what)  # it is ours
-    for of_shape in BENCHES[args.what].run(args, device):
+    for of_shape in BENCHES[args.what](args, device):
         rows += of_shape
         if device != "cpu":
             torch.cuda.empty_cache()
@@ -1236,14 +932,14 @@ def tour(args):
     if device == "cpu":
         print("Without a GPU: small shapes, to see that all is right. Their times say nothing.",
               file=sys.stderr)
-    for name, bench in BENCHES.items():
+    for name, run in BENCHES.items():
         options = TOUR[name]
         if device == "cpu":
             options = {"modes": [mode for mode in MODES if mode != "gpt_fast"],
                        "steps": 5} if name == "generate" else {"steps": 5}
         args = SimpleNamespace(**vars(args) | {"shapes": None, "modes": None} | options)
-        rows = [row for of_shape in bench.run(args, device) for row in of_shape]
-        print(f"{name}\n\n{bench.table(rows)}\n", flush=True)
+        rows = [row for of_shape in run(args, device) for row in of_shape]
+        print(f"{name}\n\n{TABLES[name](rows)}\n", flush=True)
 
 
 def main():
@@ -1254,11 +950,8 @@ def main():
                          "out torchrun")
     if args.what is None:
         return tour(args)
-    bench = BENCHES[args.of if args.what == "table" else args.what]
     rows = newest_rows(args.of) if args.what == "table" else measure(args)
-    print(bench.table(rows))
-    if args.plot:
-        plot(rows, bench.draw, args.plot)
+    print(TABLES[args.of or args.what](rows))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import triton
 import parallel
 from ds_attention import DSConfig
 
+HERE = Path(__file__).resolve().parent  # the project's directory
+
 # ---------------------------------------------------------------- options
 
 

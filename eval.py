@@ -35,15 +35,16 @@ from tqdm import tqdm
 import calibrate
 import parallel
 from cli import (
-    ArgumentParser, InputFile, Number, OutputFile, add_quantize_argument, add_sparsity_arguments,
-    append_json_lines, check_layers, check_value, default_dtype, label_bits, pick_device,
-    provenance, read_json_lines, run_command, sparsity_from
+    HERE, ArgumentParser, InputFile, Number, OutputFile, add_quantize_argument,
+    add_sparsity_arguments, append_json_lines, check_layers, check_value, default_dtype, label_bits,
+    pick_device, provenance, read_json_lines, run_command, sparsity_from
 )
 from ds_attention import DSConfig, bits_of, widths_name
-from generate import HERE, load, load_maps
+from generate import load, load_maps
 from items import BUILTIN, LENGTHS, TASKS, WIKITEXT2, size
 from methods import METHODS, DoubleSparsity
 from model import KVCache, fingerprint, open_tensors
+from pages import quality_table
 from tokenizer import read_text
 
 RESULTS = HERE / "results" / "quality.jsonl"  # the rows of the published tables
@@ -459,79 +460,6 @@ class Evaluation:
         self.saved[key_of(row, IDENTITY)] = row
 
 
-# ---------------------------------------------------------------- table
-
-
-def by(name):
-    """A cell of scores by task, length or depth."""
-    def found(row):
-        scores = row[f"by_{name}"].items()
-        return ", ".join(f"{key}: {score:.0f}" for key, score in scores) or "-"
-    return found
-
-
-SETTINGS = {"method": "{method}", "budget": "{budget}", "tokens": "{mean_tokens:.0f}"}
-LABELS = {"labels": lambda row: " of ".join(filter(None, (row["labels"], row.get("channels")))),
-          "dense layers": "{config[dense_layers]}"}
-# {heading: what makes a row's cell}, of text and of answers. Where a row lacks a field it has a
-# "-"; a column of nothing else is left out.
-TEXT = {"text": "{data}", "context": "{context}", "last": "{last}"} | SETTINGS | {
-    "perplexity": "{score:.3f}",
-    "over dense": lambda row: f"{row['score'] / row['dense_score']:.4f}",
-    "KL": "{kl:.4f}", "same likeliest": "{top1:.1f}%", "attention kept": "{mass:.1%}",
-    "windows": "{n_items}"} | LABELS
-ANSWERS = {"task": "{task}", "items": "{data}", "tokens of items": "{context}"} | SETTINGS | {
-    "right": "{score:.1f}%", "dense": "{dense_score:.1f}%", "number": "{n_items}",
-    "% by length": by("length"), "% by task": by("task"), "% by depth": by("depth")} | LABELS
-
-
-def metrics(name):
-    """A cell of lm-eval's metrics, in its own units."""
-    return lambda row: ", ".join(f"{key} {value:.4g}" for key, value in row[name].items())
-
-
-HARNESS = {"task of lm-eval": "{data}", "context": "{context}"} | SETTINGS | {
-    "found": metrics("metrics"), "dense": metrics("dense_metrics"),
-    "standard error": metrics("stderr"), "items": "{n_items}", "cut to context": "{cut}"} | LABELS
-COLUMNS = {"perplexity": TEXT, "lm_eval": HARNESS}  # of other tasks ANSWERS
-
-
-def cell(row, column):
-    """What a row has in a column: a format or a function."""
-    try:
-        return column(row) if callable(column) else column.format(**row)
-    except (KeyError, TypeError):  # the row has no such field, or None there
-        return "-"
-
-
-def table(rows):
-    """Rows -> Markdown: by model, tiny last, and of each those of one text and context together."""
-    models = {}
-    for row in sorted(rows, key=lambda row: row["checkpoint"] == "tiny"):
-        models.setdefault(row["checkpoint"], []).append(row)
-    parts = []
-    for name, found in models.items():
-        said = [", ".join(dict.fromkeys(row[field] for row in found))
-                for field in ("model", "gpu", "torch", "triton", "commit")]
-        days = sorted(row["date"] for row in found)
-        parts.append("**{}**, {}: {}, torch {}, triton {}, commits {}, {} to {}".format(
-            name, *said, days[0], days[-1]))
-        for columns in (TEXT, ANSWERS, HARNESS):
-            groups = {}
-            for row in found:
-                if COLUMNS.get(row["task"], ANSWERS) is columns:
-                    key = [row.get(x) for x in ("task", "data", "context", "last", "n_items")]
-                    groups.setdefault(str(key), []).append(row)
-            cells = [[cell(row, column) for column in columns.values()]
-                     for group in groups.values() for row in group]
-            shown = [i for i in range(len(columns)) if any(row[i] != "-" for row in cells)]
-            lines = [list(columns), ["---"] * len(columns), *cells]
-            if cells:
-                lines = [f"| {' | '.join(line[i] for i in shown)} |" for line in lines]
-                parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -590,7 +518,7 @@ def main():
             raise ValueError(f"{path}: no results yet; run eval.py --results {path} first")
     else:
         rows = evaluate(args)
-    print(table(rows))
+    print(quality_table(rows))
 
 
 def evaluate(args):

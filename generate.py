@@ -22,8 +22,9 @@ from tqdm import tqdm
 import parallel
 from calibrate import calibrate
 from cli import (
-    ArgumentParser, InputFile, Number, OutputFile, add_quantize_argument, add_sparsity_arguments,
-    check_layers, check_output, default_dtype, pick_device, run_command, sparsity_from, writing
+    HERE, ArgumentParser, InputFile, Number, OutputFile, add_quantize_argument,
+    add_sparsity_arguments, check_layers, check_output, default_dtype, pick_device, run_command,
+    sparsity_from, writing
 )
 from config import ModelConfig
 from convert_hf import convert
@@ -34,8 +35,6 @@ from model import KVCache, check_memory, load_label_maps, load_model, open_tenso
 from offload import MIN_AGREEMENT, MODES, OffloadCache, predictable_layers
 from tiny.tasks import kv_answer, kv_prompt, random_kv
 from tokenizer import Tokenizer, read_text
-
-HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------- loading
 

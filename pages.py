@@ -1,4 +1,4 @@
-"""The pages' tables and picture, anew from results/*.jsonl.
+"""Rows of results as tables, and the pages' tables and picture, anew from results/*.jsonl.
 
 Usage: python pages.py            all: the picture, and in README.md and results/README.md what
                                   stands between a line <!-- COMMAND --> and a line <!-- end -->,
@@ -14,12 +14,269 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-from cli import ArgumentParser, run_command, writing
+from cli import HERE, ArgumentParser, read_json_lines, run_command, writing
 from ds_attention import DSConfig
-from generate import HERE
+
+RESULTS = HERE / "results"
+
+# ---------------------------------------------------------------- rows
+
+
+def attention_setting(r):
+    return [r[key] for key in ("gpu", "B", "S", "HQ", "HKV", "D", "dtype", "label_channels",
+                               "label_bits", "n_tokens")]
+
+
+def generate_setting(r):
+    mode = mode_name(r) if r["mode"].startswith("ds") else r["mode"]
+    return [*(r[key] for key in ("gpu", "model", "B", "S", "dtype")), mode, r.get("compiled"),
+            r.get("gpus", 1)]
+
+
+def offload_setting(r):
+    return [*(r[key] for key in ("gpu", "model", "data", "B", "S", "dtype")), mode_name(r)]
+
+
+# What a row measures: a newer one of the same replaces it.
+SETTINGS = {"attention": attention_setting, "generate": generate_setting,
+            "offload": offload_setting}
+
+
+def newest_rows(name):
+    """The last row of each setting in a bench's results file, in the order they first came in."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        raise ValueError(f"{path}: no results yet; run bench.py {name} first")
+    rows = {}
+    for row in read_json_lines(path):
+        if row.get("bench") != name:
+            raise ValueError(f"{path}: has lines that are not rows of bench.py {name}")
+        rows[json.dumps(SETTINGS[name](row))] = row
+    return list(rows.values())
+
+
+# ---------------------------------------------------------------- tables of bench.py
+
+
+def labels_name(r):
+    """A row's label dims and their bits, for people."""
+    bits = r["label_bits"]
+    return f"{bits} bit" if isinstance(bits, str) else f"{r['label_channels']} x {bits} bit"
+
+
+def attention_table(rows):
+    """Rows of results/attention.jsonl -> Markdown. Times in microseconds."""
+    lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | bracket "
+             "alone | speedup | clustered | tokens attended | GB/s | byte limit | topk chain |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+
+    def us(value):
+        return "-" if value is None else f"{value:.0f}"
+
+    for r in rows:
+        speedup = (f"{r['speedup']:.1f}x" if r.get("speedup")
+                   else "wrong" if "speedup" in r else "CPU")
+        limit = (f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})"
+                 if "limit_us" in r else "-")
+        dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))
+        attended = f"{r['attended']:.0f} of {r['n_tokens']}" if r.get("attended") else r["n_tokens"]
+        lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {labels_name(r)} | {dense} | "
+                     f"{us(r['ds_us'])} | {us(r.get('bracket_us'))} | {speedup} | "
+                     f"{us(r.get('clustered_us'))} | {attended} | "
+                     f"{r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | {us(r.get('naive_us'))} |")
+    return "\n".join(lines)
+
+
+def mode_name(r):
+    """A row's mode, and what else tells it from others of its shape."""
+    layers = f", {r['config']['dense_layers']} dense layers" if r["config"] else ""
+    resident = f", {r['resident_tokens']} resident" if r.get("resident_tokens") else ""
+    ahead = (f", {r['prefetch_heads']} head{'s' * (r['prefetch_heads'] > 1)} ahead"
+             if r.get("prefetch_heads") else "")
+    rows = ""  # of K and V in host memory: packed is what offload does, and what FlexGen does not
+    if r["mode"].startswith("offload") and not r.get("packed"):
+        rows = ", not packed"
+    if r["mode"] == "flexgen" and r.get("packed"):
+        rows = ", packed"
+    return r["mode"] + layers + resident + ahead + rows
+
+
+def model_name(r):
+    """A row's model, and how many GPUs shared it."""
+    return r["model"] + (f", {r['gpus']} GPUs" if "gpus" in r else "")
+
+
+def generate_table(rows):
+    """Rows of results/generate.jsonl -> Markdown: a line for each shape, then for each prefill."""
+    prefills = [r for r in rows if r["mode"].startswith("prefill")]
+    shapes, modes = {}, dict.fromkeys(["gpt_fast", "dense"])
+    for r in rows:
+        if r not in prefills:
+            shapes.setdefault((model_name(r), r["B"], r["S"]), {})[mode_name(r)] = r
+            modes.setdefault(mode_name(r))
+
+    def cell(row, name, form, unit=""):
+        value = (row or {}).get(name)
+        return "-" if value is None else f"{value:{form}}{unit}"
+
+    lines = []
+    if shapes:
+        lines = [f"| model | B, S | {' | '.join(modes)} | ds over gpt_fast | tokens/s | "
+                 "bandwidth, of a copy's (of the datasheet's): dense, ds | peak GiB |",
+                 "|---|" + "---|" * (len(modes) + 5)]
+    for (model, B, S), found in shapes.items():
+        times = []
+        for mode in modes:
+            row = found.get(mode, {})
+            reference = row.get("mode", "dense") in ("dense", "gpt_fast")
+            than = "dense_int8" if row.get("speedup_vs_dense_int8") else "dense"
+            than = than if row.get("mode") == "ds_int8" else "dense"
+            over = ("-" if reference
+                    else cell(row, f"speedup_vs_{than}", ".2f", f"x over {than}"))
+            time = "out of memory" if "error" in row else cell(row, "ms_per_step", ".2f", " ms")
+            times.append(time + (f", {over}" if over != "-" else ""))
+        int8 = next((row for row in found.values() if row["mode"] == "ds_int8"), None)
+        first = next((found[mode] for mode in modes
+                      if mode in found and found[mode]["mode"] == "ds"), int8)
+        shares = ", ".join(
+            f"{cell(row, 'bandwidth_share', '.0%')} ({cell(row, 'datasheet_share', '.0%')})"
+            for row in (found.get("dense") or found.get("dense_int8"), first))
+        over = [cell(row, "speedup_vs_gpt_fast", ".2f", "x")
+                for row in ([first, int8] if int8 is not first else [first]) if row]
+        reference = " (CPU reference)" if "CPU" in next(iter(found.values()))["gpu"] else ""
+        lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | "
+                     f"{', int8 '.join(over) or '-'} | {cell(first, 'tokens_per_s', '.0f')} | "
+                     f"{shares} | {cell(first, 'peak_gib', '.1f')} |")
+    if prefills:
+        lines += ["", "| model | B, S | prefill, s | tokens/s | process start to first token, s | "
+                  "peak GiB |", "|---|" + "---|" * 5]
+    for r in prefills:
+        seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
+        rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
+        int8 = ", int8" * r["mode"].endswith("_int8")
+        lines.append(f"| {model_name(r)}{int8}{', compiled' * r['compiled']} | "
+                     f"{r['B']}, {r['S']} | "
+                     f"{seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
+                     f"{cell(r, 'peak_gib', '.1f')} |")
+    return "\n".join(lines).strip()
+
+
+OFFLOAD_COLUMNS = [
+    "model", "B, S", "mode", "ms per step", "tokens/s", "over flexgen", "over flexgen, packed",
+    "PCIe: MB per step", "of it ahead", "GB/s, of a gather's or copy's", "tokens on the GPU",
+    "agreement", "rows not packed", "same tokens, logits as gpu", "GPU GiB: K and V",
+    "labels, maps", "host GiB"]
+
+
+def offload_table(rows):
+    """Rows of results/offload.jsonl -> Markdown."""
+    lines = [f"| {' | '.join(OFFLOAD_COLUMNS)} |", "|---" * len(OFFLOAD_COLUMNS) + "|"]
+    for r in rows:
+        def cell(name, form, unit="", scale=1, r=r):
+            return "-" if r.get(name) is None else f"{r[name] / scale:{form}}{unit}"
+
+        alone = r.get("pcie_gather_gbps") or r.get("pcie_copy_gbps")
+        share = f" ({r['pcie_gbps'] / alone:.0%} of {alone:.1f})" if alone else ""
+        error = f", {r['logit_error']:.0e}" if "logit_error" in r else ""
+        maps = r.get("gpu_label_bytes", 0) + r.get("slot_map_bytes", 0)
+        cells = [
+            r["model"] + (f", {r['data']}" if r.get("data") else "")
+            + (" (CPU reference)" if "CPU" in r["gpu"] else ""),
+            f"{r['B']}, {r['S']}", mode_name(r),
+            "out of memory" if "error" in r else cell("ms_per_step", ".2f"),
+            cell("tokens_per_s", ".1f"), cell("speedup_vs_flexgen", ".1f", "x"),
+            cell("speedup_vs_flexgen_packed", ".1f", "x"),
+            cell("pcie_bytes_per_step", ".1f", scale=1e6),
+            cell("prefetched_bytes_per_step", ".1f", scale=1e6), cell("pcie_gbps", ".1f") + share,
+            cell("hit_rate", ".0%"), cell("agreement", ".0%"),
+            cell("as_is", ".1%") if r.get("packed") else "-",
+            {None: "-", True: "yes", False: "no"}[r.get("same_tokens")] + error,
+            cell("gpu_kv_bytes", ".2f", scale=2**30), f"{maps / 2**30:.2f}",
+            cell("host_bytes", ".1f", scale=2**30)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"attention": attention_table, "generate": generate_table, "offload": offload_table}
+
+
+# ---------------------------------------------------------------- tables of eval.py
+
+
+def by(name):
+    """A cell of scores by task, length or depth."""
+    def found(row):
+        scores = row[f"by_{name}"].items()
+        return ", ".join(f"{key}: {score:.0f}" for key, score in scores) or "-"
+    return found
+
+
+CHOSEN = {"method": "{method}", "budget": "{budget}", "tokens": "{mean_tokens:.0f}"}
+LABELS = {"labels": lambda row: " of ".join(filter(None, (row["labels"], row.get("channels")))),
+          "dense layers": "{config[dense_layers]}"}
+# {heading: what makes a row's cell}, of text and of answers. Where a row lacks a field it has a
+# "-"; a column of nothing else is left out.
+TEXT = {"text": "{data}", "context": "{context}", "last": "{last}"} | CHOSEN | {
+    "perplexity": "{score:.3f}",
+    "over dense": lambda row: f"{row['score'] / row['dense_score']:.4f}",
+    "KL": "{kl:.4f}", "same likeliest": "{top1:.1f}%", "attention kept": "{mass:.1%}",
+    "windows": "{n_items}"} | LABELS
+ANSWERS = {"task": "{task}", "items": "{data}", "tokens of items": "{context}"} | CHOSEN | {
+    "right": "{score:.1f}%", "dense": "{dense_score:.1f}%", "number": "{n_items}",
+    "% by length": by("length"), "% by task": by("task"), "% by depth": by("depth")} | LABELS
+
+
+def metrics(name):
+    """A cell of lm-eval's metrics, in its own units."""
+    return lambda row: ", ".join(f"{key} {value:.4g}" for key, value in row[name].items())
+
+
+HARNESS = {"task of lm-eval": "{data}", "context": "{context}"} | CHOSEN | {
+    "found": metrics("metrics"), "dense": metrics("dense_metrics"),
+    "standard error": metrics("stderr"), "items": "{n_items}", "cut to context": "{cut}"} | LABELS
+COLUMNS = {"perplexity": TEXT, "lm_eval": HARNESS}  # of other tasks ANSWERS
+
+
+def cell(row, column):
+    """What a row has in a column: a format or a function."""
+    try:
+        return column(row) if callable(column) else column.format(**row)
+    except (KeyError, TypeError):  # the row has no such field, or None there
+        return "-"
+
+
+def quality_table(rows):
+    """Rows -> Markdown: by model, tiny last, and of each those of one text and context together."""
+    models = {}
+    for row in sorted(rows, key=lambda row: row["checkpoint"] == "tiny"):
+        models.setdefault(row["checkpoint"], []).append(row)
+    parts = []
+    for name, found in models.items():
+        said = [", ".join(dict.fromkeys(row[field] for row in found))
+                for field in ("model", "gpu", "torch", "triton", "commit")]
+        days = sorted(row["date"] for row in found)
+        parts.append("**{}**, {}: {}, torch {}, triton {}, commits {}, {} to {}".format(
+            name, *said, days[0], days[-1]))
+        for columns in (TEXT, ANSWERS, HARNESS):
+            groups = {}
+            for row in found:
+                if COLUMNS.get(row["task"], ANSWERS) is columns:
+                    key = [row.get(x) for x in ("task", "data", "context", "last", "n_items")]
+                    groups.setdefault(str(key), []).append(row)
+            cells = [[cell(row, column) for column in columns.values()]
+                     for group in groups.values() for row in group]
+            shown = [i for i in range(len(columns)) if any(row[i] != "-" for row in cells)]
+            lines = [list(columns), ["---"] * len(columns), *cells]
+            if cells:
+                lines = [f"| {' | '.join(line[i] for i in shown)} |" for line in lines]
+                parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------- the README's tables and picture
 
 PAGES = "README.md", "results/README.md"
-PICTURE = HERE / "results" / "summary.svg"
+PICTURE = RESULTS / "summary.svg"
 # model, sequences, tokens: where each of the three steps was measured, and where ds gains little
 STEPS = [("Llama-2-7B", 1, 16384), ("Llama-2-7B", 4, 16384), ("Llama-2-7B", 1, 65536),
          ("Llama-2-7B", 14, 16384), ("Llama-2-7B", 1, 4096)]
@@ -33,8 +290,7 @@ CHOICES = {"ds": "ds", "exact_topk": "exact scores", "paper": "the paper's label
 
 def results(name):
     """The rows of a file of results, in the order in which they were measured."""
-    lines = (HERE / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_json_lines(RESULTS / f"{name}.jsonl")
 
 
 def newest_steps():

@@ -49,9 +49,11 @@ import generate
 import host_memory
 import items as asked
 import offload
+import pages
 import plan
 from config import PRESETS, ModelConfig
 from ds_attention import DSConfig, LabelMap
+from gpt_fast import GptFast
 from linear import Linear, Residual, choose_likeliest
 from model import (
     Attention, KVCache, MoEFeedForward, Transformer, apply_rope, check_memory, load_label_maps,
@@ -2055,7 +2057,7 @@ def test_bench_checks_its_attention_on_a_cpu():
 def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
     model = bench.random_model(replace(bench.CPU_MODEL, n_kv_heads=2), DEVICE, torch.float32)
     S, size = 20, 30
-    theirs, cache = bench.GptFast(model, 2, size), bench.random_cache(model, 2, size, None, DEVICE)
+    theirs, cache = GptFast(model, 2, size), bench.random_cache(model, 2, size, None, DEVICE)
     for cached, layer in zip(theirs.caches, cache.layers):
         for kept, mine in zip(cached, layer.past(size)):
             kept.copy_(mine)
@@ -2085,7 +2087,7 @@ def test_bench_generate_times_int8_beside_the_weights_as_they_are():
     assert dense["bytes_per_step"] - int8["bytes_per_step"] == saved
     assert sparse["bytes_per_step"] < int8["bytes_per_step"]
     assert int8["speedup_vs_dense"] == dense["ms_per_step"] / int8["ms_per_step"]
-    assert "x over dense_int8 |" in bench.generate_table([dense, int8, sparse])
+    assert "x over dense_int8 |" in pages.generate_table([dense, int8, sparse])
 
 
 def test_bench_generate_rows(tmp_path, monkeypatch):
@@ -2104,13 +2106,13 @@ def test_bench_generate_rows(tmp_path, monkeypatch):
         assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms_per_step"])
         assert row["speedup_vs_dense"] == dense["ms_per_step"] / row["ms_per_step"]
 
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match="run bench.py generate first"):
-        bench.newest_rows("generate")
+        pages.newest_rows("generate")
     failed = {**dense, "B": 64, "ms_per_step": None, "error": "out of memory"}
     saved = [{**dense, "ms_per_step": 123.0}, *rows, failed]
     cli.append_json_lines(tmp_path / "generate.jsonl", saved)
-    table = bench.generate_table(bench.newest_rows("generate"))
+    table = pages.generate_table(pages.newest_rows("generate"))
     assert f"| {dense['ms_per_step']:.2f} ms |" in table and "123.00" not in table
     assert "| out of memory |" in table
 
@@ -2142,7 +2144,7 @@ def test_bench_offload_rows(monkeypatch):
         assert row["speedup_vs_flexgen"] == flexgen["ms_per_step"] / row["ms_per_step"]
     assert tight["hit_rate"] < roomy["hit_rate"] < 1
     assert tight_predicted["logit_error"] > 1e-3  # of other tokens, and says so
-    assert f"| {tight['ms_per_step']:.2f} |" in bench.offload_table(rows)
+    assert f"| {tight['ms_per_step']:.2f} |" in pages.offload_table(rows)
 
     monkeypatch.setattr(offload, "fetch_ref", lambda *_: None)  # what is attended is not there
     modes = ["flexgen", "gpu", "offload"]
@@ -2151,7 +2153,7 @@ def test_bench_offload_rows(monkeypatch):
     monkeypatch.setattr(bench, "free_host_bytes", lambda: 1000)
     flexgen, gpu, full = bench_rows(bench.run_offload, budgets=[1], modes=modes)
     assert "of host memory" in flexgen["error"] and "of host memory" in full["error"]
-    assert "| out of memory |" in bench.offload_table([full])
+    assert "| out of memory |" in pages.offload_table([full])
 
 
 def test_bench_offload_streams_packed_rows_too():
@@ -2166,7 +2168,7 @@ def test_bench_offload_streams_packed_rows_too():
     share = packed["pcie_bytes_per_step"] / whole["pcie_bytes_per_step"]
     assert share == pytest.approx(0.75 + 0.25 * packed["as_is"]) and packed["as_is"] < 0.2
     assert ours["speedup_vs_flexgen_packed"] == packed["ms_per_step"] / ours["ms_per_step"]
-    assert "| flexgen, packed |" in bench.offload_table(rows)
+    assert "| flexgen, packed |" in pages.offload_table(rows)
 
     first = pool.held[0].data_ptr()
     lent = pool.layers(model.config, 1, 20, torch.bfloat16, "cpu")
