@@ -142,7 +142,8 @@ def generate_table(rows):
             f"{cell(row, 'bandwidth_share', '.0%')} ({cell(row, 'datasheet_share', '.0%')})"
             for row in (found.get("dense") or found.get("dense_int8"), first))
         over = [cell(row, "speedup_vs_gpt_fast", ".2f", "x")
-                for row in ([first, int8] if int8 is not first else [first]) if row]
+                for row in ([first, int8] if int8 is not first else [first])
+                if row and row["speedup_vs_gpt_fast"]]
         reference = " (CPU reference)" if "CPU" in next(iter(found.values()))["gpu"] else ""
         lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | "
                      f"{', int8 '.join(over) or '-'} | {cell(first, 'tokens_per_s', '.0f')} | "
