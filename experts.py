@@ -259,5 +259,9 @@ def expert_products(residual, x, experts, routes, next_gain=None, **tiles):
 def _tiles(up, B, itemsize):
     """Block sizes of `expert_products`, see those of linear.py; at most 16 KB of inputs."""
     BLOCK_K = 256 if itemsize > 1 else 512 if up else 1024
-    return dict(BLOCK_N=16 if B <= 16 else 32, STAGES=4, num_warps=4, AHEAD=2,
-                BLOCK_K=min(BLOCK_K, 8192 // max(8, triton.next_power_of_2(B))))
+    sizes = dict(BLOCK_N=16 if B <= 16 else 32, STAGES=4, num_warps=4,
+                 BLOCK_K=min(BLOCK_K, 8192 // max(8, triton.next_power_of_2(B))))
+    if B == 1 and itemsize == 1:
+        sizes |= (dict(BLOCK_K=256, STAGES=4, num_warps=2) if up
+                  else dict(BLOCK_N=16, BLOCK_K=1024, STAGES=4, num_warps=4))
+    return sizes | dict(AHEAD=2)
