@@ -38,7 +38,8 @@ def cell(config, ranks, quantize, B, S):
 
     on_gpu, offloaded = need(KVCache), need(OffloadCache)
     host = ranks * host_need(own, *of_all) / 2**30
-    return f"{on_gpu:.1f}" + (f" or {offloaded:.1f} + {host:.1f}" if offloaded < on_gpu else "")
+    return f"{on_gpu:.1f}" + (f" or {offloaded:.1f} + {host:.1f}" if offloaded < on_gpu - 0.1
+                              else "")
 
 
 def table(models, shapes, gpus):
