@@ -4,6 +4,7 @@ against gpt-fast's way, and with K and V in host memory against streaming all of
 Usage: python bench.py               a short tour, on a CPU too, where its times say nothing
        python bench.py attention [--shapes 4x16384,16x16384] [--heads 32/32]     checked first
        python bench.py generate [--model Llama-2-7B --shapes 1x16384] [--modes gpt_fast dense ds]
+       torchrun --standalone --nproc_per_node=2 bench.py generate --modes dense ds     two GPUs
        python bench.py offload [--model Llama-2-7B --shapes 1x131072] [--modes flexgen gpu offload]
        python bench.py offload --checkpoint tiny --shapes 32x4000,1x4000 --steps 64 [--data FILE]
        TRITON_INTERPRET=1 python bench.py attention --device cpu     a small check, times no measure

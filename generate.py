@@ -4,6 +4,7 @@ Usage: python generate.py --sparsity 16      the built-in demonstration on tiny/
        python generate.py --checkpoint DIR_HUB_ID_OR_GGUF --prompt "Once upon" --max_new_tokens 100
        python generate.py --compare --prompt_file FILE      dense and sparse side by side
        python generate.py --offload --prompt_file FILE      K and V in host memory
+       torchrun --standalone --nproc_per_node=2 generate.py     two GPUs, with any of these options
 """
 import contextlib
 import functools

@@ -295,12 +295,13 @@ def results(name):
 
 
 def newest_steps():
-    """{(model, B, S): {mode: milliseconds}} of whole steps with the default configuration; of
+    """{(model, B, S): {mode: milliseconds}} of one GPU's whole steps, configured by default; of
     gpt-fast the faster of its own files and what bench.py has of it."""
     steps, dense_layers = {}, DSConfig.dense_layers
     for row in results("generate"):
         config = row.get("config") or {}
-        if row.get("ms_per_step") and config.get("dense_layers", dense_layers) == dense_layers:
+        if (row.get("ms_per_step") and "gpus" not in row
+                and config.get("dense_layers", dense_layers) == dense_layers):
             shape = row["model"], row["B"], row["S"]
             steps.setdefault(shape, {})[row["mode"]] = row["ms_per_step"]
     for shape, own in GPT_FAST_S_OWN.items():

@@ -67,7 +67,7 @@ def fails_first():
     """Whether no other rank has failed before: then this one may say why."""
     if size() == 1:
         return True
-    store, *_ = next(dist.rendezvous("env://"))
+    store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
     sys.stderr = sys.__stderr__
     return store.add("failed", 1) == 1
 

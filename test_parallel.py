@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_ds import ROOT  # first: it sets Triton's interpreter where there is no GPU
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 from safetensors.torch import save_file
 
@@ -26,8 +27,10 @@ from config import ModelConfig
 from decode import DecodeStep, forced_logits, generate
 from ds_attention import DSConfig
 from model import KVCache, fingerprint, load_label_maps, load_model, parameter_shapes
+from offload import OffloadCache
 from tokenizer import Tokenizer
 
+ROOT = Path(__file__).resolve().parent
 LLAMA = dict(model_type="llama", hidden_size=64, intermediate_size=96, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=96,
              eos_token_id=None)
@@ -38,11 +41,11 @@ MODELS = {
     "mixtral": LLAMA | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
     "8-kv-heads": LLAMA | dict(num_attention_heads=16, num_key_value_heads=8, head_dim=8),
 }
-# number of processes: (model, quantize, whether the decode step's kernels run, interpreted)
-RUNS = {2: [("llama", None, False), ("llama", "int8", False), ("llama", None, True),
-            ("tied-odd-vocabulary", None, False), ("qwen2", None, False), ("mixtral", None, False),
-            ("mixtral", "int8", False), ("mixtral", None, True)],
-        8: [("8-kv-heads", None, False)]}
+# number of processes: (model, quantize, how: the decode step's kernels, interpreted, or offload)
+RUNS = {2: [("llama", None, ""), ("llama", "int8", ""), ("llama", None, "kernels"),
+            ("llama", None, "offload"), ("tied-odd-vocabulary", None, ""), ("qwen2", None, ""),
+            ("mixtral", None, ""), ("mixtral", "int8", ""), ("mixtral", None, "kernels")],
+        8: [("8-kv-heads", None, "")]}
 DS = DSConfig(min_tokens=20, dense_layers=1, dense_below=0, recent=8)
 LENGTHS, NEW, INTERPRETED = (60, 45), 8, 2  # prompts; new tokens, and of interpreted kernels
 
@@ -63,24 +66,25 @@ def make_checkpoint(directory, content):
               {"checkpoint": fingerprint(directory / "model.safetensors")})
 
 
-def greedy(directory, quantize, kernels):
+def greedy(directory, quantize, how):
     """Tokens that follow random prompts, [dense's, ds's], by all processes of this run."""
     model = load_model(directory, "cpu", torch.float32, quantize, parallel.size())
-    if kernels:
+    if how == "kernels":
         model.decode = partial(model.decode, impl="triton")
     prompts = [torch.randint(96, (n,), generator=torch.Generator().manual_seed(n)).tolist()
                for n in LENGTHS]
-    found, new = [], INTERPRETED if kernels else NEW
+    found, new = [], INTERPRETED if how == "kernels" else NEW
+    cache_type = OffloadCache if how == "offload" else KVCache
     for ds in (None, DS):
         maps = load_label_maps(directory, model.config, ds) if ds else None
-        cache = KVCache(model.config, len(prompts), max(LENGTHS) + new, "cpu", torch.float32, ds,
-                        maps)
+        cache = cache_type(model.config, len(prompts), max(LENGTHS) + new, "cpu", torch.float32,
+                           ds, maps)
         found.append(generate(DecodeStep(model, cache), prompts, new).token_ids)
     return found
 
 
 def forced(device):
-    """The likeliest tokens of 512 steps through a text, [dense's, ds's], by the tiny model."""
+    """Logits [512, vocab] of steps through a text, [dense's, ds's], by the tiny model in bf16."""
     tiny, n = ROOT / "tiny", 512
     config = parallel.share(ModelConfig.from_file(tiny / "config.json"), parallel.size())
     model = load_model(tiny, device, torch.bfloat16, None, parallel.size())
@@ -90,7 +94,7 @@ def forced(device):
         maps = load_label_maps(tiny, config, ds) if ds else None
         step = DecodeStep(model, KVCache(config, 1, len(ids), device, torch.bfloat16, ds, maps))
         model.prefill([prompts[0][:-1]], step.cache)
-        found.append([logits.argmax(-1).item() for logits in forced_logits(step, prompts, texts)])
+        found.append(torch.cat([x.clone() for x in forced_logits(step, prompts, texts)]))
     return found
 
 
@@ -111,7 +115,7 @@ def worker():
     what, directory = sys.argv[1], Path(sys.argv[2])
     parallel.connect("cuda" if what == "forced" else "cpu")
     if what == "forced":
-        found = forced("cuda")
+        found = [logits.argmax(-1).tolist() for logits in forced("cuda")]
     else:
         found = []
         for i, (model, *how) in enumerate(RUNS[parallel.size()]):
@@ -150,24 +154,27 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("ranks", RUNS)
 def test_processes_give_one_process_s_greedy_tokens(ranks, checkpoints):
     """Dense and ds: heads, feed-forward, experts, vocabulary and label maps in parts; int8 with one
-    process's scales; the decode step's kernels, too, give what one process's reference does."""
+    process's scales; the decode step's kernels and K and V in host memory give what one process's
+    reference does."""
     finished(ranks, "test_parallel.py", "greedy", checkpoints)
     found = json.loads((checkpoints / f"greedy-{ranks}.json").read_text())
     for run, tokens in zip(RUNS[ranks], found, strict=True):
-        model, quantize, kernels = run
-        wanted = greedy(checkpoints / model, quantize, False)
+        model, quantize, how = run
+        wanted = greedy(checkpoints / model, quantize, "")
         assert wanted[0] != wanted[1], "ds must leave something out"
-        if kernels:
+        if how == "kernels":
             wanted = [[ids[:INTERPRETED] for ids in of_mode] for of_mode in wanted]
         assert tokens == wanted, run
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gpus_give_one_gpu_s_likeliest_tokens(tmp_path):
-    """Up to what rounding decides, by the fused kernels in bf16."""
+    """In 99% of the steps; of logits as near as neighbours in bf16 any is the likeliest."""
     finished(2, "test_parallel.py", "forced", tmp_path)
-    for ours, wanted in zip(json.loads((tmp_path / "forced-2.json").read_text()), forced("cuda")):
-        assert sum(a == b for a, b in zip(ours, wanted, strict=True)) >= 0.99 * len(wanted)
+    for tokens, logits in zip(json.loads((tmp_path / "forced-2.json").read_text()), forced("cuda")):
+        best = logits.float().amax(-1)
+        theirs = logits.float()[range(len(tokens)), tokens]
+        assert (theirs >= best - best.abs() / 128).float().mean() >= 0.99
 
 
 def lines_of(err):
