@@ -317,8 +317,10 @@ def provenance(device):
 def run_command(main, several=False):
     """Runs a script's main(). What the user can mend is one line on stderr and exit status 2,
     without a traceback. several: whether torchrun may start it as several processes."""
-    def stop(number, _):
-        sys.exit(128 + number)  # an exception: what was begun is tidied up
+    def stop(number, _):  # by an exception: what was begun is tidied up
+        if parallel.size() > 1:  # torchrun ends those that are left
+            raise ConnectionError(parallel.LOST)
+        sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
     parallel.mute()
@@ -334,6 +336,7 @@ def run_command(main, several=False):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
         if not parallel.fails_first():
             sys.exit(2)
         if not isinstance(error, (ValueError, OSError, OverflowError, MemoryError,

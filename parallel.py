@@ -24,6 +24,8 @@ from ds_attention import launch
 
 # ---------------------------------------------------------------- processes
 
+LOST = "another process of this run has ended"
+
 
 def size():
     """The number of ranks."""
@@ -95,7 +97,7 @@ def collective(call, *args, **more):
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise
-        raise ConnectionError("another process of this run has ended") from None
+        raise ConnectionError(LOST) from None
 
 
 def mean(x):
