@@ -5,6 +5,7 @@ Usage: python pages.py            all: the picture, and in README.md and results
                                   which is what the command prints
        python pages.py numbers    the README's three numbers, and where it loses
        python pages.py steps      its table of whole steps
+       python pages.py gpus       whole steps on several GPUs, beside one's
        python pages.py picture    results/summary.svg alone (needs matplotlib)
 """
 import json
@@ -294,13 +295,13 @@ def results(name):
     return read_json_lines(RESULTS / f"{name}.jsonl")
 
 
-def newest_steps():
-    """{(model, B, S): {mode: milliseconds}} of one GPU's whole steps, configured by default; of
-    gpt-fast the faster of its own files and what bench.py has of it."""
+def newest_steps(gpus=1):
+    """{(model, B, S): {mode: milliseconds}} of whole steps on so many GPUs, configured by default;
+    of gpt-fast the faster of its own files and what bench.py has of it."""
     steps, dense_layers = {}, DSConfig.dense_layers
     for row in results("generate"):
         config = row.get("config") or {}
-        if (row.get("ms_per_step") and "gpus" not in row
+        if (row.get("ms_per_step") and row.get("gpus", 1) == gpus
                 and config.get("dense_layers", dense_layers) == dense_layers):
             shape = row["model"], row["B"], row["S"]
             steps.setdefault(shape, {})[row["mode"]] = row["ms_per_step"]
@@ -322,6 +323,25 @@ def steps_table():
         cells += [f"{ms[mode] / ms['ds']:.2f}x" if {mode, "ds"} <= set(ms) else "-"
                   for mode in ("gpt_fast", "dense")]
         lines.append(f"| {model} | {B} x {S} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpus_table():
+    """Markdown: steps of models that several GPUs share, and how much faster than one they are."""
+    counts = sorted({row.get("gpus", 1) for row in results("generate")})
+    found = {n: newest_steps(n) for n in counts}
+    lines = ["| model | sequences x tokens | GPUs | dense | over one GPU | ds | over one GPU | "
+             "over dense |", "|---|---|---|---|---|---|---|---|"]
+    for shape in dict.fromkeys(shape for n in counts if n > 1 for shape in found[n]):
+        for n in counts:
+            ms, one = found[n].get(shape, {}), found[1].get(shape, {})
+            cells = []
+            for mode in ("dense", "ds"):
+                cells += [f"{ms[mode]:.2f} ms" if mode in ms else "-",
+                          f"{one[mode] / ms[mode]:.2f}x" if mode in ms and mode in one else "-"]
+            cells.append(f"{ms['dense'] / ms['ds']:.2f}x" if {"dense", "ds"} <= set(ms) else "-")
+            model, B, S = shape
+            lines.append(f"| {model} | {B} x {S} | {n} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -441,10 +461,11 @@ def refresh(page):
 def main():
     """The command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("numbers", "steps", "picture"))
+    parser.add_argument("what", nargs="?", choices=("numbers", "steps", "gpus", "picture"))
     what = parser.parse_args().what
-    if what in ("numbers", "steps"):
-        print(numbers() if what == "numbers" else steps_table())
+    printed = {"numbers": numbers, "steps": steps_table, "gpus": gpus_table}
+    if what in printed:
+        print(printed[what]())
         return
     draw_picture()
     for page in PAGES if what is None else ():
