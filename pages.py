@@ -108,58 +108,49 @@ def model_name(r):
 
 
 def generate_table(rows):
-    """Rows of results/generate.jsonl -> Markdown: a line for each shape, then for each prefill."""
-    prefills = [r for r in rows if r["mode"].startswith("prefill")]
-    shapes, modes = {}, dict.fromkeys(["gpt_fast", "dense"])
+    """Rows of results/generate.jsonl -> Markdown: a line for each shape and kind of weights, then
+    one for each prefill."""
+    lines, shapes, prefills, modes = [], {}, [], dict.fromkeys(["gpt_fast", "dense"])
     for r in rows:
-        if r not in prefills:
-            shapes.setdefault((model_name(r), r["B"], r["S"]), {})[mode_name(r)] = r
-            modes.setdefault(mode_name(r))
+        mode, int8, _ = r["mode"].partition("_int8")
+        if mode == "prefill":
+            prefills.append(r)
+            continue
+        line = model_name(r), f"{r['B']}, {r['S']}", "int8" if int8 else r["dtype"]
+        mode = mode_name(r | {"mode": mode})
+        shapes.setdefault(line, {})[mode] = r
+        modes.setdefault(mode)
 
     def cell(row, name, form, unit=""):
         value = (row or {}).get(name)
         return "-" if value is None else f"{value:{form}}{unit}"
 
-    lines = []
+    modes = [mode for mode in modes if any(mode in found for found in shapes.values())]
+    references = [mode for mode in modes if mode in ("gpt_fast", "dense")]
     if shapes:
-        lines = [f"| model | B, S | {' | '.join(modes)} | ds over gpt_fast | tokens/s | "
-                 "bandwidth, of a copy's (of the datasheet's): dense, ds | peak GiB |",
-                 "|---|" + "---|" * (len(modes) + 5)]
-    for (model, B, S), found in shapes.items():
-        times = []
-        for mode in modes:
-            row = found.get(mode, {})
-            reference = row.get("mode", "dense") in ("dense", "gpt_fast")
-            than = "dense_int8" if row.get("speedup_vs_dense_int8") else "dense"
-            than = than if row.get("mode") == "ds_int8" else "dense"
-            over = ("-" if reference
-                    else cell(row, f"speedup_vs_{than}", ".2f", f"x over {than}"))
-            time = "out of memory" if "error" in row else cell(row, "ms_per_step", ".2f", " ms")
-            times.append(time + (f", {over}" if over != "-" else ""))
-        int8 = next((row for row in found.values() if row["mode"] == "ds_int8"), None)
-        first = next((found[mode] for mode in modes
-                      if mode in found and found[mode]["mode"] == "ds"), int8)
-        shares = ", ".join(
-            f"{cell(row, 'bandwidth_share', '.0%')} ({cell(row, 'datasheet_share', '.0%')})"
-            for row in (found.get("dense") or found.get("dense_int8"), first))
-        over = [cell(row, "speedup_vs_gpt_fast", ".2f", "x")
-                for row in ([first, int8] if int8 is not first else [first])
-                if row and row["speedup_vs_gpt_fast"]]
-        reference = " (CPU reference)" if "CPU" in next(iter(found.values()))["gpu"] else ""
-        lines.append(f"| {model}{reference} | {B}, {S} | {' | '.join(times)} | "
-                     f"{', int8 '.join(over) or '-'} | {cell(first, 'tokens_per_s', '.0f')} | "
-                     f"{shares} | {cell(first, 'peak_gib', '.1f')} |")
+        heads = ["model", "B, S", "weights", *modes, *(f"ds over {mode}" for mode in references),
+                 "tokens/s", "bandwidth, of a copy's (of the datasheet's): dense", "ds", "peak GiB"]
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (*line, weights), found in shapes.items():
+        ds = next((row for row in found.values() if row["config"]), None)  # the default comes first
+        over = {"gpt_fast": "gpt_fast", "dense": "dense_int8" if weights == "int8" else "dense"}
+        cells = [*line, weights]
+        cells += ["out of memory" if "error" in found.get(mode, {})
+                  else cell(found.get(mode), "ms_per_step", ".2f", " ms") for mode in modes]
+        cells += [cell(ds, f"speedup_vs_{over[mode]}", ".2f", "x") for mode in references]
+        cells.append(cell(ds, "tokens_per_s", ".0f"))
+        cells += [f"{cell(row, 'bandwidth_share', '.0%')} ({cell(row, 'datasheet_share', '.0%')})"
+                  for row in (found.get("dense"), ds)]
+        lines.append(f"| {' | '.join(cells)} | {cell(ds, 'peak_gib', '.1f')} |")
     if prefills:
         lines += ["", "| model | B, S | prefill, s | tokens/s | process start to first token, s | "
-                  "peak GiB |", "|---|" + "---|" * 5]
+                  "peak GiB |", "|---" * 6 + "|"]
     for r in prefills:
         seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
         rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
-        int8 = ", int8" * r["mode"].endswith("_int8")
-        lines.append(f"| {model_name(r)}{int8}{', compiled' * r['compiled']} | "
-                     f"{r['B']}, {r['S']} | "
-                     f"{seconds} | {rate} | {cell(r, 'cold_start_s', '.1f')} | "
-                     f"{cell(r, 'peak_gib', '.1f')} |")
+        kind = ", int8" * r["mode"].endswith("_int8") + ", compiled" * r["compiled"]
+        lines.append(f"| {model_name(r)}{kind} | {r['B']}, {r['S']} | {seconds} | {rate} | "
+                     f"{cell(r, 'cold_start_s', '.1f')} | {cell(r, 'peak_gib', '.1f')} |")
     return "\n".join(lines).strip()
 
 
