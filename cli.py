@@ -303,12 +303,14 @@ def append_json_lines(path, rows):
 
 def provenance(device):
     """What a row was measured with: gpu, and gpus if several, torch, triton, commit, date."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                         capture_output=True, text=True)
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE,
+                                capture_output=True, text=True).stdout.strip()
     return {"gpu": torch.cuda.get_device_name() if device != "cpu" else "none (CPU)",
             **({"gpus": parallel.size()} if parallel.size() > 1 else {}),
             "torch": torch.__version__, "triton": triton.__version__,
-            "commit": git.stdout.strip() or "unknown", "date": datetime.date.today().isoformat()}
+            "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
 
 
 # ---------------------------------------------------------------- running
