@@ -1,7 +1,7 @@
 """The transformer of the Llama family, with a static cache that decode reads dense or sparse.
 
-Shapes follow the key at the top
-of ds_attention.py; `dim` is the model's width. Three ways through the same blocks:
+Shapes follow the key at the top of ds_attention.py; `dim` is the model's width. Three ways through
+the same blocks:
   forward        whole sequences without a cache: training
   prefill        a prompt into the cache, layer by layer and in chunks, dense causal attention
   decode         one new token per sequence (`decode`), or several of one sequence, as if in turn
@@ -428,11 +428,12 @@ class Transformer(nn.Module):
         grow: None for 1, or a [B] tensor of bool or int: a sequence with 0 repeats its last step
         (whose token must be given again), which leaves its cache as it is. impl: "triton" for the
         fused kernels, "torch", or "auto": the kernels for up to 64 sequences of a 16-bit model on a
-        GPU.
+        GPU, unless it norms heads of a size that is no power of two.
         """
         assert impl in ("auto", "torch", "triton"), f"impl={impl}"
+        odd_norms = self.config.qk_norm and self.config.head_dim.bit_count() > 1
         fused = (self.dtype.itemsize == 2 and self.device.type == "cuda"
-                 and len(tokens) <= Residual.MAX_ROWS)
+                 and len(tokens) <= Residual.MAX_ROWS and not odd_norms)
         if impl == "triton" or (impl == "auto" and fused):
             return self._decode_fused(tokens, cache, grow)
         cache.seq_lens += 1 if grow is None else grow

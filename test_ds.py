@@ -656,6 +656,15 @@ def test_decode_kernels_equal_the_blocks(case, dtype):
         assert error["triton"] <= allowance * error["torch"] + 1e-5
 
 
+@torch.inference_mode()
+def test_normed_heads_of_any_size_are_decoded(monkeypatch):
+    """On a GPU the kernels were called, which take powers of two."""
+    model = random_model(qk_norm=True, head_dim=48)[0].half()
+    cache = KVCache(model.config, 1, 8, "cpu", torch.float16)
+    monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
+    model.decode(torch.tensor([1]), cache)
+
+
 @pytest.mark.parametrize("tiles", [
     dict(BLOCK_N=16, BLOCK_K=32), dict(BLOCK_N=64, BLOCK_K=64, STAGES=2), dict(AHEAD=99)
 ], ids=["small", "large", "early"])
