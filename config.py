@@ -150,8 +150,8 @@ class ModelConfig:
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a positive number")
         try:
-            if not (0 < rope_frequencies(config)).logical_and(
-                    rope_frequencies(config) < math.inf).all():
+            frequencies = rope_frequencies(config)
+            if not ((0 < frequencies) & (frequencies < math.inf)).all():
                 raise ValueError(f"rope_scaling={scaling}: gives angles that are no numbers")
         except KeyError as error:
             raise ValueError(f"rope_scaling: missing key {error}") from None

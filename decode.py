@@ -15,6 +15,7 @@ from triton.runtime import JITFunction
 
 from linear import choose_likeliest
 
+
 def sample(logits, temperature=0.0, top_k=None, generator=None):
     """logits [B, vocab] -> tokens [B], the likeliest at temperature 0. Asks nothing of the host."""
     if temperature == 0:

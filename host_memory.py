@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from tqdm import tqdm
 
-
 # ---------------------------------------------------------------- memory
 
 

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from ds_attention import launch, pdl
+from ds_attention import launch
+
 
 def largest(weight):
     """weight [..., out, in] -> [..., out]: the largest magnitude of each row."""
@@ -341,15 +342,15 @@ class Residual:
             self.squares = self.partial[:programs]
         parts = len(self.squares)
         launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
-        overlap = pdl(x)
-        _linear_kernel[(programs,)](
-            x, weight, scale, out, self.squares, gain, None if gain is None else self.scaled, bias,
-            q_gain, k_gain, cos, sin, seq_lens, kv, B, N, K, half, parts, launch_at, HQ, HKV,
-            *strides, self.eps, EPILOGUE=epilogue, NORM_PAIRS=NORM_PAIRS,
-            BLOCK_B=max(8, triton.next_power_of_2(B)), BLOCK_P=triton.next_power_of_2(parts),
-            ALONE=B == 1,
-            UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
-            PDL=overlap, **tiles, **(dict(launch_pdl=True) if overlap else {}))
+        launch(_linear_kernel, (programs,), x, x=x, w=weight, scale=scale, out=out,
+               squares=self.squares, gain=gain, scaled=None if gain is None else self.scaled,
+               bias=bias, q_gain=q_gain, k_gain=k_gain, cos=cos, sin=sin, seq_lens=seq_lens, kv=kv,
+               B=B, N=N, K=K, half=half, parts=parts, launch_at=launch_at, HQ=HQ, HKV=HKV,
+               kv_sb=strides[0], kv_sh=strides[1], kv_ss=strides[2], eps=self.eps,
+               EPILOGUE=epilogue, NORM_PAIRS=NORM_PAIRS, ALONE=B == 1,
+               BLOCK_B=max(8, triton.next_power_of_2(B)), BLOCK_P=triton.next_power_of_2(parts),
+               UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
+               **tiles)
         return out
 
 
