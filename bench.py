@@ -8,7 +8,7 @@ Usage: python bench.py               a short tour, on a CPU too, where its times
        python bench.py offload [--model Llama-2-7B --shapes 1x131072] [--modes flexgen gpu offload]
        python bench.py offload --checkpoint tiny --shapes 32x4000,1x4000 --steps 64 [--data FILE]
        TRITON_INTERPRET=1 python bench.py attention --device cpu     a small check, times no measure
-       python bench.py table attention     the README's, from results/; or generate, offload
+       python bench.py table attention     of results/, as in its README; or generate, offload
 Weights are random without --checkpoint.
 """
 import contextlib
@@ -33,7 +33,7 @@ import ds_attention as ds
 import parallel
 from cli import (
     ArgumentParser, InputFile, Number, append_json_lines, check_output, default_dtype, label_bits,
-    pick_device, provenance, run_command
+    parse_sizes, pick_device, provenance, run_command
 )
 from config import PRESETS, ModelConfig
 from decode import DecodeStep, generate, now
@@ -796,17 +796,6 @@ def run_offload(args, device):
 # ---------------------------------------------------------------- command line
 
 BENCHES = {"attention": run_attention, "generate": run_generate, "offload": run_offload}
-
-
-def parse_sizes(name, text, example, by="x"):
-    """"4x16384,16x16384" -> [(4, 16384), (16, 16384)]."""
-    try:
-        sizes = [tuple(map(int, part.split(by))) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{name}={text}: must look like {example}") from None
-    if any(len(size) != 2 or min(size) < 1 or max(size) >= 2**31 for size in sizes):
-        raise ValueError(f"{name}={text}: must look like {example}, all sizes from 1 to 2**31 - 1")
-    return sizes
 
 
 # Of which benchmarks an option is that not all of them have

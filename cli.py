@@ -130,6 +130,17 @@ def check_value(name, value, kind):
         kind.check(name, value)
 
 
+def parse_sizes(name, text, example, by="x"):
+    """"4x16384,16x16384" -> [(4, 16384), (16, 16384)]."""
+    try:
+        sizes = [tuple(map(int, part.split(by))) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}={text}: must look like {example}") from None
+    if any(len(size) != 2 or min(size) < 1 or max(size) >= 2**31 for size in sizes):
+        raise ValueError(f"{name}={text}: must look like {example}, all sizes from 1 to 2**31 - 1")
+    return sizes
+
+
 def pick_device(name):
     """The --device argument -> "cuda" or "cpu"; processes that torchrun started are connected.
     Raises ValueError for a GPU that is not there."""

@@ -413,7 +413,7 @@ def draw(speed, quality):
             quality.plot(x, y, "o-", label=label)
     quality.axhline(1, color="gray", linewidth=0.8)
     quality.set(xlabel="tokens attended, of 2,048 on average", xlim=(0, 300),
-                     title="SmolLM2-135M, WikiText-2: perplexity over dense's")
+                title="SmolLM2-135M, WikiText-2: perplexity over dense's")
     quality.legend()
 
 
@@ -460,7 +460,7 @@ def main():
         return
     draw_picture()
     for page in PAGES if what is None else ():
-        print(f"{page}", file=sys.stderr)
+        print(page, file=sys.stderr)
         refresh(page)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 import parallel
-from bench import parse_sizes
-from cli import ArgumentParser, Number, run_command
+from cli import ArgumentParser, Number, parse_sizes, run_command
 from config import PRESETS, ModelConfig
 from ds_attention import DSConfig
 from host_memory import host_need
@@ -56,6 +55,7 @@ def table(models, shapes, gpus):
 
 
 def main():
+    """The command line: prints the table."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", help="directory with a config.json, Hugging Face's or ours "
                                              "(default: models of config.py)")
