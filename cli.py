@@ -349,7 +349,8 @@ def run_command(main, several=False):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
+        if parallel.size() > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
         if not parallel.fails_first():
             sys.exit(2)
         if not isinstance(error, (ValueError, OSError, OverflowError, MemoryError,

@@ -153,7 +153,7 @@ def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scale
         last = tl.minimum(first + 1, tl.load(order))
         out += first * B * N
         rstd = tl.load(rstds + b, mask=mask_b, other=0.0)[None, :]
-    else:  # all but x is by kernels before the one before
+    else:  # all but x is older than what the kernel before this one writes
         first, last = 0, tl.load(order)
         if gain is not None:
             before = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)

@@ -33,6 +33,7 @@ def size():
 
 
 def rank():
+    """The number of this one, from 0."""
     return int(os.environ["RANK"]) if size() > 1 else 0
 
 
@@ -133,13 +134,13 @@ def output_rows(config):
 
 
 def own(n):
-    """A rank's n, of as many for each."""
+    """This rank's slice of what has n for each."""
     return slice(rank() * n, (rank() + 1) * n)
 
 
 def split(name, config):
-    """How the ranks share tensor `name` of a model: (axis, sizes of a rank's pieces along it), in
-    each rank's config; None if all have the whole."""
+    """How the ranks share tensor `name` of a model, by a rank's config: (axis, sizes of its pieces
+    along it); None if all have the whole."""
     D, layer = config.head_dim, name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
     rows = {"wqkv": [config.n_heads * D, *2 * [config.n_kv_heads * D]],
             "w13": 2 * [config.ffn_dim], "head": [output_rows(config)]}
@@ -166,8 +167,8 @@ def read(file, name, config):
 
 
 def whole_rows(magnitudes, name, config):
-    """The largest magnitudes of a rank's rows of tensor `name`, where the ranks have parts of the
-    same rows over all of these: so they round to int8 as one process does."""
+    """magnitudes: `largest` of a rank's rows of tensor `name` -> of whole rows, if a rank has parts
+    of them: all round to int8 as one process does."""
     if (split(name, config) or [0])[0] == -1:
         collective(dist.all_reduce, magnitudes, dist.ReduceOp.MAX)
     return magnitudes
@@ -233,7 +234,7 @@ class Peers:
     A part goes to all ranks as words of 64 bits, value and number of the sum, which arrive whole:
     who finds the number has the value, without a barrier. Sums go to one half of the slots and to
     the other in turn, so that none is overwritten before it is read: when a rank begins with the
-    next but one, it has had all parts of the next, which nobody sends before he has read the last.
+    next but one, it has had all parts of the next, which no rank sends before it has read the last.
     """
 
     BLOCK = 256  # values of a program, which no other touches
