@@ -523,24 +523,25 @@ def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type
                  quantize=None, of="GPU"):
     """Raises ValueError, naming what would fit, if `free` bytes of GPU memory, or of what `of`
     says, are too few for memory_need's total."""
-    def total(batch, length):
-        return sum(memory_need(config, batch, length, dtype, ds, cache_type, quantize).values())
+    needed = partial(memory_need, config, dtype=dtype, ds=ds, cache_type=cache_type,
+                     quantize=quantize)
 
-    need = memory_need(config, batch, max_seq_length, dtype, ds, cache_type, quantize)
-    if sum(need.values()) <= free:
+    def fits(batch, length):
+        return sum(needed(batch, length).values()) <= free
+
+    if fits(batch, max_seq_length):
         return
+    need = needed(batch, max_seq_length)
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
-    if total(1, 1) > free:
+    if not fits(1, 1):
         remedy = "no batch of this model fits"
     else:
         options = []
-        if total(batch, 1) <= free:
-            options.append(
-                "--max_seq_length "
-                f"{most(lambda length: total(batch, length) <= free, 1, max_seq_length)}")
-        if batch > 1 and total(1, max_seq_length) <= free:
-            options.append("a batch of "
-                           f"{most(lambda rows: total(rows, max_seq_length) <= free, 1, batch)}")
+        if fits(batch, 1):
+            options.append(f"--max_seq_length {most(partial(fits, batch), 1, max_seq_length)}")
+        if batch > 1 and fits(1, max_seq_length):
+            rows = most(lambda rows: fits(rows, max_seq_length), 1, batch)
+            options.append(f"a batch of {rows}")
         remedy = (f"{' or '.join(options)} would fit" if options
                   else "take a smaller batch and a shorter --max_seq_length")
         if cache_type is KVCache and of == "GPU":
