@@ -834,11 +834,11 @@ def parse_arguments():
     steps.add_argument("--modes", nargs="+", choices=(*MODES, *OFFLOAD_MODES),
                        help="of generate: prefill; decode steps as gpt-fast's, dense, or Double "
                             "Sparsity as generate.py has it; _int8 with the weights rounded "
-                            "(gpt_fast compiles for some minutes per shape); of offload: all K "
-                            "and V streamed as FlexGen does, "
-                            "likewise but packed, Double Sparsity with K and V on the GPU, with "
-                            "them in host memory, and then attending to what was predicted of "
-                            "each layer (default: all)")
+                            "(gpt_fast compiles for some minutes per shape, and runs as one "
+                            "process); of offload: all K and V streamed as FlexGen does, likewise "
+                            "but packed, Double Sparsity with K and V on the GPU, with them in "
+                            "host memory, and then attending to what was predicted of each layer "
+                            "(default: all)")
     steps.add_argument("--steps", type=Number(int, 1), default=50,
                        help="steps timed, the median counts; of flexgen at most 3 (default "
                             "%(default)s)")

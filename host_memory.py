@@ -353,6 +353,7 @@ def unpacked(words, rest, tops, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _unpack_kernel(words, rest, tops, rows, T, S, r_sh, D: tl.constexpr, BLOCK: tl.constexpr,
                    TOKENS: tl.constexpr):
+    """See unpack: rows are of words."""
     offs, h = tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     found = unpacked(words, rest, tops, h * S + t, t < T, D, BLOCK)

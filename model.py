@@ -169,7 +169,7 @@ class KVCache:
         dense = sparse = 0
         for layer in self.layers:
             live = lengths if layer.window is None else lengths.clamp(max=layer.window)
-            HKV, S, _, D = layer.kv.shape[1:]
+            HKV, _, _, D = layer.kv.shape[1:]
             token = HKV * 2 * D * layer.kv.element_size()
             dense += live.sum().item() * token
             if layer.ds is None or layer.all_tokens:

@@ -208,6 +208,7 @@ def _resolve_kernel(indices, n_tokens, split_counts, seq_lens, slot_token, token
                     capacity, S, R, sink, recent, HEADS: tl.constexpr, HKV: tl.constexpr,
                     AGES: tl.constexpr, COUNTERS: tl.constexpr, SPLITS: tl.constexpr,
                     AHEAD: tl.constexpr, FORESEEN: tl.constexpr, TILE: tl.constexpr):
+    """resolve_ref; a program for each row and head."""
     given = tl.program_id(0)  # of the rows and heads with tokens
     row = given // HEADS * HKV + given % HEADS  # of all
     n = tl.load(n_tokens + given)
