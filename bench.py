@@ -32,8 +32,8 @@ from tqdm import tqdm
 import ds_attention as ds
 import parallel
 from cli import (
-    ArgumentParser, InputFile, Number, append_json_lines, check_output, default_dtype, label_bits,
-    parse_sizes, pick_device, provenance, run_command
+    ArgumentParser, InputFile, Number, append_json_lines, check_layers, check_output, default_dtype,
+    label_bits, parse_sizes, pick_device, provenance, run_command
 )
 from config import PRESETS, ModelConfig
 from decode import DecodeStep, generate, now
@@ -534,6 +534,8 @@ def model_shapes(args, device, settings, modes, example):
     if any(presets[name].n_experts for name, *_ in settings) and "gpt_fast" in modes:
         raise ValueError("modes=gpt_fast: does not know expert layers; leave it out with "
                          "--modes dense ds")
+    for name, *_ in settings:
+        check_layers(DSConfig(dense_layers=max(args.dense_layers)), presets[name])
     held = {}
 
     def model_of(name, quantize=None):
@@ -655,6 +657,7 @@ class Prompts(RandomText):
         """The prompts that a command line asks for, cut from --data, or key-value questions: yields
         those of one of --shapes after the other."""
         model, tokenizer, checkpoint = load(args.checkpoint, device, default_dtype(device))
+        check_layers(DSConfig(dense_layers=max(args.dense_layers)), model.config)
         # all rows of a batch go on to the end
         model.config = replace(model.config, eos_ids=())
         load_maps(checkpoint, model.config, DSConfig(), device)  # calibrates, if nobody has

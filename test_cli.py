@@ -403,6 +403,17 @@ def test_bench_alone_gives_a_tour(monkeypatch, capsys):
         bench.main()
 
 
+@pytest.mark.parametrize("arguments", [
+    ["generate"], ["offload"], ["offload", "--checkpoint", TINY]
+], ids=["generate", "offload", "checkpoint"])
+def test_benchmarks_leave_a_layer_sparse(arguments, monkeypatch):
+    """The table said of offloading that memory was too small, where no layer was left for it."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments), "--device", "cpu",
+                                      "--dense_layers", "2", "7"])
+    with pytest.raises(ValueError, match="dense_layers=7: of . layers none is left to be sparse"):
+        bench.main()
+
+
 def test_an_option_of_another_benchmark_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "attention", "--budgets", "3"])
     with pytest.raises(ValueError, match="is an option of offload"):
