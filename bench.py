@@ -868,14 +868,14 @@ def parse_arguments():
     steps.add_argument("--compile", action="store_true",
                        help="blocks go through torch.compile, which prefill shows")
     args = parser.parse_args()
-    if args.what is None:
+    if args.what not in BENCHES:
         for action in parser._actions:
             given = getattr(args, action.dest, action.default)
-            if action.dest not in ("device", "no_save") and given != action.default:
-                raise ValueError(f"{action.dest}={given}: of which benchmark? Name it: "
+            if action.dest not in ("what", "of", "device", "no_save") and given != action.default:
+                raise ValueError(f"{action.dest}={given}: of which benchmark? Name it alone: "
                                  f"{', '.join(BENCHES)}")
-    if args.what == "table" and args.of is None:
-        raise ValueError(f"table of what: must be one of {', '.join(BENCHES)}")
+    if (args.what == "table") != bool(args.of):
+        raise ValueError(f"table, and nothing else, takes one of {', '.join(BENCHES)}")
     if args.steps < 2 and args.checkpoint:
         raise ValueError(f"steps={args.steps}: must be at least 2 with --checkpoint, where the "
                          "first includes the prefill")

@@ -414,9 +414,13 @@ def test_benchmarks_leave_a_layer_sparse(arguments, monkeypatch):
         bench.main()
 
 
-def test_an_option_of_another_benchmark_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "attention", "--budgets", "3"])
-    with pytest.raises(ValueError, match="is an option of offload"):
+@pytest.mark.parametrize("arguments, message", [
+    ("attention --budgets 3", "budgets=.* is an option of offload"),
+    ("table attention --shapes 1x1", "shapes=1x1: of which benchmark"),
+    ("attention offload", "table, and nothing else, takes one of"), ("table", "table, and")])
+def test_what_a_benchmark_has_no_use_for_is_refused(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments.split()])
+    with pytest.raises(ValueError, match=message):
         bench.main()
 
 
