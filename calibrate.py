@@ -69,8 +69,9 @@ def plane_lift(q, k, ds, seq_lens, window=None):
     """How far each plane sets the attended tokens apart from the rest: [HKV, D / 2] fp64, the mean
     over queries and their group's heads.
 
-    Of a query it is (its q . k at the mean key by attention weight, less that at the plain mean)
-    squared, times the attention mass in question; all of the tokens that are not always attended.
+    Of a query and head it is q . k at the mean key by attention weight, less that at the plain
+    mean, as a share of what all planes that are above zero add; times the attention mass in
+    question. All of the tokens that are not always attended.
     q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens [rows]: of the queries to take.
     """
     k = k[0].float()
@@ -87,20 +88,17 @@ def plane_lift(q, k, ds, seq_lens, window=None):
     attended = torch.einsum("rhgs,hsd->rhgd", mass, k) / share.clamp(min=1e-12)
     average = torch.einsum("rs,hsd->rhd", free / free.sum(-1, keepdim=True).clamp(min=1), k)
     lift = rows * (attended - average[:, :, None])
-    planes = both_halves(lift.flatten(0, 2)).view(*share.shape[:3], -1)
-    return (planes.square() * share).double().mean((0, 2))
+    planes = both_halves(lift.flatten(0, 2)).view(*share.shape[:3], -1).clamp(min=0)
+    planes /= planes.sum(-1, keepdim=True).clamp(min=1e-12)
+    return (planes * share).double().mean((0, 2))
 
 
 def rank_channels(moments, method, generator):
     """Channels of each KV head, most important first: [HKV, D] int64; by "planes" and "lift" the
     pairs c, c + D / 2 side by side."""
-    size = both_halves(moments.abs_qk)  # mean |q_c k_c| of both of a plane's channels
-    largest = size.argsort(dim=-1, descending=True, stable=True)[:, : size.shape[1] // 16]
-    lift = torch.as_tensor(moments.lift).to(size).expand_as(size)
     importance = {
-        # the largest planes, as many as default_widths gives 4 bits, and then by lift
-        "lift": lift.scatter(1, largest, lift.amax() + 1 + size.gather(1, largest)),
-        "planes": size,
+        "planes": both_halves(moments.abs_qk),
+        "lift": moments.lift,
         "qk": moments.abs_qk,  # the paper's: mean |q_c k_c|
         "q": moments.abs_q,
         "k": moments.abs_k,
@@ -323,8 +321,8 @@ def main():
         help="UTF-8 text to calibrate on (default: the Python language reference)")
     how.add_argument("--method", choices=METHODS, default="planes",
                      help="by mean |q_c k_c|: planes (pairs that RoPE turns), qk (single channels);"
-                          " lift: the largest planes, then those that set attended tokens apart; "
-                          "q, k: by their mean size; random (default %(default)s)")
+                          " lift: planes, by how far they set attended tokens apart from the "
+                          "rest; q, k: by their mean size; random (default %(default)s)")
     how.add_argument("--from_json", type=InputFile(),
                      help="rankings in the authors' JSON format; text sets ranges")
     add("--json_projection", choices=("qk", "q", "k"), help="which of its rankings (default qk)")

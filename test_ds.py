@@ -1062,25 +1062,27 @@ def test_rankings_follow_their_statistics():
     for method, values in {"q": m.abs_q, "k": m.abs_k, "qk": m.abs_qk}.items():
         ranked = values.gather(1, calibrate.rank_channels(m, method, None))
         assert (ranked.diff() <= 0).all()
-    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
-    draws = [calibrate.rank_channels(m, "random", seed) for seed in seeds]
+    draws = [calibrate.rank_channels(m, "random", torch.Generator().manual_seed(seed))
+             for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_planes_are_pairs_that_rope_turns_together():
-    """Pairs c, c + D / 2 side by side, by what both add to q . k; a key's constant part counts."""
+    """Pairs c, c + D / 2 side by side, by what both add to q . k; a key's constant part counts, but
+    not by "lift", for which a plane counts where attended tokens stand out."""
     m = moments(5)
     channels = calibrate.rank_channels(m, "planes", None)
-    pairs = channels.unflatten(1, (-1, 2))
-    assert torch.equal(pairs[..., 1], pairs[..., 0] + 8)
+    assert torch.equal(channels[:, 1::2], channels[:, ::2] + 8)
     assert (channels.sort().values == torch.arange(16)).all()
     assert (m.abs_qk.gather(1, channels).unflatten(1, (-1, 2)).sum(2).diff() <= 0).all()
 
     q, k = torch.ones(1, 4, 50, 16), torch.randn(1, 2, 50, 16)
-    k[..., 3] = 100.0
+    k[..., 3], k[:, :, 20, 13] = 100.0, 30.0
     constant = calibrate.Moments()
     constant.add(q, k, *(torch.full((1, 1, 50, 8), value) for value in (1.0, 0.0)))
     assert (calibrate.rank_channels(constant, "planes", None)[:, :2] == torch.tensor([3, 11])).all()
+    constant.lift = calibrate.plane_lift(q, k, DSConfig(), torch.tensor([50]))
+    assert (calibrate.rank_channels(constant, "lift", None)[:, :2] == torch.tensor([5, 13])).all()
 
 
 def test_ranges_hold_at_all_positions():
