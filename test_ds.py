@@ -24,6 +24,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pydoc_data import topics
 from types import SimpleNamespace
 
 import pytest
@@ -1068,8 +1069,7 @@ def test_rankings_follow_their_statistics():
 
 
 def test_planes_are_pairs_that_rope_turns_together():
-    """Pairs c, c + D / 2 side by side, by what both add to q . k; a key's constant part counts, but
-    not by "lift", for which a plane counts where attended tokens stand out."""
+    """Pairs c, c + D / 2 side by side; a key's constant part counts for "planes", not "lift"."""
     m = moments(5)
     channels = calibrate.rank_channels(m, "planes", None)
     assert torch.equal(channels[:, 1::2], channels[:, ::2] + 8)
@@ -1769,7 +1769,7 @@ def test_generated_items_hide_the_answer_at_their_depth(tiny, document, fact, qu
 
 def asks(data=None, **more):
     """The arguments that items are made from."""
-    return SimpleNamespace(**dict(data=data and str(data), limit=None, lengths=None, context=400,
+    return SimpleNamespace(**dict(data=data, limit=None, lengths=None, context=400,
                                   chat=False, last=None) | more)
 
 
@@ -2188,7 +2188,7 @@ def test_bench_offload_streams_packed_rows_too():
     assert pool.layers(model.config, 2, 60, torch.bfloat16, "cpu")[0].shape[0] == 2
 
 
-@pytest.mark.parametrize("data", [ROOT / "model.py", None], ids=["text", "key-value"])
+@pytest.mark.parametrize("data", [topics.__file__, None], ids=["text", "key-value"])
 def test_bench_offload_continues_prompts(data):
     """Of a trained model, whose selections are not random."""
     gpu, ours, predicted, *shorter = bench_rows(
@@ -2196,5 +2196,5 @@ def test_bench_offload_continues_prompts(data):
         budgets=[1], dense_layers=[2], steps=4, modes=["gpu", "offload", "offload_predicted"])
     assert [(row["B"], row["S"]) for row in shorter] == 3 * [(1, 300)]
     assert (ours["weights"], ours["model"], ours["B"], ours["S"]) == ("trained", "tiny", 2, 400)
-    assert ours["data"] == predicted["data"] == ("model.py" if data else "key-value retrieval")
-    assert ours["same_tokens"] and ours["hit_rate"] > 0.4 and ours["agreement"] > 0.6
+    assert ours["data"] == predicted["data"] == ("topics.py" if data else "key-value retrieval")
+    assert ours["same_tokens"] and ours["hit_rate"] > 0.5 and ours["agreement"] > 0.6
