@@ -397,6 +397,7 @@ class Evaluation:
         common |= {"last": args.last} if text and args.last else {}
         common |= {"chat": True} if args.chat else {}
         rows, dense = [], None
+        command = json.dumps([str(self.path.resolve()), settings])  # others may run at the same time
         new = []  # (row, its Decoder, the file of its items)
         for setting in [("dense", None), *settings]:
             decoder, fields = self.decoder(longest, *setting)
@@ -404,7 +405,8 @@ class Evaluation:
             row = common | {"method": setting[0]} | fields
             rows.append(self.saved_or(row))
             if rows[-1] is row:
-                partial = RUNS / "partial" / f"{short_hash(key_of(row, IDENTITY))}.jsonl"
+                name = short_hash(key_of(row, IDENTITY) + command)
+                partial = RUNS / "partial" / f"{name}.jsonl"
                 if args.force:
                     partial.unlink(missing_ok=True)
                 new.append((row, decoder, partial))

@@ -273,9 +273,6 @@ PICTURE = RESULTS / "summary.svg"
 # model, sequences, tokens: where each of the three steps was measured, and where ds gains little
 STEPS = [("Llama-2-7B", 1, 16384), ("Llama-2-7B", 4, 16384), ("Llama-2-7B", 1, 65536),
          ("Llama-2-7B", 14, 16384), ("Llama-2-7B", 1, 4096)]
-# milliseconds of a step by gpt-fast's own files, measured once on the same kind of machine
-GPT_FAST_S_OWN = {("Llama-2-7B", 1, 4096): 5.62, ("Llama-2-7B", 1, 16384): 7.34,
-                  ("Llama-2-7B", 4, 16384): 12.63}
 UNIFORM = 4  # bits of the attention rows with the paper's labels, beside those of the default
 CHOICES = {"ds": "ds", "exact_topk": "exact scores", "paper": "the paper's labels",
            "quest": "Quest", "streaming": "first and newest tokens"}
@@ -287,8 +284,7 @@ def results(name):
 
 
 def newest_steps(gpus=1):
-    """{(model, B, S): {mode: milliseconds}} of whole steps on so many GPUs, configured by default;
-    of gpt-fast the faster of its own files and what bench.py has of it."""
+    """{(model, B, S): {mode: milliseconds}} of whole steps on so many GPUs, configured by default."""
     steps, dense_layers = {}, DSConfig.dense_layers
     for row in results("generate"):
         config = row.get("config") or {}
@@ -296,9 +292,6 @@ def newest_steps(gpus=1):
                 and config.get("dense_layers", dense_layers) == dense_layers):
             shape = row["model"], row["B"], row["S"]
             steps.setdefault(shape, {})[row["mode"]] = row["ms_per_step"]
-    for shape, own in GPT_FAST_S_OWN.items():
-        ms = steps.get(shape, {})
-        ms["gpt_fast"] = min(own, ms.get("gpt_fast", own))
     return steps
 
 
@@ -364,7 +357,7 @@ def numbers():
         f"- **{attention['speedup']:.1f}x** faster decode attention than the fastest dense kernel:",
         f"  {attention['ds_us']:.0f} us for {attention['dense_us']:.0f}; 4 sequences of 65,536 "
         "tokens, 32 heads of 128 channels, bf16.",
-        f"- **{step['gpt_fast'] / step['ds']:.2f}x** faster decode steps than gpt-fast: "
+        f"- **{step['gpt_fast'] / step['ds']:.2f}x** faster decode steps than gpt-fast's way: "
         f"{step['ds']:.2f} ms for {step['gpt_fast']:.2f};",
         "  Llama-2-7B's shape, random weights, one sequence of 16,384 tokens, bf16.",
         f"- **{lost(ds)}** more perplexity: SmolLM2-135M-Instruct on WikiText-2, each token "
