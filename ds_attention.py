@@ -15,8 +15,9 @@ one token's label. In a decode call q has no T: its rows are one token each.
 
 The plain torch functions named _ref are the specification. The Triton kernels choose the same
 tokens with fewer bytes, in two launches: `bracket` (the query's codes, and the threshold) and
-`score_attend`. They run on a GPU and, with TRITON_INTERPRET=1 set before triton is imported, on a
-CPU. Last run on: H200 with torch 2.11 / triton 3.6; CPU with torch 2.13 / triton 3.9.
+`attend` (scores, and attention to what reaches it). They run on a GPU and, with TRITON_INTERPRET=1
+set before triton is imported, on a CPU. Last run on: H200 with torch 2.11 / triton 3.6; CPU with
+torch 2.13 / triton 3.9.
 """
 import math
 import os
@@ -703,9 +704,9 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
 
 
 @triton.jit
-def _list(tokens, labels, query, threshold, split, seq_len, l_sw, forced, G: tl.constexpr,
-          WIDTHS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, STRIPE: tl.constexpr,
-          PDL: tl.constexpr):
+def _choose(tokens, labels, query, threshold, split, seq_len, l_sw, forced, G: tl.constexpr,
+            WIDTHS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, STRIPE: tl.constexpr,
+            PDL: tl.constexpr):
     """Scores a program's tokens, every SPLITS-th stripe of STRIPE, and writes those that reach the
     threshold to `tokens`. Returns how many do."""
     sink, recent, window = forced
@@ -718,11 +719,11 @@ def _list(tokens, labels, query, threshold, split, seq_len, l_sw, forced, G: tl.
     first = start // STEP * STEP
 
     codes, lowest, total = (), 0, 0
-    for _ in tl.static_range(G * WORDS):
+    for _ in tl.static_range(G * WORDS):  # what a loop sets is there before it
         codes += (0,)
     for s in tl.range(first, seq_len, STEP, num_stages=3):
         words = _load_words(labels, s + at, seq_len, l_sw, WIDTHS)
-        if s == first:  # labels of the first blocks are on their way: what the bracket has written
+        if s == first:  # what the bracket writes, when labels of three blocks are on their way
             if PDL:
                 tl.extra.cuda.gdc_wait()
             codes = _load_each(query, G * WORDS)
@@ -806,7 +807,8 @@ def _combine(part, n, row, split, parts, attended, out, G: tl.constexpr, D: tl.c
     tl.store(partial_lse + head * SPLITS + split, top + tl.log2(mass), mask=offs_g < G)
 
     tl.debug_barrier()
-    before = tl.atomic_add(arrived + row, 256 * n + 1, sem="acq_rel")  # tokens, and programs
+    # programs that have arrived, and above the lowest byte, below 2**23, what they attended to
+    before = tl.atomic_add(arrived + row, 256 * n + 1, sem="acq_rel")
     if before % 256 == SPLITS - 1:
         if attended is not None:
             tl.atomic_add(attended + row, (before // 256 + n).to(tl.int64), sem="relaxed")
@@ -871,8 +873,8 @@ def _attend_kernel(q, k, v, seq_lens, labels, label_map, query, threshold, lists
     if threshold is not None:
         lists += (row.to(tl.int64) * SPLITS + split) * room
         query += row.to(tl.int64) * G * query_words(WIDTHS)
-        n = _list(lists, labels + b * l_sb + h * l_sh, query, threshold + row, split, seq_len, l_sw,
-                  forced, G, WIDTHS, SPLITS, BLOCK_S, STRIPE, PDL)
+        n = _choose(lists, labels + b * l_sb + h * l_sh, query, threshold + row, split, seq_len,
+                    l_sw, forced, G, WIDTHS, SPLITS, BLOCK_S, STRIPE, PDL)
         tl.store(counts + row * SPLITS + split, n)
         end = n
         tl.debug_barrier()  # the list is read back in another order
@@ -946,7 +948,8 @@ class Workspace:
             return torch.empty(*shape, dtype=dtype, device=device)
 
         self.shape = (B, HQ, HKV, D, S)
-        self.warps = 1 if 64 * B * HKV >= WARPS else 2  # of a program; in dense decode 1
+        # of a program: two where 64 of one for each row are too few; in dense decode one
+        self.warps = 1 if 64 * B * HKV >= WARPS else 2
         programs = triton.cdiv(WARPS, self.warps * B * HKV)
         self.splits = splits or min(64, triton.next_power_of_2(programs))
         self.block_s = 512 * self.warps  # tokens that a program scores at a time
