@@ -32,12 +32,12 @@ from tqdm import tqdm
 import ds_attention as ds
 import parallel
 from cli import (
-    ArgumentParser, InputFile, Number, append_json_lines, check_layers, check_output, default_dtype,
-    label_bits, parse_sizes, pick_device, provenance, run_command
+    ArgumentParser, InputFile, Number, append_json_lines, bits_of, check_layers, check_output,
+    default_dtype, label_bits, parse_sizes, pick_device, provenance, run_command
 )
 from config import PRESETS, ModelConfig
 from decode import DecodeStep, generate, now
-from ds_attention import DSConfig, LabelMap, Workspace, bits_of, parse_widths, write_labels
+from ds_attention import DSConfig, LabelMap, Workspace, parse_widths, write_labels
 from generate import copy_bandwidth, load, load_maps
 from gpt_fast import GptFast
 from host_memory import check_host_memory, fetch, free_host_bytes, host_layers, packs

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from cli import (
     ArgumentParser, InputFile, Number, OutputFile, check_output, default_dtype, pick_device,
-    run_command, writing
+    run_command, widths_name, writing
 )
 from config import ModelConfig
 from ds_attention import (
-    DSConfig, LabelMap, eligible_tokens, label_ref, pool_ref, score_ref, select_ref, widths_name
+    DSConfig, LabelMap, eligible_tokens, label_ref, pool_ref, score_ref, select_ref
 )
 from model import apply_rope, fingerprint, load_model
 from tokenizer import Tokenizer, read_text

@@ -166,6 +166,16 @@ def label_bits(text):
     return int(text) if text.isdigit() else text
 
 
+def widths_name(widths):
+    """((8, 4), (48, 2)) -> "8 x 4, 48 x 2", which parse_widths reads, too."""
+    return ", ".join(f"{dims} x {bits}" for dims, bits in widths)
+
+
+def bits_of(widths):
+    """A label_bits for these widths."""
+    return widths[0][1] if len(widths) == 1 else widths_name(widths)
+
+
 def add_sparsity_arguments(parser):
     """The DSConfig fields that a command line offers; defaults are read from the dataclass."""
     default = DSConfig()

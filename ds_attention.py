@@ -15,8 +15,9 @@ one token's label. In a decode call q has no T: its rows are one token each.
 
 The plain torch functions named _ref are the specification. The Triton kernels choose the same
 tokens with fewer bytes, in two launches: `bracket` (the query's codes, and the threshold) and
-`score_attend`. They run on a GPU and, with TRITON_INTERPRET=1 set before triton is imported, on a
-CPU. Last run on: H200 with torch 2.11 / triton 3.6; CPU with torch 2.13 / triton 3.9.
+`attend` (scores, and attention to what reaches it). They run on a GPU and, with TRITON_INTERPRET=1
+set before triton is imported, on a CPU. Last run on: H200 with torch 2.11 / triton 3.6; CPU with
+torch 2.13 / triton 3.9.
 """
 import math
 import os
@@ -87,7 +88,7 @@ class DSConfig:
         whole 32-bit words."""
         if isinstance(self.label_bits, str):
             widths = parse_widths(self.label_bits)
-            if sum(dims for dims, _ in widths) > D:
+            if dims_in(widths) > D:
                 raise ValueError(f"label_bits={self.label_bits}: more label dims than the "
                                  f"head's {D}")
             return widths
@@ -102,52 +103,42 @@ class DSConfig:
 
     def channels(self, D):
         """Label dims C for head dim D."""
-        return sum(dims for dims, _ in self.widths(D))
+        return dims_in(self.widths(D))
 
     def words(self, D):
         """32-bit words W of one token's label."""
-        return words_of(self.widths(D))
+        return words_in(self.widths(D))
 
     def use_triton(self, tensor):
         return self.impl == "triton" or (self.impl == "auto" and tensor.is_cuda)
 
 
 def parse_widths(text):
-    """"8x4,48x2" -> ((8, 4), (48, 2)): label dims and bits of each, widest first."""
-    example = f"label_bits={text}: must be dims x bits, the most bits first, as 8x4,48x2"
+    """"8x4,48x2" -> ((8, 4), (48, 2)): label dims and bits of each, the most bits first."""
     try:
         widths = tuple(tuple(map(int, part.split("x"))) for part in text.split(","))
+        right = all(dims > 0 and bits in (1, 2, 4, 8) and dims * bits % 8 == 0
+                    for dims, bits in widths)
     except ValueError:
-        raise ValueError(example) from None
-    if (any(len(part) != 2 or part[0] < 1 for part in widths)
+        right = False
+    if (not right or sum(dims * bits for dims, bits in widths) % 32
             or any(a[1] <= b[1] for a, b in zip(widths, widths[1:]))):
-        raise ValueError(example)
-    for dims, bits in widths:
-        if bits not in (1, 2, 4, 8):
-            raise ValueError(f"label_bits={text}: dims have 1, 2, 4 or 8 bits")
-        if dims * bits % 8:
-            raise ValueError(f"label_bits={text}: {dims} dims of {bits} bits are no whole "
-                             "number of bytes")
-    total = sum(dims * bits for dims, bits in widths)
-    if total % 32:
-        raise ValueError(f"label_bits={text}: {total} bits in all are no whole number of "
-                         "32-bit words")
+        raise ValueError(f"label_bits={text}: must be dims x bits, the most bits first, as "
+                         "8x4,48x2: of 1, 2, 4 or 8 bits, whole bytes of each and whole 32-bit "
+                         "words in all")
     return widths
 
 
-def words_of(widths):
-    """32-bit words of a label of these widths."""
+@triton.constexpr_function
+def dims_in(widths):
+    """Dims C of a label of these widths."""
+    return sum(dims for dims, _ in widths)
+
+
+@triton.constexpr_function
+def words_in(widths):
+    """32-bit words W of a label of these widths."""
     return sum(dims * bits for dims, bits in widths) // 32
-
-
-def widths_name(widths):
-    """((8, 4), (48, 2)) -> "8 x 4, 48 x 2", which parse_widths reads, too."""
-    return ", ".join(f"{dims} x {bits}" for dims, bits in widths)
-
-
-def bits_of(widths):
-    """A label_bits for these widths."""
-    return widths[0][1] if len(widths) == 1 else widths_name(widths)
 
 
 def default_widths(words, D):
@@ -191,7 +182,10 @@ class LabelMap:
 
     def __post_init__(self):
         assert self.channels.dtype == torch.int32
-        assert all(t.is_contiguous() for t in (self.channels, self.lo, self.step))
+        assert all(t.is_contiguous() for t in self.tensors())
+
+    def tensors(self):
+        return self.channels, self.lo, self.step
 
     @staticmethod
     def from_statistics(channels, mean, std, widths):
@@ -204,11 +198,11 @@ class LabelMap:
         return LabelMap(channels.int().contiguous(), lo, step, widths)
 
     def to(self, device):
-        return LabelMap(*(t.to(device) for t in (self.channels, self.lo, self.step)), self.widths)
+        return LabelMap(*(t.to(device) for t in self.tensors()), self.widths)
 
     def first(self, heads):
         """That of the first so many KV heads."""
-        return LabelMap(*(t[:heads] for t in (self.channels, self.lo, self.step)), self.widths)
+        return LabelMap(*(t[:heads] for t in self.tensors()), self.widths)
 
     def query_codes(self, q):
         """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is codes . label codes,
@@ -251,7 +245,7 @@ def places(widths, device):
 def pack(codes, widths):
     """codes [..., C] integers of their dims' bits -> [..., W] int32."""
     word, shift = places(widths, codes.device)
-    words = codes.new_zeros(*codes.shape[:-1], words_of(widths), dtype=torch.int64)
+    words = codes.new_zeros(*codes.shape[:-1], words_in(widths), dtype=torch.int64)
     words.index_add_(-1, word, codes.long() << shift)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
@@ -439,90 +433,54 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 PTX = tl.constexpr(not INTERPRETED.value and torch.version.cuda is not None)
 
 
-@triton.constexpr_function
-def _before(WIDTHS, i):
-    """(dims, bits) in all of the first i of a label's widths, WIDTHS = ((dims, bits), ...)."""
-    return sum(dims for dims, _ in WIDTHS[:i]), sum(dims * bits for dims, bits in WIDTHS[:i])
-
-
-@triton.constexpr_function
-def _dims(WIDTHS):
-    """Label dims C."""
-    return sum(dims for dims, _ in WIDTHS)
-
-
-@triton.constexpr_function
-def _words(WIDTHS):
-    """Label words W."""
-    return sum(dims * bits for dims, bits in WIDTHS) // 32
-
-
-@triton.constexpr_function
-def _narrowest(WIDTHS):
-    """The fewest bits of a label's dims."""
-    return min(bits for _, bits in WIDTHS)
+@triton.jit
+def _dim_places(dim, WIDTHS: tl.constexpr):
+    """(first bit in the label, bits) of label dims; those past the last begin past its words.
+    WIDTHS: ((dims, bits), ...)."""
+    first, bits = tl.zeros_like(dim), tl.zeros_like(dim)
+    for i in tl.static_range(len(WIDTHS)):
+        bits = tl.where(dim >= 0, WIDTHS[i][1], bits)
+        first += tl.maximum(tl.minimum(dim, WIDTHS[i][0]), 0) * WIDTHS[i][1]
+        dim -= WIDTHS[i][0]
+    return first, bits
 
 
 @triton.jit
-def _dim_bits(dim, WIDTHS: tl.constexpr):
-    """(first bit in the label, largest code) of label dims; those past the last begin past its
-    words."""
-    bit = dim * WIDTHS[0][1]
-    top = tl.full(dim.shape, 2.0 ** WIDTHS[0][1] - 1, tl.float32)
-    for i in tl.static_range(1, len(WIDTHS)):
-        nth = dim - _before(WIDTHS, i)[0]
-        bit = tl.where(nth >= 0, _before(WIDTHS, i)[1] + nth * WIDTHS[i][1], bit)
-        top = tl.where(nth >= 0, 2.0 ** WIDTHS[i][1] - 1, top)
-    return bit, top
-
-
-@triton.jit
-def _label(keys, mask, channels, lo, step, labels, l_sw, WIDTHS: tl.constexpr):
-    """Writes labels of one KV head's keys. keys, labels: pointers [T], to first channels and first
-    words."""
-    C: tl.constexpr = _dims(WIDTHS)
+def _label(k, nth, position, mask, b, h, labels, label_map, k_strides, label_strides,
+           WIDTHS: tl.constexpr):
+    """Writes the labels of a row's and KV head's nth keys in k [T] at positions [T]."""
+    channels, lo, step = label_map
+    k_sb, k_sh, k_ss = k_strides
+    l_sb, l_sh, l_sw = label_strides
+    C: tl.constexpr = dims_in(WIDTHS)
     offs_c = tl.arange(0, triton.next_power_of_2(C))
-    channel = tl.load(channels + offs_c, mask=offs_c < C, other=0)
-    lows = tl.load(lo + offs_c, mask=offs_c < C, other=0.0)
-    steps = tl.load(step + offs_c, mask=offs_c < C, other=1.0)
+    channel = tl.load(channels + h * C + offs_c, mask=offs_c < C, other=0)
+    lows = tl.load(lo + h * C + offs_c, mask=offs_c < C, other=0.0)
+    steps = tl.load(step + h * C + offs_c, mask=offs_c < C, other=1.0)
+    keys = k + b * k_sb + h * k_sh + nth * k_ss
     inside = mask[:, None] & (offs_c < C)[None, :]
     chosen = tl.load(keys[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
 
-    bit, top = _dim_bits(offs_c, WIDTHS)
+    bit, bits = _dim_places(offs_c, WIDTHS)
     codes = tl.floor(tl.div_rn(chosen - lows[None, :], steps[None, :]) + 0.5)
-    codes = tl.minimum(tl.maximum(codes, 0.0), top[None, :]).to(tl.int32) << (bit % 32)[None, :]
-    for w in tl.static_range(_words(WIDTHS)):
+    codes = tl.minimum(tl.maximum(codes, 0.0), ((1 << bits) - 1).to(tl.float32)[None, :])
+    codes = codes.to(tl.int32) << (bit % 32)[None, :]
+    labels += b * l_sb + h * l_sh + position
+    for w in tl.static_range(words_in(WIDTHS)):
         word = tl.sum(tl.where((bit // 32 == w)[None, :], codes, 0), 1)
         tl.store(labels + w * l_sw, word, mask=mask)
 
 
 @triton.jit
-def _label_kernel(k, positions, labels, channels, lo, step, T, positions_stride, k_strides,
-                  label_strides, WIDTHS: tl.constexpr, BLOCK_T: tl.constexpr):
-    k_sb, k_sh, k_ss = k_strides
-    l_sb, l_sh, l_sw = label_strides
+def _label_kernel(k, positions, labels, label_map, T, positions_stride, k_strides, label_strides,
+                  WIDTHS: tl.constexpr, BLOCK_T: tl.constexpr):
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask = offs_t < T
-    position = tl.load(positions + b * positions_stride + offs_t, mask=mask, other=0).to(tl.int64)
-    first = h * _dims(WIDTHS)
-    _label(k + b * k_sb + h * k_sh + offs_t.to(tl.int64) * k_ss, mask, channels + first, lo + first,
-           step + first, labels + b * l_sb + h * l_sh + position, l_sw, WIDTHS)
+    nth = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    position = tl.load(positions + b * positions_stride + nth, mask=nth < T, other=0).to(tl.int64)
+    _label(k, nth, position, nth < T, b, h, labels, label_map, k_strides, label_strides, WIDTHS)
 
 
-@triton.jit
-def _label_newest(k, seq_len, b, h, labels, channels, lo, step, k_strides, label_strides,
-                  WIDTHS: tl.constexpr):
-    """Writes the label of a row's newest key."""
-    k_sb, k_sh, k_ss = k_strides
-    l_sb, l_sh, l_sw = label_strides
-    newest = (seq_len - 1).to(tl.int64) + tl.arange(0, 1)
-    first = h * _dims(WIDTHS)
-    _label(k + b * k_sb + h * k_sh + newest * k_ss, newest >= 0, channels + first, lo + first,
-           step + first, labels + b * l_sb + h * l_sh + newest, l_sw, WIDTHS)
-
-
-# ---------------------------------------------------------------- kernels: bracket
+# ---------------------------------------------------------------- kernels: scores
 
 FORCED = tl.constexpr(2**30)  # key of a token that is always attended: above all scores
 DEAD = tl.constexpr(-(2**31) + 1)  # key of a token that is not eligible: below all scores
@@ -531,23 +489,25 @@ M_RUN = tl.constexpr(RUN)
 
 
 @triton.constexpr_function
-def _slices(WIDTHS):
+def slices_in(widths):
     """SLICES: byte-wise slices of a label word, in each of which a byte has one dim at most."""
-    return 8 // _narrowest(WIDTHS)
+    return 8 // widths[-1][1]
 
 
 @triton.constexpr_function
-def _query_words(WIDTHS):
+def query_words(widths):
     """Words of a query head in `query`: its codes, then what its scores are less by."""
-    return _words(WIDTHS) * _slices(WIDTHS) + 1
+    return words_in(widths) * slices_in(widths) + 1
 
 
 @triton.constexpr_function
-def _slice(WIDTHS, w, t):
-    """The t-th slice of a label word: the bits, as an int32, of the dims that begin t * _narrowest
-    bits into their byte, moved down by 4 if that is 4 or more. 0: no dim does."""
-    of_bytes = [bits for dims, bits in WIDTHS for _ in range(dims * bits // 8)][4 * w : 4 * w + 4]
-    begin = t * _narrowest(WIDTHS)
+def slice_mask(widths, i):
+    """The i-th slice of a label, the t-th of a word: the bits, as an int32, of the dims that begin
+    t times the narrowest dim's bits into their byte, moved down by 4 if that is 4 or more. 0: no
+    dim does."""
+    w, t = divmod(i, 8 // widths[-1][1])
+    of_bytes = [bits for dims, bits in widths for _ in range(dims * bits // 8)][4 * w : 4 * w + 4]
+    begin = t * widths[-1][1]
     mask = sum((2**bits - 1 << begin % 4) << 8 * i for i, bits in enumerate(of_bytes)
                if begin % bits == 0)
     return (mask + 2**31) % 2**32 - 2**31
@@ -559,9 +519,18 @@ def _load_words(labels, token, end, l_sw, WIDTHS: tl.constexpr):
     after `end` are read if the row goes on: loads then take four words at a time."""
     mask = token < tl.minimum(tl.cdiv(end, 16) * 16, l_sw)
     words = ()
-    for w in tl.static_range(_words(WIDTHS)):
+    for w in tl.static_range(words_in(WIDTHS)):
         words += (tl.load(labels + w * l_sw + token, mask=mask, other=0),)
     return words
+
+
+@triton.jit
+def _load_each(pointer, N: tl.constexpr):
+    """The N values from the pointer on, or from each of a tensor of pointers on."""
+    values = ()
+    for i in tl.static_range(N):
+        values += (tl.load(pointer + i),)
+    return values
 
 
 @triton.jit
@@ -577,56 +546,28 @@ def _dot4(a, b, acc):
 
 
 @triton.jit
-def _load_codes(query, WIDTHS: tl.constexpr):
-    """A head's query codes, a word for each slice of a label word. query: pointer to its
-    _query_words, or [heads, 1]."""
-    SLICES: tl.constexpr = _slices(WIDTHS)
-    codes = ()
-    for i in tl.static_range(_words(WIDTHS) * SLICES):
-        if _slice(WIDTHS, i // SLICES, i % SLICES) != 0:
-            codes += (tl.load(query + i),)
-        else:
-            codes += (0,)
-    return codes
+def _scores(words, codes, less, WIDTHS: tl.constexpr):
+    """A query head's scores of tokens: label codes . query codes, less `less`; int32.
 
-
-@triton.jit
-def _head_scores(words, query, less, WIDTHS: tl.constexpr):
-    """Scores of tokens with W label words: codes . 8-bit query codes, less `less`; int32.
-
-    words: W tensors [tokens] or [1, tokens]; query: _load_codes of a head, or of [heads, 1]; less:
-    likewise.
+    words: W tensors [tokens] or [1, tokens]; codes: a word for each slice of a label word, of a
+    head or of [heads, 1]; less: likewise.
     """
-    SLICES: tl.constexpr = _slices(WIDTHS)
+    SLICES: tl.constexpr = slices_in(WIDTHS)
     SUMS: tl.constexpr = max(1, SLICES // 2)  # slices 4 bits apart are summed alike
     zeros = tl.zeros_like(words[0] + less)
     score = zeros - less
     for t in tl.static_range(SUMS):
         part = score if t == 0 else zeros
-        for w in tl.static_range(_words(WIDTHS)):
-            if _slice(WIDTHS, w, t) != 0:
-                code = query[w * SLICES + t] + zeros
-                part = _dot4((words[w] & _slice(WIDTHS, w, t)) + zeros, code, part)
-            if SLICES > 1:
-                if _slice(WIDTHS, w, t + SUMS) != 0:
-                    code = query[w * SLICES + t + SUMS] + zeros
-                    part = _dot4((words[w] >> 4 & _slice(WIDTHS, w, t + SUMS)) + zeros, code, part)
+        for i in tl.static_range(words_in(WIDTHS) * SLICES):
+            if i % SUMS == t and slice_mask(WIDTHS, i) != 0:
+                of_dims = words[i // SLICES] >> (i % SLICES // SUMS * 4) & slice_mask(WIDTHS, i)
+                part = _dot4(of_dims + zeros, codes[i] + zeros, part)
         # a slice stays where it is in its nibbles, and its sum is shifted instead
-        score = part if t == 0 else score + (part >> (_narrowest(WIDTHS) * t))
+        score = part if t == 0 else score + (part >> (WIDTHS[-1][1] * t))
     return score
 
 
-@triton.jit
-def _token_scores(words, first, query, G: tl.constexpr, WIDTHS: tl.constexpr):
-    """The largest score of each token in a group. first: _load_codes of its first head; query:
-    _query_words of each."""
-    WORDS: tl.constexpr = _query_words(WIDTHS)
-    best = _head_scores(words, first, tl.load(query + WORDS - 1) if G > 1 else 0, WIDTHS)
-    for g in tl.static_range(1, G):
-        query += WORDS
-        less = tl.load(query + WORDS - 1)
-        best = tl.maximum(best, _head_scores(words, _load_codes(query, WIDTHS), less, WIDTHS))
-    return best
+# ---------------------------------------------------------------- kernels: bracket
 
 
 @triton.jit
@@ -636,17 +577,17 @@ def _write_codes(q, query, channel, steps, offs_c, G: tl.constexpr, D: tl.conste
     (w, t) is of the dim that begins there in slice t of label word w; where none does the byte is
     not written, and meets a zero of the slice. Returns the largest product."""
     offs_g = tl.arange(0, triton.next_power_of_2(G))
-    mask = (offs_g < G)[:, None] & (offs_c < _dims(WIDTHS))[None, :]
+    mask = (offs_g < G)[:, None] & (offs_c < dims_in(WIDTHS))[None, :]
     products = tl.load(q + offs_g[:, None] * D + channel[None, :], mask=mask, other=0.0)
     products = products.to(tl.float32) * steps[None, :]
     largest = tl.max(tl.abs(products))
     scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
     codes = tl.floor(products * scale + 0.5).to(tl.int8)  # in [-127, 127]
 
-    bit, _ = _dim_bits(offs_c, WIDTHS)
-    word = bit // 32 * _slices(WIDTHS) + bit % 8 // _narrowest(WIDTHS)
+    bit, _ = _dim_places(offs_c, WIDTHS)
+    word = bit // 32 * slices_in(WIDTHS) + bit % 8 // WIDTHS[-1][1]
     of_heads = query.to(tl.pointer_type(tl.int8), bitcast=True)
-    of_heads += offs_g * (4 * _query_words(WIDTHS))
+    of_heads += offs_g * (4 * query_words(WIDTHS))
     tl.store(of_heads[:, None] + (word * 4 + bit // 8 % 4)[None, :], codes, mask=mask)
     return largest
 
@@ -684,8 +625,8 @@ def _nth_best(keys, low, high, n):
 
 
 @triton.jit
-def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label_strides, forced,
-                    budget, unit, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_strides, forced, budget,
+                    unit, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                     WIDTHS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     """A row's and KV head's query codes, what each head's scores are less by, and threshold_ref.
 
@@ -694,12 +635,13 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
     """
     if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
+    channels, _, step = label_map
     l_sb, l_sh, l_sw = label_strides
     sink, recent, window = forced
     n_tokens, min_tokens, share_num, share_den, dense_below = budget
     row = tl.program_id(0)
     b, h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
-    C: tl.constexpr = _dims(WIDTHS)
+    C: tl.constexpr = dims_in(WIDTHS)
     offs_c = tl.arange(0, triton.next_power_of_2(C))
     channel = tl.load(channels + h * C + offs_c, mask=offs_c < C, other=0)
     steps = tl.load(step + h * C + offs_c, mask=offs_c < C, other=1.0)
@@ -714,34 +656,8 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
     sampled = first // M_RUN * M_RUN + tl.arange(0, M) % M_RUN
     inside = (sampled < seq_len) & (sampled >= start)
     words = _load_words(labels + b * l_sb + h * l_sh, sampled, seq_len, l_sw, WIDTHS)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
-    # the query's codes: written in one order, read back in another
-    WORDS: tl.constexpr = _query_words(WIDTHS)
-    query += row.to(tl.int64) * G * WORDS
-    q += (b * HKV + h) * G * D
-    largest = _write_codes(q, query, channel, steps, offs_c, G, D, WIDTHS)
-    tl.debug_barrier()
-    if G > 1:
-        counted = inside & (sampled < seq_len - 1)
-        sink_share = 2.0**18 * tl.div_rn(M * 1.0, spread.to(tl.float32))
-        share = tl.where(sampled < sink, sink_share, 2.0**18)
-        heads = tl.minimum(tl.arange(0, triton.next_power_of_2(G)), G - 1)  # the last one repeats
-        of_heads = query + heads * WORDS
-        for w in tl.static_range(_words(WIDTHS)):
-            words = words[1:] + (words[0][None, :],)
-        less = tl.zeros_like(heads)
-        codes = _load_codes(of_heads[:, None], WIDTHS)
-        scores = _head_scores(words, codes, less[:, None], WIDTHS)
-        less = _log_weight(scores, counted[None, :], share[None, :], largest * unit)
-        tl.store(of_heads + WORDS - 1, less)
-        keys = tl.max(scores - less[:, None], 0)
-    else:
-        keys = _head_scores(words, _load_codes(query, WIDTHS), 0, WIDTHS)
-
-    # threshold_ref; DSConfig.budget first
+    # how many sampled tokens threshold_ref wants; DSConfig.budget first
     wanted = ((live.to(tl.int64) * share_den + share_num - 1) // share_num).to(tl.int32)
     wanted = tl.where(n_tokens > 0, n_tokens, tl.maximum(wanted, min_tokens))
     wanted = tl.minimum(tl.where(live < dense_below, live, wanted), live)
@@ -749,6 +665,31 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
     counted = inside & (sampled >= sink) & (sampled < seq_len - recent)
     rest = tl.maximum(live - always, 1).to(tl.int64)
     n = ((wanted - always) * tl.sum(counted.to(tl.int64)) + rest // 2) // rest
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # for the query: what comes before does not need it
+        tl.extra.cuda.gdc_launch_dependents()
+
+    # the query's codes: written in one order, read back in another
+    WORDS: tl.constexpr = query_words(WIDTHS)
+    query += row.to(tl.int64) * G * WORDS
+    largest = _write_codes(q + (b * HKV + h) * G * D, query, channel, steps, offs_c, G, D, WIDTHS)
+    tl.debug_barrier()
+    if G > 1:
+        weighed = inside & (sampled < seq_len - 1)
+        sink_share = 2.0**18 * tl.div_rn(M * 1.0, spread.to(tl.float32))
+        share = tl.where(sampled < sink, sink_share, 2.0**18)
+        for w in tl.static_range(words_in(WIDTHS)):
+            words = words[1:] + (words[0][None, :],)
+        nth = tl.arange(0, triton.next_power_of_2(G))
+        heads, less = query + tl.minimum(nth, G - 1) * WORDS, tl.zeros_like(nth)  # the last repeats
+        scores = _scores(words, _load_each(heads[:, None], WORDS - 1), less[:, None], WIDTHS)
+        less = _log_weight(scores, weighed[None, :], share[None, :], largest * unit)
+        tl.store(heads + WORDS - 1, less)
+        keys = tl.max(scores - less[:, None], 0)
+    else:
+        tl.store(query + WORDS - 1, 0)
+        keys = _scores(words, _load_each(query, WORDS - 1), 0, WIDTHS)
+
     if wanted == live:
         tl.store(threshold + row, DEAD + 1)
     elif n < 1:
@@ -763,20 +704,68 @@ def _bracket_kernel(q, labels, channels, step, seq_lens, query, threshold, label
 
 
 @triton.jit
+def _choose(tokens, labels, query, threshold, split, seq_len, l_sw, forced, G: tl.constexpr,
+            WIDTHS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, STRIPE: tl.constexpr,
+            PDL: tl.constexpr):
+    """Scores a program's tokens, every SPLITS-th stripe of STRIPE, and writes those that reach the
+    threshold to `tokens`. Returns how many do."""
+    sink, recent, window = forced
+    STEP: tl.constexpr = SPLITS * BLOCK_S
+    WORDS: tl.constexpr = query_words(WIDTHS)
+    offs, offs_4 = tl.arange(0, BLOCK_S), 4 * tl.arange(0, BLOCK_S // 4)
+    at = offs // STRIPE * (SPLITS * STRIPE) + split * STRIPE + offs % STRIPE
+    at_4 = offs_4 // STRIPE * (SPLITS * STRIPE) + split * STRIPE + offs_4 % STRIPE
+    start = tl.maximum(seq_len - window, 0)
+    first = start // STEP * STEP
+
+    codes, lowest, total = (), 0, 0
+    for _ in tl.static_range(G * WORDS):  # what a loop sets is there before it
+        codes += (0,)
+    for s in tl.range(first, seq_len, STEP, num_stages=3):
+        words = _load_words(labels, s + at, seq_len, l_sw, WIDTHS)
+        if s == first:  # what the bracket writes, when labels of three blocks are on their way
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            codes = _load_each(query, G * WORDS)
+            lowest = tl.load(threshold)
+        keys = _scores(words, codes, codes[WORDS - 1], WIDTHS)
+        for g in tl.static_range(1, G):
+            of_head = codes[g * WORDS : (g + 1) * WORDS]
+            keys = tl.maximum(keys, _scores(words, of_head, of_head[WORDS - 1], WIDTHS))
+        if (s < tl.maximum(sink, start)) | (s + STEP > seq_len - recent):
+            token = s + at
+            keys = tl.where((token >= seq_len - recent) | (token < sink), FORCED, keys)
+            keys = tl.where((token >= start) & (token < seq_len), keys, DEAD)
+
+        # a thread holds four tokens in a row: count them, place the fours, list them one by one
+        even, odd = tl.split(tl.reshape((keys >= lowest).to(tl.int32), [BLOCK_S // 4, 2, 2]))
+        keep_0, keep_2 = tl.split(even)
+        keep_1, keep_3 = tl.split(odd)
+        count = keep_0 + keep_1 + keep_2 + keep_3
+        slot = tokens + total + tl.cumsum(count, 0) - count
+        token = s + at_4
+        tl.store(slot, token, mask=keep_0 > 0)
+        tl.store(slot + keep_0, token + 1, mask=keep_1 > 0)
+        tl.store(slot + (keep_0 + keep_1), token + 2, mask=keep_2 > 0)
+        tl.store(slot + (keep_0 + keep_1 + keep_2), token + 3, mask=keep_3 > 0)
+        total += tl.sum(count, 0)
+    return total
+
+
+@triton.jit
 def _attend(query, k, v, tokens, begin, end, k_ss, scale_log2, D: tl.constexpr,
-            BLOCK_N: tl.constexpr, LISTED: tl.constexpr):
-    """Attention over tokens[begin:end], or if not LISTED over positions from begin to end.
+            BLOCK_N: tl.constexpr):
+    """Attention over tokens[begin:end], or if tokens is None over positions from begin to end.
 
     query [BLOCK_G, BLOCK_D]. Returns (largest logit and sum of weights [BLOCK_G], sum of weighted
     values [BLOCK_G, BLOCK_D]).
     """
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, query.shape[1])
     top = tl.full([query.shape[0]], float("-inf"), tl.float32)
     mass = tl.zeros([query.shape[0]], tl.float32)
-    acc = tl.zeros([query.shape[0], BLOCK_D], tl.float32)
+    acc = tl.zeros(query.shape, tl.float32)
     token = begin + offs_n
-    if LISTED:
+    if tokens is not None:
         token = tl.load(tokens + token, mask=token < end, other=0)
     for n in tl.range(begin, end, BLOCK_N, num_stages=2):
         inside = n + offs_n < end
@@ -785,10 +774,10 @@ def _attend(query, k, v, tokens, begin, end, k_ss, scale_log2, D: tl.constexpr,
         keys = tl.load(k + rows, mask=mask, other=0.0)
         values = tl.load(v + rows, mask=mask, other=0.0)
         token = n + BLOCK_N + offs_n
-        if LISTED:  # a block ahead: its latency does not add to that of the rows
+        if tokens is not None:  # a block ahead: its latency does not add to that of the rows
             token = tl.load(tokens + token, mask=token < end, other=0)
         if INTERPRETED:  # its dot takes bfloat16 for integers
-            keys, values = keys.to(tl.float32), values.to(tl.float32)
+            query, keys, values = query.to(tl.float32), keys.to(tl.float32), values.to(tl.float32)
         logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale_log2
         logits = tl.where(inside[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -802,37 +791,27 @@ def _attend(query, k, v, tokens, begin, end, k_ss, scale_log2, D: tl.constexpr,
 
 
 @triton.jit
-def _load_group(q, row, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr):
-    """A group's queries [BLOCK_G, BLOCK_D]."""
-    offs_g = tl.arange(0, BLOCK_G)[:, None]
-    offs_d = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    q += (row.to(tl.int64) * G + offs_g) * D
-    query = tl.load(q + offs_d, mask=(offs_g < G) & (offs_d < D), other=0.0)
-    if INTERPRETED:
-        query = query.to(tl.float32)
-    return query
-
-
-@triton.jit
-def _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G: tl.constexpr,
-             BLOCK_G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-             PDL: tl.constexpr):
-    """Writes a program's part of a row's result. The last of the row's programs to arrive combines
-    all parts, in their order: whichever it is, the result has the same bits. Returns whether this
-    one is."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, triton.next_power_of_2(D))
+def _combine(part, n, row, split, parts, attended, out, G: tl.constexpr, D: tl.constexpr,
+             SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Writes a program's part, _attend's, of a row's result. The last of the row's programs to
+    arrive combines all parts, in their order: whichever it is, the result has the same bits. It
+    adds all programs' n to `attended`."""
+    top, mass, acc = part
+    partial, partial_lse, arrived = parts
+    offs_g, offs_d = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
     head = row.to(tl.int64) * G + offs_g
     mass = tl.where(mass > 0, mass, 1.0)  # without tokens top is -inf: the part gets no weight
     mask = (offs_g < G)[:, None] & (offs_d < D)[None, :]
-    part = partial + (head * SPLITS + split)[:, None] * D + offs_d[None, :]
-    tl.store(part, acc / mass[:, None], mask=mask)
+    place = partial + (head * SPLITS + split)[:, None] * D + offs_d[None, :]
+    tl.store(place, acc / mass[:, None], mask=mask)
     tl.store(partial_lse + head * SPLITS + split, top + tl.log2(mass), mask=offs_g < G)
 
     tl.debug_barrier()
-    last = tl.atomic_add(arrived + row, 1, sem="acq_rel") == SPLITS - 1
-    if last:
+    # programs that have arrived, and above the lowest byte, below 2**23, what they attended to
+    before = tl.atomic_add(arrived + row, 256 * n + 1, sem="acq_rel")
+    if before % 256 == SPLITS - 1:
+        if attended is not None:
+            tl.atomic_add(attended + row, (before // 256 + n).to(tl.int64), sem="relaxed")
         HEADS: tl.constexpr = triton.next_power_of_2(G)
         AT_ONCE: tl.constexpr = max(1, min(SPLITS, BLOCK_N // HEADS))
         heads = row.to(tl.int64) * G + tl.minimum(tl.arange(0, HEADS), G - 1)  # the last repeats
@@ -840,144 +819,84 @@ def _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G: 
         lse = tl.load(first + tl.arange(0, SPLITS)[None, :], cache_modifier=".cg")
         highest = tl.max(lse, 1)
         total = tl.sum(tl.exp2(lse - highest[:, None]), 1)
-        result = tl.zeros([HEADS, triton.next_power_of_2(D)], tl.float32)
+        result = tl.zeros([HEADS, acc.shape[1]], tl.float32)
         for p in tl.static_range(0, SPLITS, AT_ONCE):
-            parts = p + tl.arange(0, AT_ONCE)[None, :]
-            weight = tl.exp2(tl.load(first + parts, cache_modifier=".cg") - highest[:, None])
-            rows = ((heads * SPLITS)[:, None] + parts)[:, :, None] * D + offs_d[None, None, :]
+            nth = p + tl.arange(0, AT_ONCE)[None, :]
+            weight = tl.exp2(tl.load(first + nth, cache_modifier=".cg") - highest[:, None])
+            rows = ((heads * SPLITS)[:, None] + nth)[:, :, None] * D + offs_d[None, None, :]
             values = tl.load(partial + rows, mask=(offs_d < D)[None, None, :], other=0.0,
                              cache_modifier=".cg")
             result += tl.sum(values * weight[:, :, None], 1)
         result = (result / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + heads[:, None] * D + offs_d[None, :], result, mask=(offs_d < D)[None, :])
         tl.store(arrived + row, 0)
-    return last
 
 
 @triton.jit
-def _attend_kernel(q, k, v, seq_lens, indices, counts, labels, channels, lo, step, partial,
-                   partial_lse, arrived, out, k_strides, label_strides, window, capacity,
-                   scale_log2, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                   WIDTHS: tl.constexpr,
-                   SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
-    """Dense decode: SPLITS programs share a row's eligible tokens. Or, with `indices`, attention
-    over lists: each program takes what it has in `counts` of them.
+def _attend_kernel(q, k, v, seq_lens, labels, label_map, query, threshold, lists, counts, attended,
+                   parts, out, k_strides, label_strides, forced, room, scale_log2,
+                   HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
+                   SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+                   STRIPE: tl.constexpr, LABEL: tl.constexpr, PDL: tl.constexpr):
+    """Attention by SPLITS programs for each row and KV head, over one of:
+    - with `threshold`, the tokens that reach it: each program scores its own, in stripes, into its
+      part of lists [B, HKV, SPLITS, room], and their number into counts [B, HKV, SPLITS];
+    - with `lists` alone, tokens listed in [B, HKV, room]: each program has `counts` of them;
+    - all eligible ones, dense decode.
 
-    With WIDTHS one more program writes the label of the row's newest key.
+    Without v it ends with the lists. With LABEL one more program writes the newest key's label.
     """
-    if PDL:
+    if PDL and threshold is None:  # the bracket has waited for what came before it
         tl.extra.cuda.gdc_wait()
     k_sb, k_sh, k_ss = k_strides
+    l_sb, l_sh, l_sw = label_strides
     row, split = tl.program_id(0), tl.program_id(1)
     b, h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     seq_len = tl.load(seq_lens + b)
-    if len(WIDTHS) > 0:
+    if LABEL:
         if split == SPLITS:
-            _label_newest(k, seq_len, b, h, labels, channels, lo, step, k_strides, label_strides,
-                          WIDTHS)
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            # who reads this label in this step overrides the token's key with FORCED
+            newest = (seq_len - 1).to(tl.int64) + tl.arange(0, 1)
+            _label(k, newest, newest, newest >= 0, b, h, labels, label_map, k_strides,
+                   label_strides, WIDTHS)
             return
 
-    BLOCK_G: tl.constexpr = max(16, triton.next_power_of_2(G))
-    query = _load_group(q, row, G, BLOCK_G, D)
-    if indices is not None:
+    # a group's queries; the bracket does not write them
+    offs_g = tl.arange(0, max(16, triton.next_power_of_2(G)))[:, None]
+    offs_d = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    q += (row.to(tl.int64) * G + offs_g) * D + offs_d
+    group = tl.load(q, mask=(offs_g < G) & (offs_d < D), other=0.0)
+
+    begin, n = 0, 0
+    if threshold is not None:
+        lists += (row.to(tl.int64) * SPLITS + split) * room
+        query += row.to(tl.int64) * G * query_words(WIDTHS)
+        n = _choose(lists, labels + b * l_sb + h * l_sh, query, threshold + row, split, seq_len,
+                    l_sw, forced, G, WIDTHS, SPLITS, BLOCK_S, STRIPE, PDL)
+        tl.store(counts + row * SPLITS + split, n)
+        end = n
+        tl.debug_barrier()  # the list is read back in another order
+    elif lists is not None:
         offs = tl.arange(0, SPLITS)
         count = tl.load(counts + row * SPLITS + offs)
         begin = tl.sum(tl.where(offs < split, count, 0))
-        end = tl.minimum(begin + tl.sum(tl.where(offs == split, count, 0)), capacity)
-        indices += row.to(tl.int64) * capacity
+        end = tl.minimum(begin + tl.sum(tl.where(offs == split, count, 0)), room)
+        lists += row.to(tl.int64) * room
     else:
-        begin = tl.maximum(seq_len - window, 0)
+        begin = tl.maximum(seq_len - forced[2], 0)
         share = tl.cdiv(seq_len - begin, SPLITS * BLOCK_N) * BLOCK_N
         begin += split * share
         end = tl.minimum(begin + share, seq_len)
-    top, mass, acc = _attend(query, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, indices,
-                             begin, end, k_ss, scale_log2, D, BLOCK_N, indices is not None)
-    _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G, BLOCK_G, D, SPLITS,
-             BLOCK_N, PDL)
 
-
-STRIPE = tl.constexpr(64)  # tokens side by side that one program scores: selections cluster
-
-
-@triton.jit
-def _score_attend_kernel(q, k, v, labels, channels, lo, step, seq_lens, query, threshold, lists,
-                         counts, attended, partial, partial_lse, arrived, out, k_strides,
-                         label_strides, forced, room, scale_log2, HKV: tl.constexpr,
-                         G: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
-                         SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
-                         ATTEND: tl.constexpr, PDL: tl.constexpr):
-    """SPLITS programs share a row and KV head's tokens, in stripes. Each scores its own, lists
-    those that reach the threshold and, if ATTEND, attends to them.
-
-    One more program, where there is one, writes the label of the row's newest key.
-    """
-    k_sb, k_sh, k_ss = k_strides
-    l_sb, l_sh, l_sw = label_strides
-    sink, recent, window = forced
-    row, split = tl.program_id(0), tl.program_id(1)
-    b, h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
-    seq_len = tl.load(seq_lens + b)
-    if split == SPLITS:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        # who reads this label in this step overrides the token's key with FORCED
-        _label_newest(k, seq_len, b, h, labels, channels, lo, step, k_strides, label_strides,
-                      WIDTHS)
-        return
-
-    # what the bracket does not write is read while that runs
-    BLOCK_G: tl.constexpr = max(16, triton.next_power_of_2(G))
-    STEP: tl.constexpr = SPLITS * BLOCK_S
-    offs, offs_4 = tl.arange(0, BLOCK_S), 4 * tl.arange(0, BLOCK_S // 4)
-    at = offs // STRIPE * (SPLITS * STRIPE) + split * STRIPE + offs % STRIPE
-    at_4 = offs_4 // STRIPE * (SPLITS * STRIPE) + split * STRIPE + offs_4 % STRIPE
-    start = tl.maximum(seq_len - window, 0)
-    first = start // STEP * STEP
-    labels += b * l_sb + h * l_sh
-    words = _load_words(labels, first + at, seq_len, l_sw, WIDTHS)
-    if ATTEND:
-        group = _load_group(q, row, G, BLOCK_G, D)
+    if v is not None:
+        part = _attend(group, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, lists, begin, end,
+                       k_ss, scale_log2, D, BLOCK_N)
     if PDL:
-        tl.extra.cuda.gdc_wait()
-    query += row.to(tl.int64) * G * _query_words(WIDTHS)
-    codes = _load_codes(query, WIDTHS)
-    lowest = tl.load(threshold + row)
-    lists += (row.to(tl.int64) * SPLITS + split) * room
-
-    total = 0
-    for s in range(first, seq_len, STEP):
-        following = _load_words(labels, s + STEP + at, seq_len, l_sw, WIDTHS)
-        keys = _token_scores(words, codes, query, G, WIDTHS)
-        if (s < tl.maximum(sink, start)) | (s + STEP > seq_len - recent):
-            token = s + at
-            keys = tl.where((token >= seq_len - recent) | (token < sink), FORCED, keys)
-            keys = tl.where((token >= start) & (token < seq_len), keys, DEAD)
-
-        # a thread holds four tokens in a row: count them, place the fours, list them one by one
-        even, odd = tl.split(tl.reshape((keys >= lowest).to(tl.int32), [BLOCK_S // 4, 2, 2]))
-        keep_0, keep_2 = tl.split(even)
-        keep_1, keep_3 = tl.split(odd)
-        count = keep_0 + keep_1 + keep_2 + keep_3
-        slot = lists + total + tl.cumsum(count, 0) - count
-        token = s + at_4
-        tl.store(slot, token, mask=keep_0 > 0)
-        tl.store(slot + keep_0, token + 1, mask=keep_1 > 0)
-        tl.store(slot + (keep_0 + keep_1), token + 2, mask=keep_2 > 0)
-        tl.store(slot + (keep_0 + keep_1 + keep_2), token + 3, mask=keep_3 > 0)
-        total += tl.sum(count, 0)
-        words = following
-    tl.store(counts + row * SPLITS + split, total)
-
-    if ATTEND:
-        tl.debug_barrier()  # the list is read back in another order
-        top, mass, acc = _attend(group, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, lists, 0,
-                                 total, k_ss, scale_log2, D, BLOCK_N, True)
-        if _combine(top, mass, acc, row, split, partial, partial_lse, arrived, out, G, BLOCK_G, D,
-                    SPLITS, BLOCK_N, PDL):
-            of_row = tl.load(counts + row * SPLITS + tl.arange(0, SPLITS), cache_modifier=".cg")
-            tl.store(attended + row, tl.load(attended + row) + tl.sum(of_row))
-    elif PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    if v is not None:
+        _combine(part, n, row, split, parts, attended, out, G, D, SPLITS, BLOCK_N)
 
 
 @triton.jit
@@ -1006,10 +925,12 @@ NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cach
 WARPS = 1024  # that fill the GPU: programs of so many in all share fewer rows
 
 
-def pdl(tensor):
-    """Whether kernels may start while the one before them ends (programmatic dependent launch)."""
-    nvidia = tensor.is_cuda and torch.version.cuda is not None
-    return nvidia and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+def launch(kernel, grid, tensor, **arguments):
+    """Runs a kernel that takes PDL: whether it may start while the one before it ends (programmatic
+    dependent launch). tensor: one of the device."""
+    PDL = (tensor.is_cuda and torch.version.cuda is not None
+           and torch.cuda.get_device_capability(tensor.device)[0] >= 9)
+    kernel[grid](**arguments, PDL=PDL, **(dict(launch_pdl=True) if PDL else {}))
 
 
 class Workspace:
@@ -1027,16 +948,18 @@ class Workspace:
             return torch.empty(*shape, dtype=dtype, device=device)
 
         self.shape = (B, HQ, HKV, D, S)
-        self.warps = 1 if HQ == HKV else 2  # of a program; in dense decode 1
+        # of a program: two where 64 of one for each row are too few; in dense decode one
+        self.warps = 1 if 64 * B * HKV >= WARPS else 2
         programs = triton.cdiv(WARPS, self.warps * B * HKV)
         self.splits = splits or min(64, triton.next_power_of_2(programs))
         self.block_s = 512 * self.warps  # tokens that a program scores at a time
+        self.stripe = 32 if self.splits > 16 else 64  # of them side by side: selections cluster
         self.partial = scratch(B * HQ, self.splits * self.warps, D, dtype=torch.float32)
         self.partial_lse = scratch(B * HQ, self.splits * self.warps, dtype=torch.float32)
         self.arrived = torch.zeros(B * HKV, dtype=torch.int32, device=device)
         if config is not None:
             self.widths = config.widths(D)
-            self.query = scratch(B * HQ, _query_words(self.widths))
+            self.query = scratch(B * HQ, query_words(self.widths))
             self.threshold = scratch(B * HKV)
             # any token may be chosen
             self.room = triton.cdiv(S, self.splits * self.block_s) * self.block_s
@@ -1045,106 +968,60 @@ class Workspace:
             self.attended = torch.zeros(B, HKV, dtype=torch.int64, device=device)
 
 
-def launch(kernel, grid, tensor, **arguments):
-    """Runs a kernel that takes PDL; tensor: one of the device."""
-    overlapped = pdl(tensor)
-    more = dict(launch_pdl=True) if overlapped else {}
-    kernel[grid](**arguments, PDL=overlapped, **more)
-
-
-def label(k, positions, labels, label_map):
-    """As label_ref, in one launch. The last dims of k, positions and labels must be contiguous."""
-    B, HKV, T, _ = k.shape
-    m = label_map
-    assert labels.shape[2] == words_of(m.widths), f"labels are not of {widths_name(m.widths)}"
-    assert k.stride(3) == positions.stride(1) == labels.stride(3) == 1
-    BLOCK_T = 1 if T == 1 else 64
-    _label_kernel[(triton.cdiv(T, BLOCK_T), HKV, B)](
-        k=k, positions=positions, labels=labels, channels=m.channels, lo=m.lo, step=m.step, T=T,
-        positions_stride=positions.stride(0), k_strides=k.stride()[:3],
-        label_strides=labels.stride()[:3], WIDTHS=m.widths, BLOCK_T=BLOCK_T)
-
-
-def checked_workspace(workspace, q, k, config=None):
-    """That workspace, or a new one, for q [B, HQ, D] over a cache like k [B, HKV, S, any]."""
-    B, HQ, D = q.shape
-    workspace = workspace or Workspace(B, HQ, k.shape[1], D, k.shape[2], q.device, config)
-    assert workspace.shape == (B, HQ, k.shape[1], D, k.shape[2]), "a workspace of another shape"
-    return workspace
-
-
-def geometry(q, labels, label_map, config, window):
-    """Arguments that both kernels of a sparse step take."""
-    HKV = labels.shape[1]
-    forced = config.sink, config.recent, NO_WINDOW if window is None else window
-    return dict(label_strides=labels.stride()[:3], forced=forced, HKV=HKV, G=q.shape[1] // HKV,
-                D=q.shape[2], WIDTHS=label_map.widths)
-
-
 def bracket(q, labels, label_map, seq_lens, config, window, workspace, label_newest=True):
-    """The first launch: query codes, log weights and thresholds, into the workspace.
+    """Query codes, log weights and thresholds, into the workspace.
 
     label_newest: the newest labels are still to be written; else the kernel before may have.
     """
-    ws, m = workspace, label_map
+    (B, HQ, D), HKV = q.shape, labels.shape[1]
     assert q.is_contiguous() and labels.stride(3) == 1
-    assert m.widths == config.widths(q.shape[2]) == ws.widths, "labels of other widths"
-    rows = len(q) * labels.shape[1]
-    launch(_bracket_kernel, (rows,), q, q=q, labels=labels, channels=m.channels, step=m.step,
-           seq_lens=seq_lens, query=ws.query, threshold=ws.threshold,
+    assert label_map.widths == config.widths(D) == workspace.widths, "labels of other widths"
+    launch(_bracket_kernel, (B * HKV,), q, q=q, labels=labels, label_map=label_map.tensors(),
+           seq_lens=seq_lens, query=workspace.query, threshold=workspace.threshold,
+           label_strides=labels.stride()[:3],
+           forced=(config.sink, config.recent, window or NO_WINDOW),
            budget=(config.n_tokens or 0, config.min_tokens, *config.share(), config.dense_below),
-           unit=1 / 127 / math.sqrt(q.shape[2]), EARLY=label_newest,
-           **geometry(q, labels, m, config, window),
-           num_warps=4 if rows == len(q) * q.shape[1] else 8,  # heads of a group: more registers
+           unit=1 / 127 / math.sqrt(D), HKV=HKV, G=HQ // HKV, D=D, WIDTHS=label_map.widths,
+           EARLY=label_newest, num_warps=4 if HQ == HKV else 8,  # a group needs more registers
            enable_fp_fusion=False)  # codes round as the reference's do: ties between two are common
 
 
-def score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace, label_newest=True,
-                 attending=True):
-    """The second launch: lists of chosen tokens, into the workspace, and attention over them.
-
-    k, v: of them only the newest key is read if not attending; v may then be None.
-    """
-    ws, m = workspace, label_map
-    assert k.stride(3) == 1 and (v is None or v.stride() == k.stride())
-    out = torch.empty_like(q) if attending else None
-    grid = len(q) * labels.shape[1], ws.splits + label_newest
-    launch(_score_attend_kernel, grid, q, q=q, k=k, v=v, labels=labels, channels=m.channels,
-           lo=m.lo, step=m.step, seq_lens=seq_lens, query=ws.query, threshold=ws.threshold,
-           lists=ws.lists, counts=ws.counts, attended=ws.attended, partial=ws.partial,
-           partial_lse=ws.partial_lse, arrived=ws.arrived, out=out, k_strides=k.stride()[:3],
-           room=ws.room, scale_log2=math.log2(math.e) / math.sqrt(q.shape[2]), SPLITS=ws.splits,
-           BLOCK_S=ws.block_s, BLOCK_N=32 * ws.warps, ATTEND=attending,
-           **geometry(q, labels, m, config, window),
-           num_warps=ws.warps if q.element_size() == 2 else 4)
-    return out
-
-
 def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=None, labels=None,
-           label_map=None):
-    """Attention of one query per row over lists of tokens, or all eligible ones (dense decode).
+           label_map=None, config=None, label_newest=True):
+    """Attention of one query per row over lists of tokens, or with config over those that a
+    `bracket` chooses first, or over all eligible ones (dense decode). Shapes as in attend_ref.
 
     indices [B, HKV, any] int32 and counts [B, HKV, splits] of select_tokens. labels and label_map:
-    if given, the label of each row's newest key, k's at seq_lens - 1, is written. Shapes as in
-    attend_ref.
+    the label of each row's newest key, k's at seq_lens - 1, is written, unless not label_newest.
+    v: None to have the lists and counts of chosen tokens in the workspace, and no attention.
     """
-    ws, m, W = checked_workspace(workspace, q, k), label_map, 0 if labels is None else 1
-    assert k.stride(3) == 1 and v.stride() == k.stride()
-    assert counts is None or counts.shape[2] == ws.splits, "lists of a workspace of other splits"
     q = q.contiguous()
     (B, HQ, D), HKV = q.shape, k.shape[1]
-    out = torch.empty_like(q)
-    of_map = (m.channels, m.lo, m.step) if W else (None,) * 3
-    splits, num_warps = (ws.splits * ws.warps, 1) if indices is None else (ws.splits, ws.warps)
-    launch(_attend_kernel, (B * HKV, splits + W), q, q=q, k=k, v=v, seq_lens=seq_lens,
-           indices=indices, counts=counts, labels=labels, channels=of_map[0], lo=of_map[1],
-           step=of_map[2], partial=ws.partial, partial_lse=ws.partial_lse, arrived=ws.arrived,
-           out=out, k_strides=k.stride()[:3], label_strides=labels.stride()[:3] if W else (0, 0, 0),
-           window=NO_WINDOW if window is None else window,
-           capacity=0 if indices is None else indices.shape[2],
-           scale_log2=math.log2(math.e) / math.sqrt(D), HKV=HKV, G=HQ // HKV, D=D,
-           WIDTHS=m.widths if W else (), SPLITS=splits, BLOCK_N=32 * num_warps,
-           num_warps=num_warps if q.element_size() == 2 else 4)
+    shape = B, HQ, HKV, D, k.shape[2] if labels is None else labels.shape[3]
+    ws = workspace or Workspace(*shape, q.device, config)
+    assert ws.shape == shape, "a workspace of another shape"
+    assert k.stride(3) == 1 and (v is None or v.stride() == k.stride())
+    assert counts is None or counts.shape[2] == ws.splits, "lists of a workspace of other splits"
+
+    splits, num_warps = ws.splits, ws.warps
+    scratch = dict.fromkeys(("query", "threshold", "attended"))
+    lists = dict(lists=indices, counts=counts, room=0 if indices is None else indices.shape[2])
+    if config is not None:
+        bracket(q, labels, label_map, seq_lens, config, window, ws, label_newest)
+        scratch, lists = ({name: getattr(ws, name) for name in names} for names in (scratch, lists))
+    elif indices is None:
+        splits, num_warps = splits * num_warps, 1
+
+    out, writes = None if v is None else torch.empty_like(q), labels is not None and label_newest
+    always = (0, 0) if config is None else (config.sink, config.recent)
+    launch(_attend_kernel, (B * HKV, splits + writes), q, q=q, k=k, v=v, seq_lens=seq_lens,
+           labels=labels, label_map=label_map and label_map.tensors(), **scratch, **lists,
+           parts=(ws.partial, ws.partial_lse, ws.arrived), out=out, k_strides=k.stride()[:3],
+           label_strides=(0, 0, 0) if labels is None else labels.stride()[:3],
+           forced=(*always, window or NO_WINDOW), scale_log2=math.log2(math.e) / math.sqrt(D),
+           HKV=HKV, G=HQ // HKV, D=D, WIDTHS=label_map.widths if label_map else (), SPLITS=splits,
+           BLOCK_S=ws.block_s, BLOCK_N=32 * num_warps, STRIPE=ws.stripe,
+           LABEL=writes, num_warps=num_warps if q.element_size() == 2 else 4)
     return out
 
 
@@ -1152,8 +1029,18 @@ def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=
 
 
 def write_labels(k, positions, labels, label_map, config):
-    """The label stage with the configured implementation; shapes as in label_ref."""
-    (label if config.use_triton(k) else label_ref)(k, positions, labels, label_map)
+    """Writes the labels of new keys into the label cache, in place: label_ref, or one launch. The
+    last dims of k, positions and labels must then be contiguous."""
+    if not config.use_triton(k):
+        return label_ref(k, positions, labels, label_map)
+    B, HKV, T, _ = k.shape
+    assert labels.shape[2] == words_in(label_map.widths), "labels of other widths"
+    assert k.stride(3) == positions.stride(1) == labels.stride(3) == 1
+    BLOCK_T = 1 if T == 1 else 64
+    _label_kernel[(triton.cdiv(T, BLOCK_T), HKV, B)](
+        k=k, positions=positions, labels=labels, label_map=label_map.tensors(), T=T,
+        positions_stride=positions.stride(0), k_strides=k.stride()[:3],
+        label_strides=labels.stride()[:3], WIDTHS=label_map.widths, BLOCK_T=BLOCK_T)
 
 
 def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, workspace=None,
@@ -1165,14 +1052,12 @@ def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, w
     int32). The first n_tokens of the indices count, in the order and, by counts, in the parts in
     which ds_decode attends to them. More than `capacity`, by default S, are cut off.
     """
-    B, HKV, _, S = labels.shape
+    (B, HQ, D), (HKV, _, S) = q.shape, labels.shape[1:]
     capacity = min(capacity or S, S)
     if config.use_triton(q):
-        q = q.contiguous()
-        ws = checked_workspace(workspace, q, labels.transpose(2, 3), config)
-        bracket(q, labels, label_map, seq_lens, config, window, ws, newest is not None)
-        score_attend(q, labels if newest is None else newest, None, labels, label_map, seq_lens,
-                     config, window, ws, newest is not None, attending=False)
+        ws = workspace or Workspace(B, HQ, HKV, D, S, q.device, config)
+        attend(q, labels if newest is None else newest, None, seq_lens, None, None, window, ws,
+               labels, label_map, config, newest is not None)
         indices = torch.empty(B, HKV, capacity, dtype=torch.int32, device=q.device)
         n_tokens = torch.empty(B, HKV, dtype=torch.int32, device=q.device)
         _gather_kernel[(B * HKV, ws.splits)](
@@ -1219,11 +1104,8 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
     shared = labels.stride(0) == 0 and len(q) > 1
     assert not (label_newest and shared), "rows that share a cache would overwrite others' labels"
     if config.use_triton(q):
-        q = q.contiguous()
-        workspace = checked_workspace(workspace, q, k, config)
-        bracket(q, labels, label_map, seq_lens, config, window, workspace, label_newest)
-        return score_attend(q, k, v, labels, label_map, seq_lens, config, window, workspace,
-                            label_newest)
+        return attend(q, k, v, seq_lens, None, None, window, workspace, labels, label_map, config,
+                      label_newest)
     if label_newest:
         label_newest_ref(k, seq_lens, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length

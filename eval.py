@@ -36,10 +36,10 @@ import calibrate
 import parallel
 from cli import (
     HERE, ArgumentParser, InputFile, Number, OutputFile, add_quantize_argument,
-    add_sparsity_arguments, append_json_lines, check_layers, check_value, default_dtype, label_bits,
-    pick_device, provenance, read_json_lines, run_command, sparsity_from
+    add_sparsity_arguments, append_json_lines, bits_of, check_layers, check_value, default_dtype,
+    label_bits, pick_device, provenance, read_json_lines, run_command, sparsity_from, widths_name
 )
-from ds_attention import DSConfig, bits_of, widths_name
+from ds_attention import DSConfig
 from generate import load, load_maps
 from items import BUILTIN, LENGTHS, TASKS, WIKITEXT2, size
 from methods import METHODS, DoubleSparsity

@@ -216,7 +216,8 @@ def test_label_words_by_hand():
 def test_label_kernel_equals_reference(case):
     p = Problem(case)
     begin, labels = max(0, p.S - 70), torch.full_like(p.labels, -1)
-    ds.label(p.k[:, :, begin:], p.positions[:, begin:], labels, p.map)
+    new, config = (p.k[:, :, begin:], p.positions[:, begin:]), replace(p.config, impl="triton")
+    ds.write_labels(*new, labels, p.map, config)
     assert (labels[..., :begin] == -1).all(), "wrote outside of the given positions"
     assert torch.equal(labels[..., begin:], p.labels[..., begin:])
 
@@ -390,8 +391,9 @@ def test_attend_kernel_equals_reference_given_the_same_tokens(case):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_capacity_cuts_lists(impl):
+def test_capacity_cuts_lists(impl, monkeypatch):
     """Those longer than it, behind; what is cut off is neither attended to nor counted."""
+    monkeypatch.setattr(ds, "WARPS", 1024)  # programs of two warps
     p = Problem(shapes(HQ=2, HKV=1, S=700, C=8), seq_lens=[700, 60])
     workspace = p.workspace(splits=2 if impl == "triton" else 1)
     whole, n_whole, _ = p.select(impl, workspace=workspace)
@@ -484,12 +486,12 @@ def test_label_bytes_follow_from_sparsity():
     """1/sparsity of a 16-bit K's: whole words of any head's, and no more dims than it has."""
     assert [DSConfig(sparsity=s, label_bits=bits).channels(128)
             for s, bits in ((16, 4), (16, 2), (8, 4), (32, 4), (16, 8))] == [32, 64, 64, 16, 16]
-    assert [ds.widths_name(DSConfig(sparsity=s).widths(128)) for s in (4, 8, 16, 32, 64)] == [
+    assert [cli.widths_name(DSConfig(sparsity=s).widths(128)) for s in (4, 8, 16, 32, 64)] == [
         "128 x 4", "16 x 4, 96 x 2", "8 x 4, 48 x 2", "20 x 2, 24 x 1", "32 x 1"]
     for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 80, 96, 100, 128)):
         config = DSConfig(sparsity=sparsity)
         assert config.channels(D) <= D and config.words(D) * 32 <= max(32, 16 * D / sparsity)
-        assert ds.parse_widths(ds.widths_name(config.widths(D))) == config.widths(D)
+        assert ds.parse_widths(cli.widths_name(config.widths(D))) == config.widths(D)
 
 
 @pytest.mark.parametrize("more, message", [
@@ -499,12 +501,9 @@ def test_label_bytes_follow_from_sparsity():
     (dict(recent=0), "recent=0: must be at least 1"),
     (dict(impl="cuda"), "impl=cuda: must be one of auto, torch, triton"),
     (dict(label_bits="512x4"), "label_bits=512x4: more label dims than the head's 64"),
-    (dict(label_bits="8x4,48"), "must be dims x bits, the most bits first"),
-    (dict(label_bits="48x2,8x4"), "must be dims x bits, the most bits first"),
-    (dict(label_bits="0x4"), "must be dims x bits"),
-    (dict(label_bits="8x3"), "dims have 1, 2, 4 or 8 bits"),
-    (dict(label_bits="3x4,10x2"), "3 dims of 4 bits are no whole number of bytes"),
-    (dict(label_bits="8x4,4x2"), "40 bits in all are no whole number of 32-bit"),
+    *((dict(label_bits=bits), f"label_bits={bits}: must be dims x bits, the most bits first, as "
+       "8x4,48x2: of 1, 2, 4 or 8 bits, whole bytes of each and whole 32-bit words in all")
+      for bits in ("8x4,48", "48x2,8x4", "0x4", "8x3", "3x4,10x2", "8x4,4x2", "4x4,4x4", "8x")),
     (dict(label_bits=16), "must be 1, 2, 4, 8, or dims x bits"),
     (dict(label_bits="8x4,96x2"), "more label dims than the head's 64")], ids=str)
 def test_settings_that_cannot_be_are_refused(more, message):
