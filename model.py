@@ -313,7 +313,9 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        # its random numbers, on the meta device, would bring torch.compile's modules: 7 s at first
+        table = torch.empty(config.vocab_size, config.dim)
+        self.embed = nn.Embedding(*table.shape, _weight=table if table.is_meta else None)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = (None if config.tie_embeddings
