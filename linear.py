@@ -339,7 +339,7 @@ class Residual:
                 strides=(0, 0, 0), NORM_PAIRS=0, **tiles):
         B, K = x.shape
         assert x.is_contiguous() and weight.is_contiguous() and B <= self.MAX_ROWS
-        tiles = _tiles(epilogue, B, N, weight.element_size()) | tiles
+        tiles = _tiles(epilogue, B, self.x.shape[1], weight.element_size()) | tiles
         programs = triton.cdiv(N, tiles["BLOCK_N"])
         out = torch.empty(B, N, dtype=x.dtype, device=x.device) if out is None else out
         if epilogue == "residual":
@@ -358,27 +358,27 @@ class Residual:
         return out
 
 
-def _tiles(epilogue, B, N, itemsize):
+def _tiles(epilogue, B, dim, itemsize):
     """Block sizes of a fused linear layer: small programs, all of them resident, with 40 KB and
     more of weights on the way to each multiprocessor. AHEAD: steps of BLOCK_K before its end when
     the next may start, which then crowds where there is room: with two for all, a layer in int8
     takes 85 us instead of 74. Attention, in many small programs, may start early."""
     int8, pair, many = itemsize == 1, epilogue in ("silu", "rope"), B > 16
     if epilogue == "residual":  # has the fewest rows: more warps for each
-        few = N <= 4096
+        few = dim <= 4096
         sizes = (dict(BLOCK_N=32, BLOCK_K=512, num_warps=4, STAGES=4 if B <= 32 else 3) if many
                  # mostly 256 programs, of which a multiprocessor holds two
                  else dict(BLOCK_N=16 if few else 32, BLOCK_K=1024, num_warps=4,
                            STAGES=6 if few and B == 1 else 3) if int8
                  else dict(BLOCK_N=16, BLOCK_K=256, num_warps=2, STAGES=5))
+    elif int8 and pair and dim >= 8192 and B == 1:  # 7% of a layer of Llama-2-70B
+        sizes = dict(BLOCK_N=16, BLOCK_K=512, num_warps=4, STAGES=3)
     elif not many:
-        # of three stages 1,716 fit at once: the few others would come last, alone
-        late = int8 and epilogue == "silu" and N > 16 * 1716
         sizes = dict(BLOCK_N=32 if int8 and B > 8 else 16, BLOCK_K=256 if int8 else 128,
-                     num_warps=2 if int8 else 1, STAGES=4 if epilogue == "rope" or late else 3)
+                     num_warps=2 if int8 else 1, STAGES=4 if epilogue == "rope" else 3)
     elif int8:
         sizes = dict(BLOCK_N=16 if B <= 32 else 32, BLOCK_K=128, num_warps=2, STAGES=4)
     else:  # inputs take as much shared memory as weights: no warp has its own
         sizes = dict(BLOCK_N=64, BLOCK_K=64 if pair else 128, num_warps=8, STAGES=4, PARTS=1)
-    return dict(AHEAD=2 if epilogue == "rope" else 0 if int8 else 1,
+    return dict(AHEAD=2 if epilogue == "rope" else 0 if int8 or many else 1,
                 PARTS=sizes["num_warps"]) | sizes
