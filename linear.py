@@ -146,7 +146,7 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
                            eviction_policy="evict_first")
             acc_2 = tl.dot(tile.to(inputs.dtype), inputs, acc_2)
         if PDL:
-            if k == launch_at:  # not earlier: programs that wait are in the way of those that run
+            if k == launch_at:  # without it they start when all have ended
                 tl.extra.cuda.gdc_launch_dependents()
     if PARTS > 1:
         acc, acc_2 = tl.sum(acc, 0), tl.sum(acc_2, 0)
@@ -306,8 +306,10 @@ class Residual:
         (HQ, HKV, _), D, weight = attn.heads, attn.head_dim, attn.wqkv.weight
         assert kv.stride(3) == D and kv.stride(4) == 1
         out = torch.empty(len(self.x), HQ, D, dtype=self.x.dtype, device=self.x.device)
+        few = len(self.x) * HKV <= 132  # then attention's first programs find room: see _tiles
         rope = dict(cos=cos, sin=sin, seq_lens=seq_lens, kv=kv, HQ=HQ, HKV=HKV,
-                    strides=kv.stride()[:3], bias=attn.wqkv.bias, scale=attn.wqkv.scale)
+                    strides=kv.stride()[:3], bias=attn.wqkv.bias, scale=attn.wqkv.scale,
+                    AHEAD=2 if few else 0)
         if attn.q_norm is not None:
             BLOCK_N = max(16, D // 2)
             assert BLOCK_N % (D // 2) == 0 and BLOCK_N & (BLOCK_N - 1) == 0, (
@@ -362,7 +364,7 @@ def _tiles(epilogue, B, dim, itemsize):
     """Block sizes of a fused linear layer: small programs, all of them resident, with 40 KB and
     more of weights on the way to each multiprocessor. AHEAD: steps of BLOCK_K before its end when
     the next may start, which then crowds where there is room: with two for all, a layer in int8
-    takes 85 us instead of 74. Attention, in many small programs, may start early."""
+    takes 85 us instead of 74."""
     int8, pair, many = itemsize == 1, epilogue in ("silu", "rope"), B > 16
     if epilogue == "residual":  # has the fewest rows: more warps for each
         few = dim <= 4096
@@ -380,5 +382,4 @@ def _tiles(epilogue, B, dim, itemsize):
         sizes = dict(BLOCK_N=16 if B <= 32 else 32, BLOCK_K=128, num_warps=2, STAGES=4)
     else:  # inputs take as much shared memory as weights: no warp has its own
         sizes = dict(BLOCK_N=64, BLOCK_K=64 if pair else 128, num_warps=8, STAGES=4, PARTS=1)
-    return dict(AHEAD=2 if epilogue == "rope" else 0 if int8 or many else 1,
-                PARTS=sizes["num_warps"]) | sizes
+    return dict(AHEAD=0 if int8 or many else 1, PARTS=sizes["num_warps"]) | sizes
