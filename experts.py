@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import nn
 
 from ds_attention import launch
-from linear import Linear
+from linear import Linear, load_inputs
 
 
 class Experts(Linear):
@@ -146,6 +146,7 @@ def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scale
     mask, at = mask_n[:, None] & mask_b[None, :], b[None, :] * N + n[:, None]
     dtype = out.dtype.element_ty
     SHAPE: tl.constexpr = [WARPS, BLOCK_N, BLOCK_B]
+    IN: tl.constexpr = [WARPS, BLOCK_B, PART]
     if UP:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -165,21 +166,12 @@ def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scale
         expert = tl.load(order + 1 + i).to(tl.int64)
         row = expert * N * (2 if UP else 1) + tl.minimum(n, N - 1)
         rows, of_inputs = w + row[:, None] * K, x
-        if not ALONE:
-            of_inputs += b[:, None] * K
         if not UP:
             of_inputs += i * B * K
         acc, acc_2 = tl.zeros(SHAPE, tl.float32), tl.zeros(SHAPE, tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             mask_k = k + offs_k < K
-            if ALONE:  # the one sequence's stand in all rows
-                inputs = tl.broadcast_to(tl.load(of_inputs + (k + offs_k), mask=mask_k, other=0.0),
-                                         [WARPS, BLOCK_B, PART])
-            else:
-                inputs = tl.load(of_inputs + (k + offs_k), mask=mask_b[:, None] & mask_k, other=0.0)
-            if UPCAST:
-                inputs = inputs.to(tl.float32)
-            inputs = tl.permute(inputs, (0, 2, 1))
+            inputs = load_inputs(of_inputs, k + offs_k, B, K, IN, ALONE, UPCAST)
             tile = tl.load(rows + (k + offs_k), mask=mask_k, other=0, eviction_policy="evict_first")
             acc = tl.dot(tile.to(inputs.dtype), inputs, acc)
             if UP:
@@ -245,7 +237,8 @@ def expert_products(residual, x, experts, routes, next_gain=None, **tiles):
 
 def _tiles(up, B, itemsize):
     """Block sizes of `expert_products`, see those of linear.py; at most 16 KB of inputs."""
-    BLOCK_K = 1024 if itemsize == 1 and not up else 256
-    return dict(BLOCK_N=16 if B <= 16 else 32, STAGES=4, AHEAD=2,
-                num_warps=2 if itemsize == 1 and up else 4,
-                BLOCK_K=min(BLOCK_K, 8192 // max(8, triton.next_power_of_2(B))))
+    int8 = itemsize == 1
+    return dict(BLOCK_N=16 if B <= 16 else 32, STAGES=4, AHEAD=0 if int8 else 2,
+                num_warps=2 if int8 and up else 4,
+                BLOCK_K=min(1024 if int8 and not up else 256,
+                            8192 // max(8, triton.next_power_of_2(B))))

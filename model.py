@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 import parallel
 from config import ModelConfig, rope_frequencies
@@ -189,25 +190,23 @@ def causal_attention(q, k, v, window=None):
     Flash attention where it exists; no [S, S] tensor (a window's mask: [T, T + window], T <= 2048).
     """
     T, S = q.shape[2], k.shape[2]
-    gqa = q.shape[1] != k.shape[1]
-    if window is not None and S > window and T > 2048:
+    gqa, bounded = q.shape[1] != k.shape[1], window is not None and S > window
+    if T == S and not bounded:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    if not bounded and q.shape[3] % 8 == 0 and can_use_flash_attention(
+            SDPAParams(q, k, v, None, 0.0, False, gqa)):
+        # torch.nn.attention.bias does the same, but to import it brings torch.compile: 7 s at first
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
+    if T > 2048:
         ends = [S - T + min(i + 2048, T) for i in range(0, T, 2048)]
         return torch.cat([causal_attention(part, k[:, :, :end], v[:, :, :end], window)
                           for part, end in zip(q.split(2048, 2), ends)], 2)
-    if window is not None and S > window:
-        first = max(0, S - T - window)  # nothing before it is visible to any of the queries
-        k, v = k[:, :, first:], v[:, :, first:]
-        ahead = (torch.arange(S - T, S, device=q.device)[:, None]
-                 - torch.arange(first, S, device=q.device))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=(ahead >= 0) & (ahead < window),
-                                              enable_gqa=gqa)
-    if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    # here: it brings torch.compile's modules, seconds that a prefill in one chunk does without
-    from torch.nn.attention.bias import causal_lower_right
-
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S),
-                                          enable_gqa=gqa)
+    first = max(0, S - T - window) if bounded else 0  # before it none of the queries sees anything
+    k, v = k[:, :, first:], v[:, :, first:]
+    ahead = (torch.arange(S - T, S, device=q.device)[:, None]
+             - torch.arange(first, S, device=q.device))
+    mask = (ahead >= 0) & (ahead < (window or S))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
 
 
 class Attention(nn.Module):
@@ -314,7 +313,9 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        # its random numbers, on the meta device, would bring torch.compile's modules: 7 s at first
+        table = torch.empty(config.vocab_size, config.dim)
+        self.embed = nn.Embedding(*table.shape, _weight=table if table.is_meta else None)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = (None if config.tie_embeddings
