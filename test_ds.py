@@ -2046,23 +2046,16 @@ def test_tables_are_printed(name):
     assert run.returncode == 0 and run.stdout.count("\n") == 7, run.stderr
 
 
-def test_bench_times_labels_that_fit_the_head(monkeypatch):
-    timed = []
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: None)
-    monkeypatch.setattr(bench, "attention_row", lambda B, S, HQ, HKV, D, dtype, config, *_:
-                        timed.append(config.channels(D)))
-    args = SimpleNamespace(sparsity=16, label_bits=None, shapes=None, head_dim=32, dtype="bfloat16")
-    rows = list(bench.run_attention(args, "cuda"))
-    assert len(rows) == len(timed) == 2 * len(bench.SHAPES) + 3
-
-
-def test_bench_checks_its_attention_on_a_cpu():
-    config = DSConfig(impl="torch", dense_below=0)
-    row = bench.attention_row(2, 600, 4, 2, 64, torch.float32, config, "cpu", None)
+def test_bench_checks_its_attention_on_a_cpu(monkeypatch):
+    """A wrong kernel is found out before it is timed."""
+    config, shape = DSConfig(impl="torch", dense_below=0), (2, 600, 4, 2, 64, torch.float32)
+    row = bench.attention_row(*shape, config, "cpu")
     assert row["max_rel_err"] < 1e-4 and row["ds_us"] > 0 and "speedup" not in row
-    x = bench.Inputs(1, 600, 4, 2, 64, torch.float32, config, "cpu", 0)
-    wrong = ds.dense_decode(x.q, x.k, x.v, x.seq_lens)  # attention to other tokens is found out
-    assert bench.check(x, config, wrong) > 0.1
+    assert row["clustered_us"] > 0 and row["dense_us"] <= row["ours, all tokens_us"]
+    monkeypatch.setattr(ds, "ds_decode", lambda q, k, v, labels, label_map, seq_lens, *_, **more:
+                        ds.dense_decode(q, k, v, seq_lens))
+    with pytest.raises(ValueError, match="the kernels are wrong: error 0.[1-9]"):
+        bench.attention_row(*shape, config, "cpu")
 
 
 def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
@@ -2082,8 +2075,8 @@ def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
 
 def bench_rows(run, **more):
     """The rows of a benchmark on a CPU, but for gpt_fast, which compiles for long."""
-    args = dict(modes=None, dense_layers=[0], dense_below=0, budgets=[1, 2], prefetch_heads=[1],
-                no_pack=False, steps=3, shapes=None, model=None, compile=False, checkpoint=None,
+    args = dict(what="bench", modes=None, dense_layers=[0], dense_below=0, budgets=[1, 2], steps=3,
+                prefetch_heads=[1], shapes=None, model=None, compile=False, checkpoint=None,
                 data=None)
     return [row for rows in run(SimpleNamespace(**(args | more)), "cpu") for row in rows]
 
@@ -2121,15 +2114,16 @@ def test_bench_generate_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match="run bench.py generate first"):
         pages.newest_rows("generate")
-    failed = {**dense, "B": 64, "ms_per_step": None, "error": "out of memory"}
+    failed = {**dense, "B": 64, "ms_per_step": None, "error": "CUDA out of memory. Tried 1.00 GiB"}
     saved = [{**dense, "ms_per_step": 123.0}, *rows, failed]
     cli.append_json_lines(tmp_path / "generate.jsonl", saved)
     table = pages.generate_table(pages.newest_rows("generate"))
     assert f"| {dense['ms_per_step']:.2f} ms |" in table and "123.00" not in table
-    assert "| out of memory |" in table
+    assert "| CUDA out of memory |" in table
 
 
 def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
+    """Of one process; of several it ends the run."""
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
 
@@ -2137,9 +2131,13 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
     monkeypatch.setattr(bench, "time_prefill", out_of_memory)
     model = bench.random_model(bench.CPU_MODEL, "cpu", torch.float32)
     modes = ["prefill", "dense", "ds"]
-    rows = bench.generate_rows("tiny", lambda _: model, 1, 50, modes, [DSConfig()], 3, "cpu", False)
+    asked = "tiny", lambda *_: model, 1, 50, modes, [DSConfig()], 3, "cpu"
+    rows = bench.generate_rows(*asked)
     assert {row["error"] for row in rows} == {"CUDA out of memory. Tried to allocate 1 GiB"}
     assert rows[2]["ms_per_step"] is rows[2]["speedup_vs_dense"] is None
+    monkeypatch.setattr(bench.parallel, "size", lambda: 2)  # the other may wait for this one
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.generate_rows(*asked)
 
 
 def test_bench_offload_rows(monkeypatch):
@@ -2162,19 +2160,21 @@ def test_bench_offload_rows(monkeypatch):
     modes = ["flexgen", "gpu", "offload"]
     *_, wrong = bench_rows(bench.run_offload, budgets=[1], modes=modes)
     assert wrong["logit_error"] > 0.01 and wrong["speedup_vs_flexgen"] is None
+    assert "| wrong: not what K and V on the GPU give |" in pages.offload_table([wrong])
     monkeypatch.setattr(bench, "free_host_bytes", lambda: 1000)
     flexgen, gpu, full = bench_rows(bench.run_offload, budgets=[1], modes=modes)
     assert "of host memory" in flexgen["error"] and "of host memory" in full["error"]
-    assert "| out of memory |" in pages.offload_table([full])
+    assert f"| {full['error']} |" in pages.offload_table([full])
 
 
 def test_bench_offload_streams_packed_rows_too():
     """Of 16-bit K and V: fewer bytes, the same logits, and a speedup over each."""
     model = bench.random_model(bench.CPU_MODEL, "cpu", torch.bfloat16)
-    source = bench.RandomText(name="tiny", model=model, B=1, S=60, device="cpu")
+    source = bench.Source(name="tiny", model=model, B=1, S=60)
     pool, config = bench.PinnedPool(), DSConfig(dense_layers=0, min_tokens=16, dense_below=0)
     modes = ["flexgen", "flexgen_packed", "offload"]
-    rows = bench.offload_rows(source, modes, [config], [1], [0], 3, pool=pool)
+    args = SimpleNamespace(budgets=[1], prefetch_heads=[0], steps=3)
+    rows = bench.offload_rows(source, modes, [config], args, pool)
     whole, packed, ours = rows
     assert whole["mode"] == packed["mode"] == "flexgen" and packed["packed"] > whole["packed"]
     share = packed["pcie_bytes_per_step"] / whole["pcie_bytes_per_step"]
