@@ -1141,20 +1141,20 @@ def test_windows_of_text_are_full_and_apart(prefix):
 def test_rankings_in_the_authors_format(tmp_path):
     """A list per KV head is taken as it is, lists per query head by mean rank; what is no ranking
     is refused."""
-    def load(lists, projection):
-        names = {f"model.layers.{i}.self_attn.{projection}_proj": lists for i in range(3)}
+    def load(lists):
+        names = {f"model.layers.{i}.self_attn.qk_proj": lists for i in range(3)}
         (tmp_path / "ranking.json").write_text(json.dumps(names))
         config = random_model()[0].config
-        return calibrate.load_rankings(tmp_path / "ranking.json", config, projection)
+        return calibrate.load_rankings(tmp_path / "ranking.json", config)
 
     up, down = list(range(16)), list(range(16))[::-1]
-    assert load([up, down], "k").tolist() == [[up, down]] * 3
+    assert load([up, down]).tolist() == [[up, down]] * 3
     swapped = [1, 0, *up[2:]]
-    ties = load([up, swapped, down, down], "qk")[0].tolist()
+    ties = load([up, swapped, down, down])[0].tolist()
     assert sorted(ties[0][:2]) == [0, 1] and ties[0][2:] == up[2:] and ties[1] == down
-    for lists, match in [([[7] * 16] * 2, "rank each"), ([["a"] * 16] * 2, "not a list")]:
-        with pytest.raises(ValueError, match=match):
-            load(lists, "qk")
+    for lists in ([[7] * 16] * 2, [["a"] * 16] * 2, [up] * 3, [up[:-1]] * 2, [], 5, [[up]] * 2):
+        with pytest.raises(ValueError, match="not channel rankings of this model"):
+            load(lists)
 
 
 # ---------------------------------------------------------------- host_memory and offload
