@@ -40,7 +40,7 @@ from decode import DecodeStep, generate, now
 from ds_attention import DSConfig, LabelMap, Workspace, bits_of, write_labels
 from generate import load, load_maps
 from gpt_fast import time_gpt_fast
-from host_memory import check_host_memory, fetch, free_host_bytes, host_layers, packs
+from host_memory import PinnedPool, fetch, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
 from linear import largest, quantized
 from model import KVCache, Transformer, check_memory, parameter_shapes
@@ -431,16 +431,14 @@ def random_models(device, compiled):
 
 
 def shapes_of(args, device, modes, settings, example):
-    """(model, B, S, modes) of what is asked for, else of `settings`; on a CPU one small shape."""
-    if device == "cpu":
-        for name in ("model", "shapes"):
-            if getattr(args, name):
-                raise ValueError(f"{name}={getattr(args, name)}: without a GPU one small shape is "
-                                 "run; leave it out")
+    """(model, B, S, modes) of what is asked for, else of `settings`; on a CPU of one small shape.
+    example: a shape for a --model alone."""
+    if device == "cpu" and not args.model:
         settings = [("tiny", 2, 300, modes)]
-    elif args.model or args.shapes:
+    if args.model or args.shapes:
         shapes = parse_sizes("shapes", args.shapes or example, "4x16384,16x16384")
-        settings = [(args.model or "Llama-2-7B", *shape, modes) for shape in shapes]
+        name = args.model or ("tiny" if device == "cpu" else "Llama-2-7B")
+        settings = [(name, *shape, modes) for shape in shapes]
     for name, *_ in settings:
         check_layers(DSConfig(dense_layers=max(args.dense_layers)), MODELS[name])
         if MODELS[name].n_experts and "gpt_fast" in modes:
@@ -483,25 +481,6 @@ OFFLOADS = [("Llama-3.1-8B", 1, 786432, ("gpu", "offload")),
             ("Llama-2-7B", 1, 131072, OFFLOAD_MODES),
             ("Llama-2-7B", 4, 32768, ("flexgen", "gpu", "offload"))]
 FLEXGEN_STEPS = 3  # at most: they take seconds, and all the same time
-
-
-class PinnedPool:
-    """Pinned memory as large as any cache wanted so far, lent to one after the other: pinning takes
-    longer than most measurements."""
-
-    def __init__(self):
-        self.held = []
-
-    def layers(self, config, B, size, dtype, device):
-        """K and V of a model's layers for B sequences of `size` tokens, a tensor each. Raises
-        ValueError if the host's memory is too small."""
-        shape = (B, config.n_kv_heads, size, 2, config.head_dim)
-        numel = math.prod(shape)
-        if len(self.held) < config.n_layers or self.held[0].numel() < numel:
-            self.held = []  # before there is more
-            check_host_memory(free_host_bytes(), config, B, size, dtype)
-            self.held = host_layers(config.n_layers, (numel,), dtype, torch.device(device))
-        return [whole[:numel].view(shape) for whole in self.held[: config.n_layers]]
 
 
 def host_bandwidth(host, device):

@@ -131,6 +131,25 @@ def host_layers(count, shape, dtype, device):
     return layers
 
 
+class PinnedPool:
+    """Pinned memory as large as any cache wanted so far, lent to one after the other: pinning takes
+    longer than most measurements."""
+
+    def __init__(self):
+        self.held = []
+
+    def layers(self, config, B, size, dtype, device):
+        """K and V of a model's layers for B sequences of `size` tokens, a tensor each. Raises
+        ValueError if the host's memory is too small."""
+        shape = (B, config.n_kv_heads, size, 2, config.head_dim)
+        numel = math.prod(shape)
+        if len(self.held) < config.n_layers or self.held[0].numel() < numel:
+            self.held = []  # before there is more
+            check_host_memory(free_host_bytes(), config, B, size, dtype)
+            self.held = host_layers(config.n_layers, (numel,), dtype, torch.device(device))
+        return [whole[:numel].view(shape) for whole in self.held[: config.n_layers]]
+
+
 # ---------------------------------------------------------------- rows
 
 PACKED = 12 / 16  # of its bytes a row takes that is packed

@@ -2161,7 +2161,7 @@ def test_bench_offload_rows(monkeypatch):
     *_, wrong = bench_rows(bench.run_offload, budgets=[1], modes=modes)
     assert wrong["logit_error"] > 0.01 and wrong["speedup_vs_flexgen"] is None
     assert "| wrong: not what K and V on the GPU give |" in pages.offload_table([wrong])
-    monkeypatch.setattr(bench, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(host_memory, "free_host_bytes", lambda: 1000)
     flexgen, gpu, full = bench_rows(bench.run_offload, budgets=[1], modes=modes)
     assert "of host memory" in flexgen["error"] and "of host memory" in full["error"]
     assert f"| {full['error']} |" in pages.offload_table([full])
@@ -2171,7 +2171,7 @@ def test_bench_offload_streams_packed_rows_too():
     """Of 16-bit K and V: fewer bytes, the same logits, and a speedup over each."""
     model = bench.random_model(bench.CPU_MODEL, "cpu", torch.bfloat16)
     source = bench.Source(name="tiny", model=model, B=1, S=60)
-    pool, config = bench.PinnedPool(), DSConfig(dense_layers=0, min_tokens=16, dense_below=0)
+    pool, config = host_memory.PinnedPool(), DSConfig(dense_layers=0, min_tokens=16, dense_below=0)
     modes = ["flexgen", "flexgen_packed", "offload"]
     args = SimpleNamespace(budgets=[1], prefetch_heads=[0], steps=3)
     rows = bench.offload_rows(source, modes, [config], args, pool)
