@@ -235,7 +235,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     windows, held_out = calibration_windows(tokenizer, text, samples, context, longest)
     hidden = [model.embed(w.to(device)) for w in (*windows, held_out)]
     ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
-    spread = spread_queries(min(256, context // 2), context, config.n_heads, device)
+    of_lift = spread_queries(min(256, context // 2), context, config.n_heads, device)
     rows = [spread_queries(first, end, config.n_heads, device)  # within the context, and past it
             for first, end in ((context // 2, context), (context, longest)) if first < end]
     generator = torch.Generator().manual_seed(seed)
@@ -245,24 +245,25 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)}"
           " bit\nlayer" + "".join(f"{x:>20}" for x in (*columns[: 2 * len(rows)], "agreement")))
 
-    figures, of_file, before = [], [], None  # before: what the last layer got of the text held out
+    figures, of_file = [], []
+    previous = None  # what the layer before got of the text held out
     for i, layer in enumerate(tqdm(model.layers, desc="calibrating", unit="layer", leave=False)):
-        moments, foreseen, before = Moments(), before, hidden[-1]
-        window = layer.attn.window
+        moments, own, window = Moments(), hidden[-1], layer.attn.window
         for j, (x, rope) in enumerate(zip(hidden, ropes)):
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
                 moments.add(q, k, *rope)
                 if method == "lift":
-                    moments.lift = moments.lift + plane_lift(q, k, ds, spread, window)
+                    moments.lift = moments.lift + plane_lift(q, k, ds, of_lift, window)
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(moments, method, generator) if ranking is None else ranking[i]
         ranges = [x.gather(1, channels).float() for x in key_ranges(moments, *everywhere)]
         label_map = LabelMap.from_statistics(*(x[:, :C] for x in (channels, *ranges)), widths)
 
         predicted = None  # the first layer's queries are not
-        if foreseen is not None:
-            predicted = layer.attn.queries(layer.attn_norm(foreseen), *ropes[-1])
+        if previous is not None:
+            predicted = layer.attn.queries(layer.attn_norm(previous), *ropes[-1])
+        previous = own
         found = [selection_figures(q, predicted, k, label_map, ds, lens, window) for lens in rows]
         agreement = found[0][2]
         figures.append([*(x for kept in found for x in kept[:2]), agreement])

@@ -525,8 +525,8 @@ def evaluate(args):
     """The rows of a command line, from a file or measured."""
     if len(sys.argv) == 1:  # a newcomer's tour, of a minute or two
         args.context, args.last, args.lengths, args.limit = 1024, 256, [1024], 4
-        print("a tour: the last 256 of 1,024 tokens of text, and retrieval from as many, 4 of each, "
-              "decoded by the embedded model; too little to quote, see --help for more",
+        print("a tour: the last 256 of 1,024 tokens of text, and retrieval from as many, 4 of "
+              "each, decoded by the embedded model; too little to quote, see --help for more",
               file=sys.stderr)
     args.tasks = args.tasks or ["perplexity", "kv_retrieval"]
     for task in args.tasks:

@@ -458,8 +458,8 @@ def main():
     if not texts and not args.interactive:
         prompt, answer = demonstration(tokenizer)
         texts = [prompt]
-        most = len(tokenizer.encode(answer[1:], special=False))
-        args.max_new_tokens = min(args.max_new_tokens, most)
+        answer_tokens = len(tokenizer.encode(answer[1:], special=False))
+        args.max_new_tokens = min(args.max_new_tokens, answer_tokens)
     prompts = [tokenizer.chat([{"role": "user", "content": text}]) if args.chat
                else tokenizer.encode(text) for text in texts]
     if [] in prompts or tokenizer.prefix in prompts:
@@ -518,7 +518,7 @@ def main():
             for b, (text, output) in enumerate(zip(texts, outputs)):
                 print(f"=== prompt {b + 1}\n{text}{output}")
         if answer:
-            cut = args.max_new_tokens < most
+            cut = args.max_new_tokens < answer_tokens
             verdict = ("right" if outputs[0].strip() == answer.strip()
                        else f"cut short by --max_new_tokens, it is {answer.strip()}"
                        if cut and answer.strip().startswith(outputs[0].strip())

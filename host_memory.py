@@ -44,15 +44,15 @@ def wait_for_memory(nbytes, seconds=10):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
 
-    most, until = available(), time.monotonic() + seconds
-    while most < nbytes:
+    largest, until = available(), time.monotonic() + seconds
+    while largest < nbytes:
         time.sleep(0.1)
-        if (now := available()) > most:
-            most, until = now, time.monotonic() + seconds
+        if (free := available()) > largest:
+            largest, until = free, time.monotonic() + seconds
         if time.monotonic() > until:
             raise ValueError(f"{nbytes / 2**30:.1f} GiB of host memory are wanted next, and "
-                             f"{most / 2**30:.1f} available; take a shorter --max_seq_length or a "
-                             "smaller batch")
+                             f"{largest / 2**30:.1f} available; take a shorter --max_seq_length or "
+                             "a smaller batch")
 
 
 def host_need(config, batch, length, dtype, ds=None):

@@ -1382,7 +1382,7 @@ def test_offload_survives_other_texts_in_the_same_cache(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(offload.OffloadedLayer, "decode", lambda *_: 1 / 0)
         step.model.decode(torch.zeros(3, dtype=torch.long, device=DEVICE), step.cache)
-    assert any(layer.foreseen for layer in step.cache.offloaded())
+    assert any(layer.predicted_from for layer in step.cache.offloaded())
     found = []
     for which in (step, plain):
         texts = decode.generate(which, RAGGED, 20).token_ids
