@@ -116,11 +116,8 @@ def dense_kernels(x, workspace):
 
     def call(backend):
         def run():
-            query = x.q[:, :, None]
-            if backend is None:
-                return F.scaled_dot_product_attention(query, x.k, x.v, enable_gqa=gqa)
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, x.k, x.v, enable_gqa=gqa)
+            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+                return F.scaled_dot_product_attention(x.q[:, :, None], x.k, x.v, enable_gqa=gqa)
         return run
 
     return {"sdpa": call(None), "cudnn": call(SDPBackend.CUDNN_ATTENTION),
@@ -186,7 +183,8 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
             row["max_rel_err"] = max(row["max_rel_err"], check(x, config, step(x)))
             attended.append(workspace.attended.double().mean().item())
         if row["max_rel_err"] > 0.01:
-            raise ValueError(f"the kernels are wrong: error {row['max_rel_err']:.2g} at {row}")
+            raise ValueError(f"the kernels are wrong: error {row['max_rel_err']:.2g} of {B} x {S} "
+                             f"tokens, {HQ}/{HKV} heads, labels of {row['label_bits']} bit")
         return xs, statistics.mean(attended)
 
     xs, attended = checked_inputs(clustered=False)
@@ -398,9 +396,10 @@ def generate_rows(name, model_of, B, S, modes, configs, steps, device):
                "dtype": str(default_dtype(device)).removeprefix("torch."), "steps": steps,
                "ms_per_step": None}
         with measured(row, device):
-            model = model_of(name, "int8" if mode.endswith("_int8") else None)
-            row |= time_mode(mode, model, B, S, steps, device, config)
+            quantize = "int8" if mode.endswith("_int8") else None
+            row |= time_mode(mode, model_of(name, quantize), B, S, steps, device, config)
         rows.append(row | provenance(device))
+    gc.collect()  # the last step's cache, which may fill the GPU
     for row in rows:
         if row["ms_per_step"] and device != "cpu":
             read = row["bytes_per_step"] / row["ms_per_step"] / 1e6
@@ -459,15 +458,15 @@ def run_generate(args, device):
     settings = ([(*row, ["prefill"]) for row in PREFILLS if "prefill" in modes]
                 + [(*row, timed) for row in STEPS if timed])
     compiled = args.compile and device != "cpu"
-    model_of, first = random_models(device, compiled), True
+    model_of, rows = random_models(device, compiled), []
     for name, B, S, of_shape in shapes_of(args, device, modes, settings, "1x16384"):
+        is_first = not rows
         rows = generate_rows(name, model_of, B, S, of_shape, configs, args.steps, device)
-        for row in rows:
+        for i, row in enumerate(rows):
             if row["mode"].startswith("prefill"):
                 row["compiled"] = compiled
-            if not first:
+            if i or not is_first:  # the process had begun long before
                 row.pop("cold_start_s", None)
-            first = False
         yield rows
 
 
@@ -586,9 +585,6 @@ def offload_rows(source, modes, configs, args, pool):
     model, B, S, device = source.model, source.B, source.S, source.model.device.type
     c, size, dtype = model.config, S + args.steps + WARM_UP, model.dtype
     rows, outs, copy_speed = [], {}, None
-    if max(args.prefetch_heads or [0]) > c.n_kv_heads:
-        raise ValueError(f"prefetch_heads={max(args.prefetch_heads)}: must be at most the model's "
-                         f"{c.n_kv_heads} KV heads")
     for mode, config, options in offload_runs(model, B, size, modes, configs, args):
         streams = mode.startswith("flexgen")
         row = {"bench": "offload", "model": source.name, "data": source.data,
@@ -647,8 +643,9 @@ def run_offload(args, device):
     model_of = random_models(device, compiled=False)
     settings = [(*row[:3], args.modes or row[3]) for row in OFFLOADS]
     for name, B, S, of_shape in shapes_of(args, device, modes, settings, "1x131072"):
-        source = Source(name=name, model=model_of(name), B=B, S=S)
-        yield offload_rows(source, of_shape, configs, args, pool)
+        # not kept: the next model takes its place
+        yield offload_rows(Source(name=name, model=model_of(name), B=B, S=S), of_shape, configs,
+                           args, pool)
 
 
 # ---------------------------------------------------------------- command line
