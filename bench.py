@@ -301,8 +301,7 @@ def random_cache(model, B, size, config, device, cache_type=KVCache):
 
 
 def time_steps(model, cache, S, steps, device, temperature=0.0):
-    """Of generate.py's step from S live tokens on: (seconds, tokens that came out of all steps
-    [any, B], logits of one more [B, vocab])."""
+    """(DecodeStep, seconds of one from S live tokens on, tokens that came out of all [any, B])."""
     cache.seq_lens.fill_(S - 1)
     sparse = cache.sparse_at(S)
     step, tokens = DecodeStep(model, cache, temperature), []
@@ -312,15 +311,13 @@ def time_steps(model, cache, S, steps, device, temperature=0.0):
         step.run(sparse)
         tokens.append(step.sampled.clone())
 
-    seconds = median_s(run, steps, device, warm=cache.statistics)
-    cache.sparse_steps += sparse  # one more, outside the graph
-    return seconds, torch.stack(tokens), model.decode(step.tokens, step.views[sparse])
+    return step, median_s(run, steps, device, warm=cache.statistics), torch.stack(tokens)
 
 
 def time_decode(model, B, S, steps, device, config):
     """(seconds per step, bytes of weights and cache read), config: DSConfig or None for dense."""
     cache = random_cache(model, B, S + steps + WARM_UP, config, device)
-    seconds, *_ = time_steps(model, cache, S, steps, device)
+    _, seconds, _ = time_steps(model, cache, S, steps, device)
     view = cache if cache.sparse_at(S) else cache.all_tokens()
     return seconds, model.weight_bytes(B) + view.read_bytes(torch.full((B,), S))[0]
 
@@ -524,15 +521,16 @@ class Source:
         if self.prompts is None:
             cache = random_cache(model, self.B, size, config, device, cache_type)
             # sampled: a greedy text of random weights repeats itself, and its selections with it
-            return cache, *time_steps(model, cache, self.S, steps, device, temperature=1.0)
-        maps = config and load_maps(self.checkpoint, model.config, config, device)
-        cache = cache_type(model.config, self.B, size, device, model.dtype, config, maps)
-        step = DecodeStep(model, cache)
-        result = generate(step, self.prompts, steps)
+            step, seconds, tokens = time_steps(model, cache, self.S, steps, device, temperature=1.0)
+        else:
+            maps = config and load_maps(self.checkpoint, model.config, config, device)
+            cache = cache_type(model.config, self.B, size, device, model.dtype, config, maps)
+            step = DecodeStep(model, cache)
+            result = generate(step, self.prompts, steps)
+            seconds, tokens = statistics.median(result.step_s), torch.tensor(result.token_ids)
         sparse = cache.sparse_at(self.S + steps)
         cache.sparse_steps += sparse  # one more, outside the graph
-        logits = model.decode(step.tokens, step.views[sparse])
-        return cache, statistics.median(result.step_s), torch.tensor(result.token_ids), logits
+        return cache, seconds, tokens, model.decode(step.tokens, step.views[sparse])
 
 
 def prompts_of(args, modes, device):
