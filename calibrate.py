@@ -11,7 +11,6 @@ import hashlib
 import json
 import lzma
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from ds_attention import (
     DSConfig, LabelMap, eligible_tokens, label_ref, pool_ref, score_ref, select_ref
 )
 from model import apply_rope, fingerprint, load_model
-from tokenizer import Tokenizer, read_text
+from tokenizer import Tokenizer, builtin_text, read_text
 
 METHODS = ("planes", "lift", "qk", "q", "k", "random")
 CONTEXT = 8192  # tokens of a window, if the model has as many
@@ -61,8 +60,8 @@ class Moments:
 
 
 def both_halves(x):
-    """x [HKV, D] -> [HKV, D / 2]: sums over channels c and c + D / 2 that RoPE turns together."""
-    return x.unflatten(1, (2, -1)).sum(1)
+    """x [..., D] -> [..., D / 2]: sums over channels c and c + D / 2 that RoPE turns together."""
+    return x.unflatten(-1, (2, -1)).sum(-2)
 
 
 def plane_lift(q, k, ds, seq_lens, window=None):
@@ -74,23 +73,15 @@ def plane_lift(q, k, ds, seq_lens, window=None):
     question. All of the tokens that are not always attended.
     q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens [rows]: of the queries to take.
     """
-    k = k[0].float()
-    HKV, T, D = k.shape
-    rows = q[0].transpose(0, 1)[seq_lens - 1].float().unflatten(1, (HKV, -1))  # [rows, HKV, G, D]
-    position = torch.arange(T, device=k.device)
-    eligible = eligible_tokens(seq_lens, T, window)
-    free = eligible & (position >= ds.sink) & (position < seq_lens[:, None] - ds.recent)
-    scores = torch.einsum("rhgd,hsd->rhgs", rows, k) / D**0.5
-    mass = scores.masked_fill_(~eligible[:, None, None], float("-inf")).softmax(-1)
-    mass *= free[:, None, None]
-
+    rows, k = q[0].transpose(0, 1)[seq_lens - 1], k[0].float()
+    free = free_tokens(seq_lens, k.shape[1], ds, window)
+    mass = exact_logits(rows, k, seq_lens, window).softmax(-1) * free[:, None, None]
     share = mass.sum(-1, keepdim=True)  # [rows, HKV, G, 1]
     attended = torch.einsum("rhgs,hsd->rhgd", mass, k) / share.clamp(min=1e-12)
     average = torch.einsum("rs,hsd->rhd", free / free.sum(-1, keepdim=True).clamp(min=1), k)
-    lift = rows * (attended - average[:, :, None])
-    planes = both_halves(lift.flatten(0, 2)).view(*share.shape[:3], -1).clamp(min=0)
-    planes /= planes.sum(-1, keepdim=True).clamp(min=1e-12)
-    return (planes * share).double().mean((0, 2))
+    lift = rows.float().unflatten(1, (len(k), -1)) * (attended - average[:, :, None])
+    planes = both_halves(lift).clamp(min=0)  # [rows, HKV, G, D / 2]
+    return (planes / planes.sum(-1, keepdim=True).clamp(min=1e-12) * share).double().mean((0, 2))
 
 
 def rank_channels(moments, method, generator):
@@ -124,38 +115,28 @@ def key_ranges(moments, cos, sin):
     return mean, variance.sqrt().repeat(1, 2)
 
 
-def load_rankings(path, config, projection):
+def load_rankings(path, config):
     """Channel rankings in the authors' JSON (.xz too) -> [L, HKV, D].
 
     The file: {"model.layers.0.self_attn.qk_proj": [[channel, ...] per head], ...}.
     Lists per query head are merged per KV head by the channels' mean rank.
     """
+    D, n_heads = config.head_dim, (config.n_heads, config.n_kv_heads)
     opener = lzma.open if str(path).endswith(".xz") else open
+    rankings = []
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             content = json.load(file)
-    except (ValueError, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: not a JSON ranking file ({error})") from None
-    rankings = []
-    for i in range(config.n_layers):
-        name = f"model.layers.{i}.self_attn.{projection}_proj"
-        if not isinstance(content, dict) or name not in content:
-            raise ValueError(f"{path}: no {name}; this model has {config.n_layers} layers "
-                             "(see --json_projection)")
-        try:
-            heads = torch.tensor(content[name], dtype=torch.long)  # [heads, D] channels by rank
-        except (TypeError, ValueError):
-            raise ValueError(f"{path}: {name} is not a list of channel numbers per head") from None
-        if heads.shape not in ((config.n_heads, config.head_dim),
-                               (config.n_kv_heads, config.head_dim)):
-            raise ValueError(f"{path}: {name} has shape {list(heads.shape)}, the model "
-                             f"{config.n_heads} query and {config.n_kv_heads} KV heads of "
-                             f"{config.head_dim} channels")
-        if not torch.equal(heads.sort(-1).values, torch.arange(config.head_dim).expand_as(heads)):
-            raise ValueError(f"{path}: {name} does not rank each of {config.head_dim} channels "
-                             "once")
-        ranks = heads.argsort(-1).view(config.n_kv_heads, -1, config.head_dim)  # of each channel
-        rankings.append(ranks.float().mean(1).sort(dim=-1, stable=True).indices)
+        for i in range(config.n_layers):
+            heads = torch.tensor(content[f"model.layers.{i}.self_attn.qk_proj"])
+            if len(heads) not in n_heads or not torch.equal(
+                    heads.sort(-1).values, torch.arange(D).expand(len(heads), D)):
+                raise ValueError(f"layer {i} does not rank each of {D} channels once for "
+                                 f"{' or '.join(map(str, n_heads))} heads")
+            ranks = heads.argsort(-1).view(config.n_kv_heads, -1, D)  # of each channel
+            rankings.append(ranks.float().mean(1).sort(dim=-1, stable=True).indices)
+    except (ValueError, TypeError, KeyError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: not channel rankings of this model ({error!r})") from None
     return torch.stack(rankings)
 
 
@@ -181,44 +162,38 @@ def attention_on(chosen, logits):
     return torch.einsum("rhgs,rhs->rhg", logits.softmax(-1), chosen.float()).mean((1, 2))
 
 
-def select_by_labels(q, k, label_map, ds, seq_lens, window):
-    """What the queries at seq_lens - 1 select from their own past: q [1, HQ, T, D],
-    k [1, HKV, T, D] -> [rows, HKV, S] bool, S their longest past."""
+def free_tokens(seq_lens, S, ds, window=None):
+    """The tokens that rows may look at, without those always attended: [rows, S] bool."""
+    position = torch.arange(S, device=seq_lens.device)
+    free = (position >= ds.sink) & (position < seq_lens[:, None] - ds.recent)
+    return free & eligible_tokens(seq_lens, S, window)
+
+
+def selection_figures(q, predicted_q, k, label_map, ds, seq_lens, window=None):
+    """What queries select, each from its own past: [attention mass that is kept by labels, and by
+    exact scores, means over queries and heads; share of the selection by labels that predicted
+    queries select as well, without what is always attended, 0 for None].
+
+    q, predicted_q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens [rows]: of the queries."""
     k = k[:, :, : int(seq_lens.max())]
     _, HKV, S, D = k.shape
     labels = torch.zeros(1, HKV, ds.words(D), S, dtype=torch.int32, device=k.device)
     label_ref(k, torch.arange(S, device=k.device)[None], labels, label_map)
-    rows = q[0].transpose(0, 1)[seq_lens - 1]  # [rows, HQ, D]
-    labels = labels.expand(len(rows), -1, -1, -1)
-    scores = score_ref(rows, labels, label_map, seq_lens, ds, window)
-    return select_ref(scores, seq_lens, ds, window)
+    labels = labels.expand(len(seq_lens), -1, -1, -1)
 
+    def by_labels(q):
+        rows = q[0].transpose(0, 1)[seq_lens - 1]  # [rows, HQ, D]
+        scores = score_ref(rows, labels, label_map, seq_lens, ds, window)
+        return select_ref(scores, seq_lens, ds, window)  # [rows, HKV, S] bool
 
-def kept_mass(q, k, label_map, ds, seq_lens, window=None):
-    """Attention mass kept by selections by labels and by exact scores, mean over queries and heads:
-    q [1, HQ, T, D], k [1, HKV, T, D]; seq_lens [rows]: of the queries that select, at most T."""
-    past = k[0, :, : int(seq_lens.max())]
-    exact = exact_logits(q[0].transpose(0, 1)[seq_lens - 1], past, seq_lens, window)
-    both = (select_by_labels(q, k, label_map, ds, seq_lens, window),
-            select_ref(pool_ref(exact), seq_lens, ds, window))
-    return [attention_on(chosen, exact).mean().item() for chosen in both]
-
-
-def prediction_agreement(q, predicted_q, k, label_map, ds, seq_lens, window=None):
-    """Share of the tokens that queries q select which predicted_q [1, HQ, T, D] selects as well,
-    without those attended in any case. Other arguments as in kept_mass."""
-    position = torch.arange(int(seq_lens.max()), device=k.device)
-    free = (position >= ds.sink) & (position < seq_lens[:, None] - ds.recent)
-    wanted, found = (select_by_labels(x, k, label_map, ds, seq_lens, window) & free[:, None]
-                     for x in (q, predicted_q))
-    return ((wanted & found).sum() / wanted.sum().clamp(min=1)).item()
-
-
-def builtin_text():
-    """The Python language reference, in every Python: real English text that needs no download."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    exact = exact_logits(q[0].transpose(0, 1)[seq_lens - 1], k[0], seq_lens, window)
+    chosen = by_labels(q)
+    kept = [attention_on(tokens, exact).mean().item()
+            for tokens in (chosen, select_ref(pool_ref(exact), seq_lens, ds, window))]
+    if predicted_q is None:
+        return [*kept, 0.0]
+    free = chosen & free_tokens(seq_lens, S, ds)[:, None]
+    return [*kept, ((by_labels(predicted_q) & free).sum() / free.sum().clamp(min=1)).item()]
 
 
 def calibration_windows(tokenizer, text, samples, context, longest):
@@ -241,30 +216,26 @@ def calibration_windows(tokenizer, text, samples, context, longest):
 
 @torch.inference_mode()
 def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, seed=0, ranking=None,
-              device="cpu", dtype=torch.float32, out=None, ds=DSConfig()):
+              device="cpu", dtype=torch.float32, out=None):
     """Writes channels.safetensors for a checkpoint directory, prints layers' figures; its path.
 
     text: None for the built-in one. samples: windows to calibrate on, at most. context: tokens of
-    each, None for the model's length up to CONTEXT; the figures are of a window held out, of twice
-    as many if the model has them. ranking: channels [L, HKV, D] on that device, then `method` only
-    says whose. ds: what the figures, printed and stored, are for, at every length.
+    each, None for the model's length up to CONTEXT; the figures, of the default DSConfig at every
+    length, are of a window held out, of twice as many if the model has them. ranking: channels [L,
+    HKV, D] on that device, then `method` only says whose.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint, text = Path(checkpoint), builtin_text() if text is None else text
     out = Path(out or checkpoint / "channels.safetensors")
     check_output(out)
     model = load_model(checkpoint, device, dtype)
-    config, ds = model.config, dataclasses.replace(ds, dense_below=0)
-    text = builtin_text() if text is None else text
+    config, ds = model.config, DSConfig(dense_below=0)
     context = min(context or CONTEXT, config.max_positions)
     longest = min(2 * context, config.max_positions)
-    if not ds.sparse_at(longest):
-        print(f"of {longest} tokens all are attended, min_tokens={ds.min_tokens} is no fewer: the "
-              "figures below say nothing", file=sys.stderr)
     tokenizer = Tokenizer(checkpoint, config.vocab_size)
     windows, held_out = calibration_windows(tokenizer, text, samples, context, longest)
     hidden = [model.embed(w.to(device)) for w in (*windows, held_out)]
     ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
-    spread = spread_queries(min(256, context // 2), context, config.n_heads, device)
+    of_lift = spread_queries(min(256, context // 2), context, config.n_heads, device)
     rows = [spread_queries(first, end, config.n_heads, device)  # within the context, and past it
             for first, end in ((context // 2, context), (context, longest)) if first < end]
     generator = torch.Generator().manual_seed(seed)
@@ -273,31 +244,34 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     columns = "labels keep", "exact scores", f"past {context}: labels", "exact scores"
     print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)}"
           " bit\nlayer" + "".join(f"{x:>20}" for x in (*columns[: 2 * len(rows)], "agreement")))
-    figures, of_file, before = [], [], None  # before: what the last layer got of the text held out
+
+    figures, of_file = [], []
+    previous = None  # what the layer before got of the text held out
     for i, layer in enumerate(tqdm(model.layers, desc="calibrating", unit="layer", leave=False)):
-        moments, foreseen, before = Moments(), before, hidden[-1]
+        moments, own, window = Moments(), hidden[-1], layer.attn.window
         for j, (x, rope) in enumerate(zip(hidden, ropes)):
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
                 moments.add(q, k, *rope)
                 if method == "lift":
-                    lift = plane_lift(q, k, ds, spread, layer.attn.window)
-                    moments.lift = moments.lift + lift
+                    moments.lift = moments.lift + plane_lift(q, k, ds, of_lift, window)
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(moments, method, generator) if ranking is None else ranking[i]
         ranges = [x.gather(1, channels).float() for x in key_ranges(moments, *everywhere)]
         label_map = LabelMap.from_statistics(*(x[:, :C] for x in (channels, *ranges)), widths)
-        window = layer.attn.window
-        kept = [x for lens in rows for x in kept_mass(q, k, label_map, ds, lens, window)]
-        agreement = 0.0  # the first layer's is not foreseen
-        if foreseen is not None:
-            predicted = layer.attn.queries(layer.attn_norm(foreseen), *ropes[-1])
-            agreement = prediction_agreement(q, predicted, k, label_map, ds, rows[0], window)
-        figures.append([*kept, agreement])
+
+        predicted = None  # the first layer's queries are not
+        if previous is not None:
+            predicted = layer.attn.queries(layer.attn_norm(previous), *ropes[-1])
+        previous = own
+        found = [selection_figures(q, predicted, k, label_map, ds, lens, window) for lens in rows]
+        agreement = found[0][2]
+        figures.append([*(x for kept in found for x in kept[:2]), agreement])
         tqdm.write(f"{i:5d}" + "".join(f"{value:20.3f}" for value in figures[-1]))
         of_file.append([x.cpu() for x in (channels.int(), *ranges, torch.tensor(agreement))])
     mean = torch.tensor(figures).mean(0).tolist()
     print(" mean" + "".join(f"{x:20.3f}" for x in mean) + f"   (of {longest} tokens, held out)")
+
     provenance = {"checkpoint": fingerprint(checkpoint / "model.safetensors"), "method": method,
                   "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "seed": str(seed),
                   "samples": str(len(windows)), "tokens": str(len(windows) * context),
@@ -325,7 +299,6 @@ def main():
                           "rest; q, k: by their mean size; random (default %(default)s)")
     how.add_argument("--from_json", type=InputFile(),
                      help="rankings in the authors' JSON format; text sets ranges")
-    add("--json_projection", choices=("qk", "q", "k"), help="which of its rankings (default qk)")
     add("--samples", type=Number(int, 2), default=4,
         help="windows of text to calibrate on, one more is for the figures (default %(default)s)")
     add("--context", type=Number(int, 64),
@@ -335,15 +308,12 @@ def main():
         help="output file (default: channels.safetensors in the checkpoint)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
-    if args.json_projection and not args.from_json:
-        raise ValueError(f"json_projection={args.json_projection}: is of --from_json; give that")
     device = pick_device(args.device)
     ranking, method = None, args.method
     if args.from_json:
-        projection = args.json_projection or "qk"
         config = ModelConfig.from_file(Path(args.checkpoint) / "config.json")
-        ranking = load_rankings(args.from_json, config, projection).to(device)
-        method = f"json:{Path(args.from_json).name}:{projection}"
+        ranking = load_rankings(args.from_json, config).to(device)
+        method = f"json:{Path(args.from_json).name}"
     text = read_text(args.data) if args.data else None
     out = calibrate(args.checkpoint, text, method, args.samples, args.context, args.seed, ranking,
                     device, default_dtype(device), args.out)

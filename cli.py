@@ -107,14 +107,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message}; see --help")
 
-    def parse_args(self, args=None, namespace=None):
-        args = super().parse_args(args, namespace)
+    def parse_known_args(self, args=None, namespace=None):  # which subcommands' parsers go through
+        args, unknown = super().parse_known_args(args, namespace)
         for action in self._actions:
             given = getattr(args, action.dest, None)
             for value in given if isinstance(given, list) else [given]:
                 if value is not None and value != action.default:
                     check_value(action.dest, value, action.type)
-        return args
+        return args, unknown
 
 
 def check_value(name, value, kind):

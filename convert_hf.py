@@ -22,7 +22,6 @@ import struct
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,8 @@ COPIED_FILES = ["config.json", "generation_config.json", "tokenizer.model", "tok
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 2**20  # elements cast and written at a time
 
-def hf_dir_of(source: str | Path, patterns: list[str]) -> Path:
+
+def hf_dir_of(source, patterns):
     """The directory `source`, or the hub's snapshot of it with the files that match `patterns`."""
     if Path(source).is_dir():
         return Path(source)
@@ -69,7 +69,7 @@ def hf_dir_of(source: str | Path, patterns: list[str]) -> Path:
                          f"({type(error).__name__})") from None
 
 
-def weight_files(hf_dir: Path) -> list[Path]:
+def weight_files(hf_dir):
     """The weights' files, safetensors before .bin. Raises ValueError unless all are there."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (hf_dir / single).is_file():
@@ -83,14 +83,14 @@ def weight_files(hf_dir: Path) -> list[Path]:
             raise ValueError(f"{index}: not a weight index ({error!r}): "
                              "download it again") from None
         if absent := [shard for shard in shards if not (hf_dir / shard).is_file()]:
-            raise ValueError(f"{hf_dir}: {_listed('missing weight files', absent)}: "
+            raise ValueError(f"{hf_dir}: {listed('missing weight files', absent)}: "
                              "download them again")
         return [hf_dir / shard for shard in shards]
     raise ValueError(f"{hf_dir}: no model.safetensors or pytorch_model.bin, whole or sharded "
                      "with an index")
 
 
-def open_shard(path: Path) -> dict[str, torch.Tensor]:
+def open_shard(path):
     """A weight file's tensors, memory-mapped: what is unused is not read; let go with the dict."""
     if path.suffix == ".safetensors":
         with open_tensors(path) as file:
@@ -114,29 +114,26 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     return shard
 
 
-def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, tuple[int, ...]]]:
+def hf_pieces(config, fused_experts):
     """{our name: {Hugging Face name: shape}}: the pieces whose bytes, in turn, are our tensor's.
 
     `fused_experts`: Mixtral as of transformers 5, all experts in one tensor, not as on the hub.
     """
-    dim, ffn, E = config.dim, config.ffn_dim, config.n_experts
-    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    dim, ffn, E, D = config.dim, config.ffn_dim, config.n_experts, config.head_dim
+    qkv_rows = {"q": config.n_heads * D, "k": config.n_kv_heads * D, "v": config.n_kv_heads * D}
     pieces = {"embed.weight": {EMBEDDING: (config.vocab_size, dim)}}
     for i in range(config.n_layers):
-        ours, hf = f"layers.{i}", f"model.layers.{i}"
+        ours, hf, attn = f"layers.{i}", f"model.layers.{i}", f"model.layers.{i}.self_attn"
         pieces[f"{ours}.attn_norm.weight"] = {f"{hf}.input_layernorm.weight": (dim,)}
-        pieces[f"{ours}.attn.wqkv.weight"] = {f"{hf}.self_attn.q_proj.weight": (q_rows, dim),
-                                              f"{hf}.self_attn.k_proj.weight": (kv_rows, dim),
-                                              f"{hf}.self_attn.v_proj.weight": (kv_rows, dim)}
+        pieces[f"{ours}.attn.wqkv.weight"] = {f"{attn}.{x}_proj.weight": (rows, dim)
+                                              for x, rows in qkv_rows.items()}
         if config.qkv_bias:
-            pieces[f"{ours}.attn.wqkv.bias"] = {f"{hf}.self_attn.q_proj.bias": (q_rows,),
-                                                f"{hf}.self_attn.k_proj.bias": (kv_rows,),
-                                                f"{hf}.self_attn.v_proj.bias": (kv_rows,)}
+            pieces[f"{ours}.attn.wqkv.bias"] = {f"{attn}.{x}_proj.bias": (rows,)
+                                                for x, rows in qkv_rows.items()}
         if config.qk_norm:
             for norm in ("q_norm", "k_norm"):
-                pieces[f"{ours}.attn.{norm}.weight"] = {
-                    f"{hf}.self_attn.{norm}.weight": (config.head_dim,)}
-        pieces[f"{ours}.attn.wo.weight"] = {f"{hf}.self_attn.o_proj.weight": (dim, q_rows)}
+                pieces[f"{ours}.attn.{norm}.weight"] = {f"{attn}.{norm}.weight": (D,)}
+        pieces[f"{ours}.attn.wo.weight"] = {f"{attn}.o_proj.weight": (dim, config.n_heads * D)}
         pieces[f"{ours}.ffn_norm.weight"] = {f"{hf}.post_attention_layernorm.weight": (dim,)}
         if E == 0:
             pieces[f"{ours}.ffn.w13.weight"] = {f"{hf}.mlp.gate_proj.weight": (ffn, dim),
@@ -160,7 +157,7 @@ def hf_pieces(config: ModelConfig, fused_experts: bool) -> dict[str, dict[str, t
     return pieces
 
 
-def check_tensors(found: dict, wanted: dict, config: ModelConfig, source: str | Path) -> None:
+def check_tensors(found, wanted, config, source):
     """Raises ValueError unless `found`, {name: (shape, dtype)}, is as `wanted`, {name: shape}."""
     harmless = {HEAD} if config.tie_embeddings else set()
     missing = [name for name in wanted if name not in found]
@@ -176,24 +173,17 @@ def check_tensors(found: dict, wanted: dict, config: ModelConfig, source: str | 
     problems = {"missing": missing, "unexpected": extra, "of another shape": wrong_shape,
                 "not in float32, bfloat16 or float16": wrong_dtype}
     if any(problems.values()):
-        parts = [_listed(f"tensors {problem}", names)
+        parts = [listed(f"tensors {problem}", names)
                  for problem, names in problems.items() if names]
         raise ValueError(f"{source}: the weights are not what config.json says: {'; '.join(parts)}")
 
 
-def _listed(what: str, names: list[str]) -> str:
+def listed(what, names):
     return (f"{len(names)} {what} ({', '.join(sorted(names)[:3])}"
             f"{', ...' if len(names) > 3 else ''})")
 
 
-def output_dtype(dtype: str, hf_config: dict, first_weight: torch.dtype) -> torch.dtype:
-    """`dtype` by name; "auto": what the Hugging Face config names, or else the first weight's."""
-    named = hf_config.get("dtype") or hf_config.get("torch_dtype")  # transformers 5, and before
-    return DTYPES.get(named, first_weight) if dtype == "auto" else DTYPES[dtype]
-
-
-def file_layout(shapes: dict, pieces: dict, dtype: torch.dtype,
-                source: str) -> tuple[bytes, dict[str, int], int]:
+def file_layout(shapes, pieces, dtype, source):
     """The output's header (its first bytes), {Hugging Face name: byte offset}, and its size."""
     assert shapes.keys() == pieces.keys(), (
         f"model and converter disagree on {shapes.keys() ^ pieces.keys()}")
@@ -215,26 +205,27 @@ def file_layout(shapes: dict, pieces: dict, dtype: torch.dtype,
             {name: start + offset for name, offset in offsets.items()}, start + end)
 
 
-def _chunks(tensor: torch.Tensor | GGUFTensor) -> Iterable[torch.Tensor]:
+def chunks_of(tensor):
     """A tensor's elements in order, some CHUNK at a time."""
     return (tensor.chunks(CHUNK) if isinstance(tensor, GGUFTensor)
             else tensor.reshape(-1).split(CHUNK))
 
 
-def write_weights(path: Path, layout: tuple, shards: list[Callable], dtype: torch.dtype) -> None:
-    """Writes model.safetensors; layout: of file_layout. ValueError if a cast to dtype overflows."""
+def write_weights(path, layout, shards, dtype):
+    """Writes model.safetensors. layout: of file_layout; shards: calling each gives {Hugging Face
+    name: tensor}. Raises ValueError if a cast to dtype overflows."""
     header, offsets, n_bytes = layout
     with open(path, "wb") as file, tqdm(total=n_bytes, unit="B", unit_scale=True,
                                         disable=None) as bar:
         bar.update(file.write(header))
         for shard in shards:
-            _write_shard(file, offsets, shard(), dtype, bar)
+            write_shard(file, offsets, shard(), dtype, bar)
 
 
-def _write_shard(file, offsets: dict[str, int], shard: dict, dtype: torch.dtype, bar: tqdm) -> None:
+def write_shard(file, offsets, shard, dtype, bar):
     for name in sorted(shard.keys() & offsets.keys(), key=offsets.get):
         file.seek(offsets[name])
-        for chunk in _chunks(shard[name]):
+        for chunk in chunks_of(shard[name]):
             cast = chunk.to(dtype)
             if not cast.isfinite().all():
                 if chunk.isfinite().all():
@@ -244,21 +235,17 @@ def _write_shard(file, offsets: dict[str, int], shard: dict, dtype: torch.dtype,
             bar.update(file.write(cast.view(torch.uint8).numpy()))
 
 
-def refuse_adapter(source: str | Path, hf_dir: Path) -> None:
+def refuse_adapter(hf_dir):
     """Raises ValueError for a directory with an adapter (LoRA): it would be left out silently."""
     path = hf_dir / "adapter_config.json"
-    if not path.is_file():
-        return
-    content = read_json(path)
-    base = content.get("base_model_name_or_path")
-    what = f"an adapter ({content.get('peft_type')}) of {base}"
-    merge = "merge it with peft's merge_and_unload and convert what that saves"
-    if (hf_dir / "config.json").is_file():
-        raise ValueError(f"{path}: {what} lies beside the model: {merge}, or move it away")
-    raise ValueError(f"{source}: {what}, not a model: {merge}")
+    if path.is_file():
+        content = read_json(path)
+        raise ValueError(f"{path}: an adapter ({content.get('peft_type')}) of "
+                         f"{content.get('base_model_name_or_path')}, not a model: merge it with "
+                         "peft's merge_and_unload and convert what that saves, or move it away")
 
 
-def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Path:
+def convert(source, out_dir, dtype="auto"):
     """Converts a Hugging Face directory, a hub id or a GGUF file to our checkpoint directory.
 
     dtype: "auto" (the source's; float32 for a GGUF file with quantised tensors), "float32",
@@ -281,29 +268,27 @@ def convert(source: str | Path, out_dir: str | Path, dtype: str = "auto") -> Pat
                 raise ValueError(f"{source}: {error}") from None
             except (TypeError, AttributeError, KeyError) as error:
                 raise ValueError(f"{source}: metadata of the wrong kind ({error!r})") from None
-            return _convert(source, Path(made), [lambda: tensors], out_dir, dtype)
+            return convert_shards(source, Path(made), [lambda: tensors], out_dir, dtype)
 
     hf_dir = hf_dir_of(source, [*COPIED_FILES, "adapter_config.json"])
-    refuse_adapter(source, hf_dir)
+    refuse_adapter(hf_dir)
     if not (hf_dir / "config.json").is_file():
         raise ValueError(f"{source}: no config.json: not a Hugging Face checkpoint")
     ModelConfig.from_file(hf_dir / "config.json")  # before the weights are downloaded
     if ignored := ignored_keys(read_json(hf_dir / "config.json")):
         print(f"{source}: config.json has keys that change nothing here: {', '.join(ignored)}",
               file=sys.stderr)
-    hf_dir = hf_dir_of(source,
-                       COPIED_FILES + ["model*.safetensors", "model.safetensors.index.json"])
-    if not any(hf_dir.glob("model*.safetensors")):
-        hf_dir = hf_dir_of(source,
-                           COPIED_FILES + ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        hf_dir = hf_dir_of(source, [*COPIED_FILES, weights, f"{weights}.index.json"])
+        if any(hf_dir.glob(weights)):
+            break
     shards = [partial(open_shard, path) for path in weight_files(hf_dir)]
-    return _convert(source, hf_dir, shards, out_dir, dtype)
+    return convert_shards(source, hf_dir, shards, out_dir, dtype)
 
 
-def _convert(
-    source: str | Path, hf_dir: Path, shards: list[Callable], out_dir: Path, dtype: str
-) -> Path:
-    """hf_dir: all but the weights; shards: calling each gives {Hugging Face name: tensor}."""
+def convert_shards(source, hf_dir, shards, out_dir, dtype):
+    """As convert, of what a source was made to be. hf_dir: all but the weights; shards: as for
+    write_weights."""
     content = read_json(hf_dir / "config.json")
     config = ModelConfig.from_file(hf_dir / "config.json")
     found, tied = {}, {}
@@ -312,7 +297,7 @@ def _convert(
             found[name] = (tuple(tensor.shape), tensor.dtype)
             if config.tie_embeddings and name in (EMBEDDING, HEAD):
                 tied[name] = tensor
-    if len(tied) == 2 and not _equal(*tied.values()):  # then the head counts, as in transformers 5
+    if len(tied) == 2 and not equal(*tied.values()):  # then the head counts, as in transformers 5
         content["tie_word_embeddings"] = False
         config = replace(config, tie_embeddings=False)
     if config.n_layers > len(found):  # said before layers without end are listed
@@ -325,7 +310,9 @@ def _convert(
     wanted = {hf_name: shape for parts in pieces.values() for hf_name, shape in parts.items()}
     check_tensors(found, wanted, config, source)
 
-    out_dtype = output_dtype(dtype, content, found[next(iter(wanted))][1])
+    named = content.get("dtype") or content.get("torch_dtype")  # transformers 5, and before
+    first_weight = found[next(iter(wanted))][1]
+    out_dtype = DTYPES.get(named, first_weight) if dtype == "auto" else DTYPES[dtype]
     label = Path(source).resolve().name if Path(source).exists() else str(source)
     layout = file_layout(parameter_shapes(config), pieces, out_dtype, label)
     copied = [hf_dir / name for name in COPIED_FILES if (hf_dir / name).is_file()]
@@ -350,15 +337,14 @@ def _convert(
     return out_dir
 
 
-def _equal(a: torch.Tensor | GGUFTensor, b: torch.Tensor | GGUFTensor) -> bool:
-    pairs = zip(_chunks(a), _chunks(b))
+def equal(a, b):
+    pairs = zip(chunks_of(a), chunks_of(b))
     return a.shape == b.shape and all(torch.equal(x, y.to(x.dtype)) for x, y in pairs)
 
 
-def main() -> None:
+def main():
     """The command line: converts one checkpoint."""
-    parser = ArgumentParser(
-        description="Converts a Hugging Face checkpoint or a GGUF file to ours.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("source", metavar="HF_DIR_OR_HUB_ID_OR_GGUF",
                         help="a local directory, a hub id such as owner/name, or a .gguf file")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path,

@@ -45,7 +45,7 @@ from items import BUILTIN, LENGTHS, TASKS, WIKITEXT2, size
 from methods import METHODS, DoubleSparsity
 from model import KVCache, fingerprint, open_tensors
 from pages import quality_table
-from tokenizer import read_text
+from tokenizer import builtin_text, read_text
 
 RESULTS = HERE / "results" / "quality.jsonl"  # the rows of the published tables
 RUNS = HERE / "runs"  # everybody's own, and what continues an interrupted run; git ignores it
@@ -312,7 +312,7 @@ def read_rows(path, names):
 def labels_file(checkpoint, method, path, device):
     """channels.safetensors of a calibration by this method on the text file `path` (None: the
     built-in text), made once."""
-    text = read_text(path) if path else calibrate.builtin_text()
+    text = read_text(path) if path else builtin_text()
     model_hash = fingerprint(checkpoint / "model.safetensors")
     code = Path(calibrate.__file__).read_bytes()
     tag = hashlib.sha256(model_hash.encode() + code + text.encode()).hexdigest()[:12]
@@ -334,7 +334,7 @@ def calibration_of(path):
     fields = ("method", "text_sha256", "tokens", "context", "seed")
     found = {name: found.get(name) for name in fields}
     found["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    builtin = hashlib.sha256(calibrate.builtin_text().encode()).hexdigest()
+    builtin = hashlib.sha256(builtin_text().encode()).hexdigest()
     return found | ({"text": BUILTIN} if found.get("text_sha256") == builtin else {})
 
 
@@ -526,9 +526,10 @@ def main():
 def evaluate(args):
     """The rows of a command line, from a file or measured."""
     if len(sys.argv) == 1:  # a newcomer's tour, of a minute or two
-        args.context, args.lengths, args.limit = 1024, [1024], 4
-        print("a tour: text of 1,024 tokens and retrieval from as many, 4 of each, decoded by the "
-              "embedded model; too little to quote, see --help for more", file=sys.stderr)
+        args.context, args.last, args.lengths, args.limit = 1024, 256, [1024], 4
+        print("a tour: the last 256 of 1,024 tokens of text, and retrieval from as many, 4 of "
+              "each, decoded by the embedded model; too little to quote, see --help for more",
+              file=sys.stderr)
     args.tasks = args.tasks or ["perplexity", "kv_retrieval"]
     for task in args.tasks:
         if task not in (*TASKS, "lm_eval"):

@@ -12,7 +12,6 @@ import hashlib
 import json
 import random
 import resource
-import statistics
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,11 +28,12 @@ from cli import (
 )
 from config import ModelConfig
 from convert_hf import convert
-from decode import DecodeStep, divergence, forced_logits, generate, now
+from decode import DecodeStep, divergence, forced_logits, generate
 from ds_attention import DSConfig
 from host_memory import check_host_memory, free_host_bytes
 from model import KVCache, check_memory, load_label_maps, load_model, open_tensors
 from offload import MIN_AGREEMENT, MODES, OffloadCache, predictable_layers
+from timing import copy_bandwidth
 from tiny.tasks import kv_answer, kv_prompt, random_kv
 from tokenizer import Tokenizer, read_text
 
@@ -140,21 +140,6 @@ def peak_memory_bytes(device):
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@functools.cache  # measured once
-def copy_bandwidth(device):
-    """Bytes per second of a large copy on the GPU, read and written bytes both counted."""
-    a = torch.empty(2**29, dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    times = []
-    for _ in range(20):  # not in a graph, where a copy engine, slower than a kernel, may do it
-        begin = now(a.device)
-        b.copy_(a)
-        end = now(a.device)
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return 2 * a.nbytes / statistics.median(times)
 
 
 def run_statistics(result, cache, device):
@@ -473,8 +458,8 @@ def main():
     if not texts and not args.interactive:
         prompt, answer = demonstration(tokenizer)
         texts = [prompt]
-        most = len(tokenizer.encode(answer[1:], special=False))
-        args.max_new_tokens = min(args.max_new_tokens, most)
+        answer_tokens = len(tokenizer.encode(answer[1:], special=False))
+        args.max_new_tokens = min(args.max_new_tokens, answer_tokens)
     prompts = [tokenizer.chat([{"role": "user", "content": text}]) if args.chat
                else tokenizer.encode(text) for text in texts]
     if [] in prompts or tokenizer.prefix in prompts:
@@ -533,7 +518,7 @@ def main():
             for b, (text, output) in enumerate(zip(texts, outputs)):
                 print(f"=== prompt {b + 1}\n{text}{output}")
         if answer:
-            cut = args.max_new_tokens < most
+            cut = args.max_new_tokens < answer_tokens
             verdict = ("right" if outputs[0].strip() == answer.strip()
                        else f"cut short by --max_new_tokens, it is {answer.strip()}"
                        if cut and answer.strip().startswith(outputs[0].strip())

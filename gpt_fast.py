@@ -1,8 +1,12 @@
 """The baseline of bench.py: a decode step as gpt-fast has it (github.com/meta-pytorch/gpt-fast)."""
+import contextlib
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import apply_rope
+from timing import WARM_UP, captured, median_s
 
 
 class GptFast:
@@ -22,12 +26,27 @@ class GptFast:
         everything = (max_seq_length, max_seq_length)
         self.mask = torch.ones(everything, dtype=torch.bool, device=device).tril_()
 
-    def compile(self):
-        """What gpt-fast compiles as a whole, in a sixth of the time: layers are alike, so one of
-        them is compiled. It begins with the sum that ends the layer before, so that the kernels
-        are those of the whole."""
-        self.layer, self.head = (torch.compile(f, fullgraph=True)
-                                 for f in (self._layer, self._head))
+    @contextlib.contextmanager
+    def compiled(self, backend):
+        """Within, a step is what gpt-fast compiles as a whole, in a sixth of the time: layers are
+        alike, so one of them is compiled. It begins with the sum that ends the layer before, so
+        that the kernels are those of the whole.
+
+        backend: of SDPA. MATH leaves attention to Inductor, as gpt-fast's own loop does; with None
+        SDPA chooses a kernel, which for several sequences is faster.
+        """
+        import torch._functorch.config as functorch_config  # here: they take seconds
+        import torch._inductor.config as inductor_config
+
+        tuned = inductor_config.patch(coordinate_descent_tuning=True)  # as gpt-fast has it
+        # a cache that takes the two kinds of attention for one
+        uncached = functorch_config.patch(enable_autograd_cache=False)
+        attention = sdpa_kernel(backend) if backend else contextlib.nullcontext()
+        with torch.no_grad(), tuned, uncached, attention:
+            self.layer, self.head = (torch.compile(f, fullgraph=True)
+                                     for f in (self._layer, self._head))
+            yield
+        torch._dynamo.reset()
 
     @staticmethod
     def _norm(x, norm):
@@ -65,3 +84,28 @@ class GptFast:
             x, more = self.layer(layer, x, more, *cache, *self.rope, self.mask, position)
         head = self.model.head or self.model.embed
         return self.head(x, more, self.model.norm, head.weight)
+
+
+def time_gpt_fast(model, B, S, steps):
+    """(seconds per step, bytes of weights and of the allocated cache, which it reads whole).
+
+    The cache has S tokens, a multiple of 8 as in gpt-fast. The better of two kinds of attention
+    counts.
+    """
+    device, all_steps = model.device, steps + 3 * WARM_UP
+    size = -(-max(S, all_steps) // 8) * 8
+    gpt_fast = GptFast(model, B, size)
+    tokens = torch.ones(B, 1, dtype=torch.long, device=device)
+    position = torch.empty(1, dtype=torch.long, device=device)
+
+    def step():
+        tokens.copy_(gpt_fast.step(tokens, position))
+        position.add_(1)
+
+    times = []
+    for backend in (SDPBackend.MATH, None):
+        position.fill_(size - all_steps)
+        with gpt_fast.compiled(backend):
+            times.append(median_s(captured(step, device.type), steps, device))
+    kv_bytes = sum(kept.nbytes for cache in gpt_fast.caches for kept in cache)
+    return min(times), model.weight_bytes(B) + kv_bytes

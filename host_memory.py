@@ -44,15 +44,15 @@ def wait_for_memory(nbytes, seconds=10):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
 
-    most, until = available(), time.monotonic() + seconds
-    while most < nbytes:
+    largest, until = available(), time.monotonic() + seconds
+    while largest < nbytes:
         time.sleep(0.1)
-        if (now := available()) > most:
-            most, until = now, time.monotonic() + seconds
+        if (free := available()) > largest:
+            largest, until = free, time.monotonic() + seconds
         if time.monotonic() > until:
             raise ValueError(f"{nbytes / 2**30:.1f} GiB of host memory are wanted next, and "
-                             f"{most / 2**30:.1f} available; take a shorter --max_seq_length or a "
-                             "smaller batch")
+                             f"{largest / 2**30:.1f} available; take a shorter --max_seq_length or "
+                             "a smaller batch")
 
 
 def host_need(config, batch, length, dtype, ds=None):
@@ -129,6 +129,25 @@ def host_layers(count, shape, dtype, device):
             wait_for_memory(nbytes)
         layers.append(host_tensor(shape, dtype, device))
     return layers
+
+
+class PinnedPool:
+    """Pinned memory as large as any cache wanted so far, lent to one after the other: pinning takes
+    longer than most measurements."""
+
+    def __init__(self):
+        self.held = []
+
+    def layers(self, config, B, size, dtype, device):
+        """K and V of a model's layers for B sequences of `size` tokens, a tensor each. Raises
+        ValueError if the host's memory is too small."""
+        shape = (B, config.n_kv_heads, size, 2, config.head_dim)
+        numel = math.prod(shape)
+        if len(self.held) < config.n_layers or self.held[0].numel() < numel:
+            self.held = []  # before there is more
+            check_host_memory(free_host_bytes(), config, B, size, dtype)
+            self.held = host_layers(config.n_layers, (numel,), dtype, torch.device(device))
+        return [whole[:numel].view(shape) for whole in self.held[: config.n_layers]]
 
 
 # ---------------------------------------------------------------- rows

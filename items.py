@@ -22,13 +22,12 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
-from calibrate import builtin_text
 from tiny.tasks import (
     kv_answer, kv_context, kv_question, lines_answer, lines_context, lines_question, needle_answer,
     needle_pieces, needle_question, needle_sentence, random_kv, random_lines, random_name,
     random_needles, random_number, random_uuid
 )
-from tokenizer import read_text
+from tokenizer import builtin_text, read_text
 
 # ---------------------------------------------------------------- texts
 

@@ -135,7 +135,7 @@ class Placement:
         self.n_missing, self.newest = zeros(2, B, heads)
 
 
-def resolve_ref(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, recent=1):
+def resolve_ref(r, placed, chosen, seq_lens, ahead=False, predicted_heads=0, sink=0, recent=1):
     """Gives every selected token a row. Tokens that are held keep their slots. The missing ones
     take, in their order, the slots that were not used for longest (of equals the first), in
     ascending order; none that this call uses. Those for which no slot is left get overflow rows.
@@ -144,8 +144,8 @@ def resolve_ref(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, re
     chosen: as from select_tokens, of the first KV heads, or of all: indices [B, heads, capacity]
     int32, distinct, of which the first n_tokens [B, heads] count, and counts [B, heads, any], which
     add up to what there was before tokens were cut off. seq_lens [B]. ahead: it is a prediction.
-    foreseen: of so many heads the call before was the prediction of this one. sink, recent: those
-    of the DSConfig, for the COUNTS."""
+    predicted_heads: of so many heads the call before was the prediction of this one. sink, recent:
+    those of the DSConfig, for the COUNTS."""
     indices, n_tokens, counts = chosen
     r = r.of_heads(indices.shape[1])
     valid = torch.arange(indices.shape[2], device=indices.device) < n_tokens[..., None]
@@ -162,10 +162,10 @@ def resolve_ref(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, re
     else:
         counted = dict(selected=n_tokens - 1, fetched=fetched, steps=torch.ones_like(n_tokens),
                        cut=counts.sum(2) - n_tokens)
-    if foreseen:
+    if predicted_heads:
         latest = r.last_used.gather(2, slots) == r.clock[..., None]
         counted["confirmed"] = (uncertain & hit & latest).sum(2)
-        counted["confirmed"][:, foreseen:] = 0
+        counted["confirmed"][:, predicted_heads:] = 0
     for name, count in counted.items():
         r.counts[..., COUNTS.index(name)] += count
 
@@ -207,7 +207,7 @@ def _resolve_kernel(indices, n_tokens, split_counts, seq_lens, slot_token, token
                     clock, counts, rows, missing, n_missing, newest_row, first_row, overflow,
                     capacity, S, R, sink, recent, HEADS: tl.constexpr, HKV: tl.constexpr,
                     AGES: tl.constexpr, COUNTERS: tl.constexpr, SPLITS: tl.constexpr,
-                    AHEAD: tl.constexpr, FORESEEN: tl.constexpr, TILE: tl.constexpr):
+                    AHEAD: tl.constexpr, PREDICTED_HEADS: tl.constexpr, TILE: tl.constexpr):
     """resolve_ref; a program for each row and head."""
     given = tl.program_id(0)  # of the rows and heads with tokens
     row = given // HEADS * HKV + given % HEADS  # of all
@@ -236,9 +236,9 @@ def _resolve_kernel(indices, n_tokens, split_counts, seq_lens, slot_token, token
         uncertain = (i < n) & (token >= sink) & (token <= newest - recent)
         predicted += tl.sum(uncertain.to(tl.int32), 0)
         newest_at = tl.maximum(newest_at, tl.max(tl.where(token == newest, i, -1), 0))
-        if FORESEEN > 0:
+        if PREDICTED_HEADS > 0:
             latest = tl.load(last_used + slot, mask=hit, other=0) == now - 1
-            latest = latest & (row % HKV < FORESEEN)
+            latest = latest & (row % HKV < PREDICTED_HEADS)
             confirmed += tl.sum((uncertain & hit & latest).to(tl.int32), 0)
         tl.store(rows + i, first_row + slot, mask=hit)
         tl.store(last_used + slot, now, mask=hit)
@@ -298,11 +298,12 @@ def _resolve_kernel(indices, n_tokens, split_counts, seq_lens, slot_token, token
         _count(counts, FETCHED, fetched)
         _count(counts, STEPS, 1)
         _count(counts, CUT, chosen - n)
-    if FORESEEN > 0:
+    if PREDICTED_HEADS > 0:
         _count(counts, CONFIRMED, confirmed)
 
 
-def resolve(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, recent=1, tile=None):
+def resolve(r, placed, chosen, seq_lens, ahead=False, predicted_heads=0, sink=0, recent=1,
+            tile=None):
     """As resolve_ref, in one launch; all tensors contiguous. tile: tokens or slots that a row's
     program looks at at once."""
     indices, n_tokens, counts = chosen
@@ -315,7 +316,8 @@ def resolve(r, placed, chosen, seq_lens, ahead=False, foreseen=0, sink=0, recent
         counts=r.counts, rows=placed.rows, missing=placed.missing, n_missing=placed.n_missing,
         newest_row=placed.newest, first_row=r.first, overflow=r.overflow, capacity=capacity,
         S=r.token_slot.shape[2], R=R, sink=sink, recent=recent, HEADS=heads, HKV=HKV, AGES=AGES,
-        COUNTERS=len(COUNTS), SPLITS=counts.shape[2], AHEAD=ahead, FORESEEN=foreseen, TILE=tile,
+        COUNTERS=len(COUNTS), SPLITS=counts.shape[2], AHEAD=ahead,
+        PREDICTED_HEADS=predicted_heads, TILE=tile,
         num_warps=max(1, tile // 256))  # PCIe waits for the last program: each has what fits a core
 
 
@@ -391,13 +393,13 @@ class OffloadedLayer(HostLayer):
     ahead: int  # KV heads, the first ones, whose tokens are chosen and fetched ahead
     predicted: bool  # what was chosen ahead is attended to
     following: "OffloadedLayer | None" = None
-    foreseen: tuple | None = None  # what the latest prediction is made of, see choose_ahead
+    predicted_from: tuple | None = None  # of the latest prediction, see choose_ahead
     chosen: tuple | None = None  # what select_tokens returned
     slots_known: torch.cuda.Event | None = None
     rows_there: torch.cuda.Event | None = None
 
     def forget_prediction(self):
-        self.foreseen = self.chosen = self.slots_known = self.rows_there = None
+        self.predicted_from = self.chosen = self.slots_known = self.rows_there = None
 
     def resolve(self, placed, chosen, seq_lens, **kind):
         run = resolve if self.ds.use_triton(seq_lens) else resolve_ref
@@ -409,10 +411,11 @@ class OffloadedLayer(HostLayer):
         run(self.resident.kv, placed, self.host, newest, indices, seq_lens)
 
     def choose_ahead(self, seq_lens):
-        """Predicts this layer's queries and gives rows to what they select. foreseen: this layer's
-        block of the model, the input of the layer before after this block's norm [B, 1, dim], and
-        cos, sin [B, 1, 1, D / 2] of the newest positions."""
-        block, x, cos, sin = self.foreseen
+        """Predicts this layer's queries and gives rows to what they select.
+
+        predicted_from: this layer's block of the model, the input of the layer before after this
+        block's norm [B, 1, dim], and cos, sin [B, 1, 1, D / 2] of the newest positions."""
+        block, x, cos, sin = self.predicted_from
 
         def choose():
             q = block.attn.queries(x, cos, sin, self.ahead).squeeze(2)  # [B, HQ of these heads, D]
@@ -441,10 +444,10 @@ class OffloadedLayer(HostLayer):
             placed = self.placed
             chosen = select_tokens(q, self.kv[..., 0, :], self.labels, self.label_map, seq_lens,
                                    self.ds, self.window, self.workspace, placed.rows.shape[2])
-            self.resolve(placed, chosen, seq_lens, foreseen=self.ahead if self.chosen else 0)
+            self.resolve(placed, chosen, seq_lens, predicted_heads=self.ahead if self.chosen else 0)
             indices = chosen[0]
 
-        following = self.following if self.following and self.following.foreseen else None
+        following = self.following if self.following and self.following.predicted_from else None
         if following and not following.chosen:
             following.choose_ahead(seq_lens)
         foresight.fetching.wait(self.rows_there)
@@ -613,7 +616,8 @@ class OffloadCache(KVCache):
         layer, following = self.layers[i], self.layers[i + 1] if i + 1 < len(self.layers) else None
         if isinstance(following, OffloadedLayer) and following.ahead:
             block = blocks[i + 1]
-            following.foreseen = block, block.attn_norm(x), cos, sin  # layer i changes x in place
+            # a copy: layer i changes x in place
+            following.predicted_from = block, block.attn_norm(x), cos, sin
             if following.predicted or not isinstance(layer, OffloadedLayer):
                 following.choose_ahead(self.seq_lens)
             if not isinstance(layer, OffloadedLayer):

@@ -75,8 +75,7 @@ def attention_table(rows):
         return "-" if value is None else f"{value:.0f}"
 
     for r in rows:
-        speedup = (f"{r['speedup']:.1f}x" if r.get("speedup")
-                   else "wrong" if "speedup" in r else "CPU")
+        speedup = f"{r['speedup']:.1f}x" if "speedup" in r else "CPU"
         limit = (f"{r['limit_us']:.0f} ({r['limit_us'] / r['ds_us']:.0%})"
                  if "limit_us" in r else "-")
         dense = " | ".join(us(r.get(f"{name}_us")) for name in ("sdpa", "cudnn", "flash", "dense"))
@@ -100,6 +99,11 @@ def mode_name(r):
     if r["mode"] == "flexgen" and r.get("packed"):
         rows = ", packed"
     return r["mode"] + layers + resident + ahead + rows
+
+
+def refusal(r):
+    """What a row says of why it has no time: the first sentence."""
+    return r["error"].partition(". ")[0]
 
 
 def model_name(r):
@@ -135,7 +139,7 @@ def generate_table(rows):
         ds = next((row for row in found.values() if row["config"]), None)  # the default comes first
         over = {"gpt_fast": "gpt_fast", "dense": "dense_int8" if weights == "int8" else "dense"}
         cells = [*line, weights]
-        cells += ["out of memory" if "error" in found.get(mode, {})
+        cells += [refusal(found[mode]) if "error" in found.get(mode, {})
                   else cell(found.get(mode), "ms_per_step", ".2f", " ms") for mode in modes]
         cells += [cell(ds, f"speedup_vs_{over[mode]}", ".2f", "x") for mode in references]
         cells.append(cell(ds, "tokens_per_s", ".0f"))
@@ -146,7 +150,7 @@ def generate_table(rows):
         lines += ["", "| model | B, S | prefill, s | tokens/s | process start to first token, s | "
                   "peak GiB |", "|---" * 6 + "|"]
     for r in prefills:
-        seconds = "out of memory" if "error" in r else f"{r['prefill_s']:.2f}"
+        seconds = refusal(r) if "error" in r else f"{r['prefill_s']:.2f}"
         rate = "-" if "error" in r else f"{r['B'] * r['S'] / r['prefill_s']:.0f}"
         kind = ", int8" * r["mode"].endswith("_int8") + ", compiled" * r["compiled"]
         lines.append(f"| {model_name(r)}{kind} | {r['B']}, {r['S']} | {seconds} | {rate} | "
@@ -176,7 +180,7 @@ def offload_table(rows):
             r["model"] + (f", {r['data']}" if r.get("data") else "")
             + (" (CPU reference)" if "CPU" in r["gpu"] else ""),
             f"{r['B']}, {r['S']}", mode_name(r),
-            "out of memory" if "error" in r else cell("ms_per_step", ".2f"),
+            refusal(r) if "error" in r else cell("ms_per_step", ".2f"),
             cell("tokens_per_s", ".1f"), cell("speedup_vs_flexgen", ".1f", "x"),
             cell("speedup_vs_flexgen_packed", ".1f", "x"),
             cell("pcie_bytes_per_step", ".1f", scale=1e6),

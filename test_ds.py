@@ -1140,20 +1140,20 @@ def test_windows_of_text_are_full_and_apart(prefix):
 def test_rankings_in_the_authors_format(tmp_path):
     """A list per KV head is taken as it is, lists per query head by mean rank; what is no ranking
     is refused."""
-    def load(lists, projection):
-        names = {f"model.layers.{i}.self_attn.{projection}_proj": lists for i in range(3)}
+    def load(lists):
+        names = {f"model.layers.{i}.self_attn.qk_proj": lists for i in range(3)}
         (tmp_path / "ranking.json").write_text(json.dumps(names))
         config = random_model()[0].config
-        return calibrate.load_rankings(tmp_path / "ranking.json", config, projection)
+        return calibrate.load_rankings(tmp_path / "ranking.json", config)
 
     up, down = list(range(16)), list(range(16))[::-1]
-    assert load([up, down], "k").tolist() == [[up, down]] * 3
+    assert load([up, down]).tolist() == [[up, down]] * 3
     swapped = [1, 0, *up[2:]]
-    ties = load([up, swapped, down, down], "qk")[0].tolist()
+    ties = load([up, swapped, down, down])[0].tolist()
     assert sorted(ties[0][:2]) == [0, 1] and ties[0][2:] == up[2:] and ties[1] == down
-    for lists, match in [([[7] * 16] * 2, "rank each"), ([["a"] * 16] * 2, "not a list")]:
-        with pytest.raises(ValueError, match=match):
-            load(lists, "qk")
+    for lists in ([[7] * 16] * 2, [["a"] * 16] * 2, [up] * 3, [up[:-1]] * 2, [], 5, [[up]] * 2):
+        with pytest.raises(ValueError, match="not channel rankings of this model"):
+            load(lists)
 
 
 # ---------------------------------------------------------------- host_memory and offload
@@ -1381,7 +1381,7 @@ def test_offload_survives_other_texts_in_the_same_cache(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(offload.OffloadedLayer, "decode", lambda *_: 1 / 0)
         step.model.decode(torch.zeros(3, dtype=torch.long, device=DEVICE), step.cache)
-    assert any(layer.foreseen for layer in step.cache.offloaded())
+    assert any(layer.predicted_from for layer in step.cache.offloaded())
     found = []
     for which in (step, plain):
         texts = decode.generate(which, RAGGED, 20).token_ids
@@ -2045,23 +2045,16 @@ def test_tables_are_printed(name):
     assert run.returncode == 0 and run.stdout.count("\n") == 7, run.stderr
 
 
-def test_bench_times_labels_that_fit_the_head(monkeypatch):
-    timed = []
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: None)
-    monkeypatch.setattr(bench, "attention_row", lambda B, S, HQ, HKV, D, dtype, config, *_:
-                        timed.append(config.channels(D)))
-    args = SimpleNamespace(sparsity=16, label_bits=None, shapes=None, head_dim=32, dtype="bfloat16")
-    rows = list(bench.run_attention(args, "cuda"))
-    assert len(rows) == len(timed) == 2 * len(bench.SHAPES) + 3
-
-
-def test_bench_checks_its_attention_on_a_cpu():
-    config = DSConfig(impl="torch", dense_below=0)
-    row = bench.attention_row(2, 600, 4, 2, 64, torch.float32, config, "cpu", None)
+def test_bench_checks_its_attention_on_a_cpu(monkeypatch):
+    """A wrong kernel is found out before it is timed."""
+    config, shape = DSConfig(impl="torch", dense_below=0), (2, 600, 4, 2, 64, torch.float32)
+    row = bench.attention_row(*shape, config, "cpu")
     assert row["max_rel_err"] < 1e-4 and row["ds_us"] > 0 and "speedup" not in row
-    x = bench.Inputs(1, 600, 4, 2, 64, torch.float32, config, "cpu", 0)
-    wrong = ds.dense_decode(x.q, x.k, x.v, x.seq_lens)  # attention to other tokens is found out
-    assert bench.check(x, config, wrong) > 0.1
+    assert row["clustered_us"] > 0 and row["dense_us"] <= row["ours, all tokens_us"]
+    monkeypatch.setattr(ds, "ds_decode", lambda q, k, v, labels, label_map, seq_lens, *_, **more:
+                        ds.dense_decode(q, k, v, seq_lens))
+    with pytest.raises(ValueError, match="the kernels are wrong: error 0.[1-9]"):
+        bench.attention_row(*shape, config, "cpu")
 
 
 def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
@@ -2081,8 +2074,8 @@ def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
 
 def bench_rows(run, **more):
     """The rows of a benchmark on a CPU, but for gpt_fast, which compiles for long."""
-    args = dict(modes=None, dense_layers=[0], dense_below=0, budgets=[1, 2], prefetch_heads=[1],
-                no_pack=False, steps=3, shapes=None, model=None, compile=False, checkpoint=None,
+    args = dict(what="bench", modes=None, dense_layers=[0], dense_below=0, budgets=[1, 2], steps=3,
+                prefetch_heads=[1], shapes=None, model=None, compile=False, checkpoint=None,
                 data=None)
     return [row for rows in run(SimpleNamespace(**(args | more)), "cpu") for row in rows]
 
@@ -2120,15 +2113,16 @@ def test_bench_generate_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match="run bench.py generate first"):
         pages.newest_rows("generate")
-    failed = {**dense, "B": 64, "ms_per_step": None, "error": "out of memory"}
+    failed = {**dense, "B": 64, "ms_per_step": None, "error": "CUDA out of memory. Tried 1.00 GiB"}
     saved = [{**dense, "ms_per_step": 123.0}, *rows, failed]
     cli.append_json_lines(tmp_path / "generate.jsonl", saved)
     table = pages.generate_table(pages.newest_rows("generate"))
     assert f"| {dense['ms_per_step']:.2f} ms |" in table and "123.00" not in table
-    assert "| out of memory |" in table
+    assert "| CUDA out of memory |" in table
 
 
 def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
+    """Of one process; of several it ends the run."""
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
 
@@ -2136,9 +2130,13 @@ def test_bench_marks_rows_that_run_out_of_memory(monkeypatch):
     monkeypatch.setattr(bench, "time_prefill", out_of_memory)
     model = bench.random_model(bench.CPU_MODEL, "cpu", torch.float32)
     modes = ["prefill", "dense", "ds"]
-    rows = bench.generate_rows("tiny", lambda _: model, 1, 50, modes, [DSConfig()], 3, "cpu", False)
+    asked = "tiny", lambda *_: model, 1, 50, modes, [DSConfig()], 3, "cpu"
+    rows = bench.generate_rows(*asked)
     assert {row["error"] for row in rows} == {"CUDA out of memory. Tried to allocate 1 GiB"}
     assert rows[2]["ms_per_step"] is rows[2]["speedup_vs_dense"] is None
+    monkeypatch.setattr(bench.parallel, "size", lambda: 2)  # the other may wait for this one
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.generate_rows(*asked)
 
 
 def test_bench_offload_rows(monkeypatch):
@@ -2161,19 +2159,21 @@ def test_bench_offload_rows(monkeypatch):
     modes = ["flexgen", "gpu", "offload"]
     *_, wrong = bench_rows(bench.run_offload, budgets=[1], modes=modes)
     assert wrong["logit_error"] > 0.01 and wrong["speedup_vs_flexgen"] is None
-    monkeypatch.setattr(bench, "free_host_bytes", lambda: 1000)
+    assert "| wrong: not what K and V on the GPU give |" in pages.offload_table([wrong])
+    monkeypatch.setattr(host_memory, "free_host_bytes", lambda: 1000)
     flexgen, gpu, full = bench_rows(bench.run_offload, budgets=[1], modes=modes)
     assert "of host memory" in flexgen["error"] and "of host memory" in full["error"]
-    assert "| out of memory |" in pages.offload_table([full])
+    assert f"| {full['error']} |" in pages.offload_table([full])
 
 
 def test_bench_offload_streams_packed_rows_too():
     """Of 16-bit K and V: fewer bytes, the same logits, and a speedup over each."""
     model = bench.random_model(bench.CPU_MODEL, "cpu", torch.bfloat16)
-    source = bench.RandomText(name="tiny", model=model, B=1, S=60, device="cpu")
-    pool, config = bench.PinnedPool(), DSConfig(dense_layers=0, min_tokens=16, dense_below=0)
+    source = bench.Source(name="tiny", model=model, B=1, S=60)
+    pool, config = host_memory.PinnedPool(), DSConfig(dense_layers=0, min_tokens=16, dense_below=0)
     modes = ["flexgen", "flexgen_packed", "offload"]
-    rows = bench.offload_rows(source, modes, [config], [1], [0], 3, pool=pool)
+    args = SimpleNamespace(budgets=[1], prefetch_heads=[0], steps=3)
+    rows = bench.offload_rows(source, modes, [config], args, pool)
     whole, packed, ours = rows
     assert whole["mode"] == packed["mode"] == "flexgen" and packed["packed"] > whole["packed"]
     share = packed["pcie_bytes_per_step"] / whole["pcie_bytes_per_step"]

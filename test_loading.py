@@ -369,7 +369,7 @@ BROKEN = {  # what is done to a checkpoint, and what its refusal says
     "no-config": (files(**{"config.json": None}), "no config.json"),
     # an adapter beside the model was left out without a word
     "adapter": (files(**{"adapter_config.json": ADAPTER}),
-                r"adapter \(LORA\) of owner/base lies beside the model: .*move it away"),
+                r"adapter \(LORA\) of owner/base, not a model: .*move it away"),
     "adapter-alone": (files(**{"adapter_config.json": ADAPTER, "config.json": None}),
                       r"adapter \(LORA\) of owner/base, not a model: .*peft's merge_and_unload"),
 }

@@ -27,6 +27,13 @@ def read_text(path):
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
+def builtin_text():
+    """The Python language reference, in every Python: real English text that needs no download."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
 def read_json_if_any(path):
     """As read_json; {} where there is no file."""
     return read_json(path) if path.exists() else {}
