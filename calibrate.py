@@ -29,7 +29,7 @@ from ds_attention import (
 from model import apply_rope, fingerprint, load_model
 from tokenizer import Tokenizer, builtin_text, read_text
 
-METHODS = ("planes", "lift", "qk", "q", "k", "random")
+METHODS = ("planes", "qk", "q", "k", "random")
 CONTEXT = 8192  # tokens of a window, if the model has as many
 
 
@@ -43,7 +43,6 @@ class Moments:
     abs_k: torch.Tensor | float = 0.0  # |k_c|
     kk: torch.Tensor | float = 0.0  # k_c^2
     unturned: torch.Tensor | float = 0.0  # k_c before RoPE
-    lift: torch.Tensor | float = 0.0  # of planes, [HKV, D / 2]: see plane_lift
 
     def add(self, q, k, cos, sin):
         """q [1, HQ, T, D], k [1, HKV, T, D], both after RoPE with cos, sin [1, 1, T, D / 2]."""
@@ -64,32 +63,11 @@ def both_halves(x):
     return x.unflatten(-1, (2, -1)).sum(-2)
 
 
-def plane_lift(q, k, ds, seq_lens, window=None):
-    """How far each plane sets the attended tokens apart from the rest: [HKV, D / 2] fp64, the mean
-    over queries and their group's heads.
-
-    Of a query and head it is q . k at the mean key by attention weight, less that at the plain
-    mean, as a share of what all planes that are above zero add; times the attention mass in
-    question. All of the tokens that are not always attended.
-    q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens [rows]: of the queries to take.
-    """
-    rows, k = q[0].transpose(0, 1)[seq_lens - 1], k[0].float()
-    free = free_tokens(seq_lens, k.shape[1], ds, window)
-    mass = exact_logits(rows, k, seq_lens, window).softmax(-1) * free[:, None, None]
-    share = mass.sum(-1, keepdim=True)  # [rows, HKV, G, 1]
-    attended = torch.einsum("rhgs,hsd->rhgd", mass, k) / share.clamp(min=1e-12)
-    average = torch.einsum("rs,hsd->rhd", free / free.sum(-1, keepdim=True).clamp(min=1), k)
-    lift = rows.float().unflatten(1, (len(k), -1)) * (attended - average[:, :, None])
-    planes = both_halves(lift).clamp(min=0)  # [rows, HKV, G, D / 2]
-    return (planes / planes.sum(-1, keepdim=True).clamp(min=1e-12) * share).double().mean((0, 2))
-
-
 def rank_channels(moments, method, generator):
-    """Channels of each KV head, most important first: [HKV, D] int64; by "planes" and "lift" the
-    pairs c, c + D / 2 side by side."""
+    """Channels of each KV head, most important first: [HKV, D] int64; by "planes" the pairs
+    c, c + D / 2 side by side."""
     importance = {
         "planes": both_halves(moments.abs_qk),
-        "lift": moments.lift,
         "qk": moments.abs_qk,  # the paper's: mean |q_c k_c|
         "q": moments.abs_q,
         "k": moments.abs_k,
@@ -97,7 +75,7 @@ def rank_channels(moments, method, generator):
                              dtype=torch.float64).to(moments.kk.device),
     }[method]
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
-    if method in ("planes", "lift"):
+    if method == "planes":
         ranked = torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1)
     return ranked
 
@@ -162,13 +140,6 @@ def attention_on(chosen, logits):
     return torch.einsum("rhgs,rhs->rhg", logits.softmax(-1), chosen.float()).mean((1, 2))
 
 
-def free_tokens(seq_lens, S, ds, window=None):
-    """The tokens that rows may look at, without those always attended: [rows, S] bool."""
-    position = torch.arange(S, device=seq_lens.device)
-    free = (position >= ds.sink) & (position < seq_lens[:, None] - ds.recent)
-    return free & eligible_tokens(seq_lens, S, window)
-
-
 def selection_figures(q, predicted_q, k, label_map, ds, seq_lens, window=None):
     """What queries select, each from its own past: [attention mass that is kept by labels, and by
     exact scores, means over queries and heads; share of the selection by labels that predicted
@@ -192,7 +163,9 @@ def selection_figures(q, predicted_q, k, label_map, ds, seq_lens, window=None):
             for tokens in (chosen, select_ref(pool_ref(exact), seq_lens, ds, window))]
     if predicted_q is None:
         return [*kept, 0.0]
-    free = chosen & free_tokens(seq_lens, S, ds)[:, None]
+    position = torch.arange(S, device=k.device)
+    always = (position < ds.sink) | (position >= seq_lens[:, None] - ds.recent)
+    free = chosen & ~always[:, None]
     return [*kept, ((by_labels(predicted_q) & free).sum() / free.sum().clamp(min=1)).item()]
 
 
@@ -235,7 +208,6 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     windows, held_out = calibration_windows(tokenizer, text, samples, context, longest)
     hidden = [model.embed(w.to(device)) for w in (*windows, held_out)]
     ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
-    of_lift = spread_queries(min(256, context // 2), context, config.n_heads, device)
     rows = [spread_queries(first, end, config.n_heads, device)  # within the context, and past it
             for first, end in ((context // 2, context), (context, longest)) if first < end]
     generator = torch.Generator().manual_seed(seed)
@@ -253,8 +225,6 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
                 moments.add(q, k, *rope)
-                if method == "lift":
-                    moments.lift = moments.lift + plane_lift(q, k, ds, of_lift, window)
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(moments, method, generator) if ranking is None else ranking[i]
         ranges = [x.gather(1, channels).float() for x in key_ranges(moments, *everywhere)]
@@ -295,8 +265,7 @@ def main():
         help="UTF-8 text to calibrate on (default: the Python language reference)")
     how.add_argument("--method", choices=METHODS, default="planes",
                      help="by mean |q_c k_c|: planes (pairs that RoPE turns), qk (single channels);"
-                          " lift: planes, by how far they set attended tokens apart from the "
-                          "rest; q, k: by their mean size; random (default %(default)s)")
+                          " q, k: by their mean size; random (default %(default)s)")
     how.add_argument("--from_json", type=InputFile(),
                      help="rankings in the authors' JSON format; text sets ranges")
     add("--samples", type=Number(int, 2), default=4,

@@ -397,7 +397,7 @@ class Evaluation:
         common |= {"last": args.last} if text and args.last else {}
         common |= {"chat": True} if args.chat else {}
         rows, dense = [], None
-        command = json.dumps([str(self.path.resolve()), settings])  # others may run at the same time
+        command = json.dumps([str(self.path.resolve()), settings])  # others may run beside it
         new = []  # (row, its Decoder, the file of its items)
         for setting in [("dense", None), *settings]:
             decoder, fields = self.decoder(longest, *setting)

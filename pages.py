@@ -288,7 +288,7 @@ def results(name):
 
 
 def newest_steps(gpus=1):
-    """{(model, B, S): {mode: milliseconds}} of whole steps on so many GPUs, configured by default."""
+    """{(model, B, S): {mode: milliseconds}} of whole steps on so many GPUs, by the defaults."""
     steps, dense_layers = {}, DSConfig.dense_layers
     for row in results("generate"):
         config = row.get("config") or {}

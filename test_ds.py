@@ -1068,20 +1068,17 @@ def test_rankings_follow_their_statistics():
 
 
 def test_planes_are_pairs_that_rope_turns_together():
-    """Pairs c, c + D / 2 side by side; a key's constant part counts for "planes", not "lift"."""
+    """Pairs c, c + D / 2 side by side; a key's constant part counts."""
     m = moments(5)
     channels = calibrate.rank_channels(m, "planes", None)
     assert torch.equal(channels[:, 1::2], channels[:, ::2] + 8)
     assert (channels.sort().values == torch.arange(16)).all()
     assert (m.abs_qk.gather(1, channels).unflatten(1, (-1, 2)).sum(2).diff() <= 0).all()
 
-    q, k = torch.ones(1, 4, 50, 16), torch.randn(1, 2, 50, 16)
-    k[..., 3], k[:, :, 20, 13] = 100.0, 30.0
-    constant = calibrate.Moments()
+    q, k, constant = torch.ones(1, 4, 50, 16), torch.randn(1, 2, 50, 16), calibrate.Moments()
+    k[..., 3] = 100.0
     constant.add(q, k, *(torch.full((1, 1, 50, 8), value) for value in (1.0, 0.0)))
     assert (calibrate.rank_channels(constant, "planes", None)[:, :2] == torch.tensor([3, 11])).all()
-    constant.lift = calibrate.plane_lift(q, k, DSConfig(), torch.tensor([50]))
-    assert (calibrate.rank_channels(constant, "lift", None)[:, :2] == torch.tensor([5, 13])).all()
 
 
 def test_ranges_hold_at_all_positions():
@@ -1890,7 +1887,7 @@ def evaluate(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_saved_rows_are_taken_and_only_new_settings_measured(evaluate, tmp_path):
+def test_saved_rows_are_taken_and_only_new_settings_measured(evaluate, tmp_path, monkeypatch):
     common = ("lines", "--lengths", 300, "--limit", 2, "--methods", "ds", "streaming", "--budgets")
     rows, out, _ = evaluate(*common, "n=40")
     settings = [(row["method"], row["budget"]) for row in rows]
@@ -1901,8 +1898,12 @@ def test_saved_rows_are_taken_and_only_new_settings_measured(evaluate, tmp_path)
     again, out, err = evaluate(*common, "n=40", "n=30")
     assert again[:3] == rows and [row["budget"] for row in again[3:]] == ["n=30", "n=30"]
     assert err.count("--force measures it again") == 3 and out.count("\n| lines") == 5
-    forced, _, _ = evaluate(*common, "n=40", "--force")
-    assert [row["score"] for row in forced[5:]] == [row["score"] for row in rows]
+    files = []  # of dense's items: two commands may run at the same time
+    monkeypatch.setattr(evaluation, "score_items", lambda *a, real=evaluation.score_items: (
+        files.append(a[4][0]) or real(*a)))
+    forced = [evaluate(*common, budget, "--force")[0] for budget in ("n=30", "n=40")][1]
+    assert [row["score"] for row in forced[8:]] == [row["score"] for row in rows]
+    assert files[0] != files[1]
     assert not list((tmp_path / "runs" / "partial").iterdir())
 
 
@@ -2196,5 +2197,4 @@ def test_bench_offload_continues_prompts(data):
     assert [(row["B"], row["S"]) for row in shorter] == 3 * [(1, 300)]
     assert (ours["weights"], ours["model"], ours["B"], ours["S"]) == ("trained", "tiny", 2, 400)
     assert ours["data"] == predicted["data"] == ("topics.py" if data else "key-value retrieval")
-    # by chance 128 of 400 tokens are resident; each Python has another text
-    assert ours["same_tokens"] and ours["hit_rate"] > 0.42 and ours["agreement"] > 0.6
+    assert ours["same_tokens"] and ours["hit_rate"] > 0.42 > 128 / 400 and ours["agreement"] > 0.6
