@@ -56,7 +56,6 @@ SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536
           (1, 131072, 32, 8)]
 UNIFORM = 4  # the paper's bits per label dim; all shapes are timed with them, too, in as many bytes
 MORE_LABELS = ["48x2", "20x2,24x1", "32x2", "8x4", "32x1"]  # further ones, at (16, 16384)
-HEAD_DIM = 128
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
 
 
@@ -76,15 +75,14 @@ def label_all(kv, labels, label_map, config):
         write_labels(kv[:, :, start : start + 16384, 0], positions, labels, label_map, config)
 
 
-BAND, CLUSTERED = 256, 0.08  # tokens of a band of clustered inputs; the share that lies in bands
+CLUSTERED = 0.08  # share of the positions, in bands, that hold most of what clustered inputs select
 
 
 class Inputs:
     """One decode call's random inputs: q, an interleaved KV cache and its labels.
 
-    clustered: keys in bands at random places, others in each head, score 3 standard deviations
-    above the rest, as the passages do that real text attends to. Most of what is selected lies
-    there.
+    clustered: keys in bands of random length and place, CLUSTERED of each head's, score 3 standard
+    deviations above the others, as the passages do that real text attends to.
     """
 
     def __init__(self, B, S, HQ, HKV, D, dtype, config, device, seed, clustered=False):
@@ -97,9 +95,13 @@ class Inputs:
         self.kv = normal(B, HKV, S, 2, D)
         self.k, self.v = self.kv.unbind(3)
         if clustered:
-            chance = torch.rand(B, HKV, S, generator=generator, device=device)
-            begins = F.pad((chance < CLUSTERED / BAND).float(), (BAND - 1, 0))
-            inside = F.max_pool1d(begins, BAND, 1).to(dtype)  # [B, HKV, S]
+            bands = (B, HKV, math.ceil(CLUSTERED * S / 256))  # of 256 tokens on average
+            begin, length = (torch.randint(*limits, bands, generator=generator, device=device)
+                             for limits in ((0, S), (16, 497)))
+            steps = torch.zeros(B, HKV, S + 1, device=device)
+            steps.scatter_add_(2, begin, torch.ones(bands, device=device))
+            steps.scatter_add_(2, (begin + length).clamp(max=S), -torch.ones(bands, device=device))
+            inside = (steps.cumsum(2)[..., :S] > 0.5).to(dtype)
             q = self.q.float().view(B, HKV, -1, D)
             toward = (3 * math.sqrt(D) * q / q.square().sum(-1, keepdim=True)).sum(2).to(dtype)
             for k, mask, row in zip(self.k, inside, toward):  # one at a time: less memory
@@ -222,9 +224,9 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
 
 def run_attention(args, device):
     """Yields the rows of the settings asked for, a list of one at a time."""
-    config = DSConfig(label_bits=args.label_bits, dense_below=0)
+    config = DSConfig(sparsity=args.sparsity, label_bits=args.label_bits, dense_below=0)
     settings = [(shape, config) for shape in SHAPES]
-    if args.label_bits is None:
+    if (args.sparsity, args.head_dim, args.label_bits) == (DSConfig.sparsity, 128, None):
         others = [(shape, UNIFORM) for shape in SHAPES]
         others += [((16, 16384, 32, 32), labels) for labels in MORE_LABELS]
         settings += [(shape, replace(config, label_bits=labels)) for shape, labels in others]
@@ -242,7 +244,7 @@ def run_attention(args, device):
         settings = [((*shape, HQ, HKV), config)
                     for shape in parse_sizes("shapes", args.shapes, "4x16384,16x16384")]
     for shape, config in tqdm(settings, desc="attention", unit="shape", leave=False):
-        yield [attention_row(*shape, HEAD_DIM, torch.bfloat16, config, device)]
+        yield [attention_row(*shape, args.head_dim, torch.bfloat16, config, device)]
 
 
 # ---------------------------------------------------------------- generate
@@ -673,6 +675,10 @@ def parse_arguments(words=None):
                                   "checked, and nothing saved)")
     attention.add_argument("--heads", default="32/32",
                            help="query/KV heads for --shapes (default %(default)s)")
+    attention.add_argument("--head_dim", type=Number(int, 8, 256), default=128,
+                           help="channels per head (default %(default)s)")
+    attention.add_argument("--sparsity", type=Number(float, 1, 1e6), default=DSConfig.sparsity,
+                           help="1/R of tokens and label bytes (default %(default)g)")
     attention.add_argument("--label_bits", type=label_bits,
                            help="dims x bits as 8x4,48x2, or bits of as many dims as fit")
     for command, modes, what in (
