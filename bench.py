@@ -145,17 +145,6 @@ def check(x, config, out):
     return math.sqrt(errors / norms)
 
 
-def naive_chain(x, config):
-    """The obvious way, in eager torch: labels unpacked, all scores written out, torch.topk, gather,
-    SDPA."""
-    n = config.budget(x.labels.shape[-1])
-    scores = ds.score_ref(x.q, x.labels, x.map, x.seq_lens, config)
-    rows = scores.topk(n, -1).indices[..., None].expand(-1, -1, -1, x.q.shape[2])
-    k, v = x.k.gather(2, rows), x.v.gather(2, rows)
-    gqa = x.q.shape[1] != x.k.shape[1]
-    return F.scaled_dot_product_attention(x.q[:, :, None], k, v, enable_gqa=gqa)
-
-
 def attention_row(B, S, HQ, HKV, D, dtype, config, device):
     """Checks, then times one shape: the row of results/attention.jsonl. Raises ValueError if the
     kernels are wrong."""
@@ -208,10 +197,6 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
         row[f"{name}_us"] = timed.get(name)
     row["dense_kernel"] = min(timed, key=timed.get)
     row["dense_us"] = timed[row["dense_kernel"]]
-    try:
-        row["naive_us"] = layer_us([lambda: naive_chain(xs[0], config)], device, 5)
-    except torch.OutOfMemoryError:
-        row["naive_us"] = None
     del xs, kernels
     xs, _ = checked_inputs(clustered=True)
     row["clustered_us"] = layer_us([partial(step, x) for x in xs], device)

@@ -68,8 +68,8 @@ def labels_name(r):
 def attention_table(rows):
     """Rows of results/attention.jsonl -> Markdown. Times in microseconds."""
     lines = ["| B, S | HQ/HKV | labels | sdpa | cudnn | flash | dense best | ours | bracket "
-             "alone | speedup | clustered | tokens attended | GB/s | byte limit | topk chain |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+             "alone | speedup | clustered | tokens attended | GB/s | byte limit |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
 
     def us(value):
         return "-" if value is None else f"{value:.0f}"
@@ -83,7 +83,7 @@ def attention_table(rows):
         lines.append(f"| {r['B']}, {r['S']} | {r['HQ']}/{r['HKV']} | {labels_name(r)} | {dense} | "
                      f"{us(r['ds_us'])} | {us(r.get('bracket_us'))} | {speedup} | "
                      f"{us(r.get('clustered_us'))} | {attended} | "
-                     f"{r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} | {us(r.get('naive_us'))} |")
+                     f"{r['bytes'] / r['ds_us'] / 1e3:.0f} | {limit} |")
     return "\n".join(lines)
 
 
