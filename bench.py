@@ -171,11 +171,12 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
         attended = []
         for x in xs:
             workspace.attended.zero_()
-            row["max_rel_err"] = max(row["max_rel_err"], check(x, config, step(x)))
+            error = check(x, config, step(x))
+            if not error <= 0.01:  # nor is it a number
+                raise ValueError(f"the kernels are wrong: error {error:.2g} of {B} x {S} tokens, "
+                                 f"{HQ}/{HKV} heads, labels of {row['label_bits']} bit")
+            row["max_rel_err"] = max(row["max_rel_err"], error)
             attended.append(workspace.attended.double().mean().item())
-        if row["max_rel_err"] > 0.01:
-            raise ValueError(f"the kernels are wrong: error {row['max_rel_err']:.2g} of {B} x {S} "
-                             f"tokens, {HQ}/{HKV} heads, labels of {row['label_bits']} bit")
         return xs, statistics.mean(attended)
 
     xs, attended = checked_inputs(clustered=False)
@@ -189,7 +190,7 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
     for name in kernels[0]:
         try:
             dense = kernels[0][name]()[:1, :, 0]
-            if (dense - exact).norm() / exact.norm() > 0.02:
+            if not (dense - exact).norm() <= 0.02 * exact.norm():
                 raise RuntimeError("its result is wrong")
             timed[name] = layer_us([kernel[name] for kernel in kernels], device)
         except RuntimeError as error:  # it does not take this shape, or is out of memory
@@ -209,6 +210,8 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
 
 def run_attention(args, device):
     """Yields the rows of the settings asked for, a list of one at a time."""
+    if device != "cpu":
+        copy_bandwidth(device)  # while there is room
     config = DSConfig(sparsity=args.sparsity, label_bits=args.label_bits, dense_below=0)
     settings = [(shape, config) for shape in SHAPES]
     if (args.sparsity, args.head_dim, args.label_bits) == (DSConfig.sparsity, 128, None):
@@ -321,14 +324,19 @@ def time_prefill(model, B, S, device, config):
     return begin.elapsed_time(end) * 1e-3, cold_start_s
 
 
+def tidy(device):
+    """Gives back what nothing holds any more; peak memory counts from here on."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 @contextlib.contextmanager
 def measured(row, device):
     """Starts from a tidy GPU; row then has the peak memory of what ran, or why it does not fit."""
-    gc.collect()
+    tidy(device)
     try:
-        if device != "cpu":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         yield
         if device != "cpu":
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -403,11 +411,12 @@ def random_models(device, compiled):
     def model_of(name, quantize=None):
         if (name, quantize) not in held:
             held.clear()
-            gc.collect()
+            tidy(device)
             config, dtype = parallel.share(MODELS[name], parallel.size()), default_dtype(device)
             held[name, quantize] = random_model(config, device, dtype, quantize)
             if compiled:
                 held[name, quantize].compile_blocks()
+            tidy(device)
         return held[name, quantize]
 
     return model_of
@@ -416,8 +425,10 @@ def random_models(device, compiled):
 def shapes_of(args, device, modes, settings, example):
     """(model, B, S, modes) of what is asked for, else of `settings`; on a CPU of one small shape.
     example: a shape for a --model alone."""
-    if device == "cpu" and not args.model:
+    if device == "cpu":
         settings = [("tiny", 2, 300, modes)]
+        if args.model:
+            raise ValueError(f"model={args.model}: needs a GPU; on a CPU leave it out")
     if args.model or args.shapes:
         shapes = parse_sizes("shapes", args.shapes or example, "4x16384,16x16384")
         name = args.model or ("tiny" if device == "cpu" else "Llama-2-7B")
@@ -662,7 +673,7 @@ def parse_arguments(words=None):
                            help="query/KV heads for --shapes (default %(default)s)")
     attention.add_argument("--head_dim", type=Number(int, 8, 256), default=128,
                            help="channels per head (default %(default)s)")
-    attention.add_argument("--sparsity", type=Number(float, 1, 1e6), default=DSConfig.sparsity,
+    attention.add_argument("--sparsity", type=Number(float, 1.01, 1e6), default=DSConfig.sparsity,
                            help="1/R of tokens and label bytes (default %(default)g)")
     attention.add_argument("--label_bits", type=label_bits,
                            help="dims x bits as 8x4,48x2, or bits of as many dims as fit")

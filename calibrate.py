@@ -2,7 +2,7 @@
 
 For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they add to
 q . k, and measures the statistic that sets each one's static quantisation range. For each layer
-also how much of its selection could be foreseen, one layer ahead (see offload.py).
+also how much of its selection could be predicted, one layer ahead (see offload.py).
 Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method planes]
 """
 import dataclasses
@@ -234,9 +234,10 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
         if previous is not None:
             predicted = layer.attn.queries(layer.attn_norm(previous), *ropes[-1])
         previous = own
-        found = [selection_figures(q, predicted, k, label_map, ds, lens, window) for lens in rows]
-        agreement = found[0][2]
-        figures.append([*(x for kept in found for x in kept[:2]), agreement])
+        *kept, agreement = selection_figures(q, predicted, k, label_map, ds, rows[0], window)
+        for past in rows[1:]:
+            kept += selection_figures(q, None, k, label_map, ds, past, window)[:2]
+        figures.append([*kept, agreement])
         tqdm.write(f"{i:5d}" + "".join(f"{value:20.3f}" for value in figures[-1]))
         of_file.append([x.cpu() for x in (channels.int(), *ranges, torch.tensor(agreement))])
     mean = torch.tensor(figures).mean(0).tolist()

@@ -723,7 +723,8 @@ def _choose(tokens, labels, query, threshold, split, seq_len, l_sw, forced, G: t
         codes += (0,)
     for s in tl.range(first, seq_len, STEP, num_stages=3):
         words = _load_words(labels, s + at, seq_len, l_sw, WIDTHS)
-        if s == first:  # what the bracket writes, when labels of three blocks are on their way
+        # what the bracket writes, when labels of three blocks are on their way; a row has a token
+        if s == first:
             if PDL:
                 tl.extra.cuda.gdc_wait()
             codes = _load_each(query, G * WORDS)
@@ -938,7 +939,7 @@ class Workspace:
     turn share one.
 
     Only `attended` carries over from call to call: tokens attended to in sparse steps, [B, HKV]
-    int64. A new prompt, another length or batch row start clean.
+    int64; `arrived` is 0 between them. A new prompt, another length or batch row start clean.
     """
 
     def __init__(self, B, HQ, HKV, D, S, device, config=None, splits=None):
@@ -952,6 +953,7 @@ class Workspace:
         self.warps = 1 if 64 * B * HKV >= WARPS else 2
         programs = triton.cdiv(WARPS, self.warps * B * HKV)
         self.splits = splits or min(64, triton.next_power_of_2(programs))
+        assert self.splits * self.warps <= 128, "a row's arrivals are counted in a byte"
         self.block_s = 512 * self.warps  # tokens that a program scores at a time
         self.stripe = 32 if self.splits > 16 else 64  # of them side by side: selections cluster
         self.partial = scratch(B * HQ, self.splits * self.warps, D, dtype=torch.float32)
@@ -1056,8 +1058,8 @@ def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, w
     capacity = min(capacity or S, S)
     if config.use_triton(q):
         ws = workspace or Workspace(B, HQ, HKV, D, S, q.device, config)
-        attend(q, labels if newest is None else newest, None, seq_lens, None, None, window, ws,
-               labels, label_map, config, newest is not None)
+        attend(q, labels if newest is None else newest, None, seq_lens, window=window, workspace=ws,
+               labels=labels, label_map=label_map, config=config, label_newest=newest is not None)
         indices = torch.empty(B, HKV, capacity, dtype=torch.int32, device=q.device)
         n_tokens = torch.empty(B, HKV, dtype=torch.int32, device=q.device)
         _gather_kernel[(B * HKV, ws.splits)](
@@ -1104,8 +1106,8 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
     shared = labels.stride(0) == 0 and len(q) > 1
     assert not (label_newest and shared), "rows that share a cache would overwrite others' labels"
     if config.use_triton(q):
-        return attend(q, k, v, seq_lens, None, None, window, workspace, labels, label_map, config,
-                      label_newest)
+        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels,
+                      label_map=label_map, config=config, label_newest=label_newest)
     if label_newest:
         label_newest_ref(k, seq_lens, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length

@@ -42,11 +42,13 @@ class GptFast:
         # a cache that takes the two kinds of attention for one
         uncached = functorch_config.patch(enable_autograd_cache=False)
         attention = sdpa_kernel(backend) if backend else contextlib.nullcontext()
-        with torch.no_grad(), tuned, uncached, attention:
-            self.layer, self.head = (torch.compile(f, fullgraph=True)
-                                     for f in (self._layer, self._head))
-            yield
-        torch._dynamo.reset()
+        try:
+            with torch.no_grad(), tuned, uncached, attention:
+                self.layer, self.head = (torch.compile(f, fullgraph=True)
+                                         for f in (self._layer, self._head))
+                yield
+        finally:
+            torch._dynamo.reset()
 
     @staticmethod
     def _norm(x, norm):

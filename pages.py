@@ -15,7 +15,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-from cli import HERE, ArgumentParser, read_json_lines, run_command, writing
+from cli import HERE, ArgumentParser, bits_of, read_json_lines, run_command, writing
 from ds_attention import DSConfig
 
 RESULTS = HERE / "results"
@@ -277,7 +277,6 @@ PICTURE = RESULTS / "summary.svg"
 # model, sequences, tokens: where each of the three steps was measured, and where ds gains little
 STEPS = [("Llama-2-7B", 1, 16384), ("Llama-2-7B", 4, 16384), ("Llama-2-7B", 1, 65536),
          ("Llama-2-7B", 14, 16384), ("Llama-2-7B", 1, 4096)]
-UNIFORM = 4  # bits of the attention rows with the paper's labels, beside those of the default
 CHOICES = {"ds": "ds", "exact_topk": "exact scores", "paper": "the paper's labels",
            "quest": "Quest", "streaming": "first and newest tokens"}
 
@@ -285,6 +284,14 @@ CHOICES = {"ds": "ds", "exact_topk": "exact scores", "paper": "the paper's label
 def results(name):
     """The rows of a file of results, in the order in which they were measured."""
     return read_json_lines(RESULTS / f"{name}.jsonl")
+
+
+def default_attention():
+    """The attention rows of 128 channels a head and the default's budget and labels."""
+    config, D = DSConfig(dense_below=0), 128
+    labels = dict(D=D, label_channels=config.channels(D), label_bits=bits_of(config.widths(D)))
+    return [row for row in results("attention") if labels.items() <= row.items()
+            and row["n_tokens"] == config.budget(row["S"])]
 
 
 def newest_steps(gpus=1):
@@ -345,8 +352,7 @@ def newest(name, **fields):
 def numbers():
     """Markdown: three results with their conditions, and where Double Sparsity loses."""
     shape = dict(B=4, S=65536, HQ=32, HKV=32)
-    attention = [row for row in results("attention") if shape.items() <= row.items()
-                 and row["label_bits"] != UNIFORM][-1]
+    attention = [row for row in default_attention() if shape.items() <= row.items()][-1]
     step, short = (newest_steps()["Llama-2-7B", 1, S] for S in (16384, 4096))
     smollm = dict(checkpoint="SmolLM2-135M-Instruct", data="wikitext2-test.raw")
     ds, exact = (newest("quality", task="perplexity", context=4096, budget="n=256", method=method,
@@ -377,8 +383,8 @@ def numbers():
 def draw(speed, quality):
     """On two axes: speedup over the length of the context, perplexity over tokens attended."""
     curves = {}
-    for row in results("attention"):
-        if row.get("speedup") and row["label_bits"] != UNIFORM and row["HQ"] == row["HKV"]:
+    for row in default_attention():
+        if row.get("speedup") and row["HQ"] == row["HKV"]:
             name = f"attention, {row['B']} x {row['HQ']} heads"
             curves.setdefault(name, {})[row["S"]] = row["speedup"]
     for (model, B, S), ms in newest_steps().items():

@@ -61,7 +61,7 @@ from model import (
     load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, builtin_text
 
 if not GPU:
     ds.WARPS = 4  # the interpreter's time goes by operations, not their size
@@ -1559,7 +1559,7 @@ def measured(tiny, items, *settings):
 
 
 def window_of_text(tiny, size=700, prefilled=0):
-    windows = asked.text_windows(tiny[1], [calibrate.builtin_text()[:20000]], size, limit=1)
+    windows = asked.text_windows(tiny[1], [builtin_text()[:20000]], size, limit=1)
     return [{"prompt": windows[0], "prefilled": prefilled}]
 
 
@@ -1746,7 +1746,7 @@ def test_what_is_lost_grows_as_the_budget_falls(tiny):
 def test_generated_items_hide_the_answer_at_their_depth(tiny, document, fact, question):
     """And fill their length: another fact, of up to 75 tokens, would not fit. They are a function
     of the arguments."""
-    text = calibrate.builtin_text()
+    text = builtin_text()
     items = asked.generated_items(tiny[1], document, [900, 1800], 5, text)
     assert items == asked.generated_items(tiny[1], document, [900, 1800], 5, text)
     assert [item["length"] for item in items] == [900] * 5 + [1800] * 5

@@ -21,14 +21,13 @@ if not torch.cuda.is_available():
 from safetensors.torch import save_file
 
 import parallel
-from calibrate import builtin_text
 from cli import run_command, writing
 from config import ModelConfig
 from decode import DecodeStep, forced_logits, generate
 from ds_attention import DSConfig
 from model import KVCache, fingerprint, load_label_maps, load_model, parameter_shapes
 from offload import OffloadCache
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, builtin_text
 
 ROOT = Path(__file__).resolve().parent
 LLAMA = dict(model_type="llama", hidden_size=64, intermediate_size=96, num_hidden_layers=3,
