@@ -1006,18 +1006,19 @@ def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=
     assert counts is None or counts.shape[2] == ws.splits, "lists of a workspace of other splits"
 
     splits, num_warps = ws.splits, ws.warps
-    scratch = dict.fromkeys(("query", "threshold", "attended"))
-    lists = dict(lists=indices, counts=counts, room=0 if indices is None else indices.shape[2])
+    chosen = dict(query=None, threshold=None, attended=None, lists=indices, counts=counts,
+                  room=0 if indices is None else indices.shape[2])
     if config is not None:
         bracket(q, labels, label_map, seq_lens, config, window, ws, label_newest)
-        scratch, lists = ({name: getattr(ws, name) for name in names} for names in (scratch, lists))
+        chosen = dict(query=ws.query, threshold=ws.threshold, attended=ws.attended, lists=ws.lists,
+                      counts=ws.counts, room=ws.room)
     elif indices is None:
         splits, num_warps = splits * num_warps, 1
 
     out, writes = None if v is None else torch.empty_like(q), labels is not None and label_newest
     always = (0, 0) if config is None else (config.sink, config.recent)
     launch(_attend_kernel, (B * HKV, splits + writes), q, q=q, k=k, v=v, seq_lens=seq_lens,
-           labels=labels, label_map=label_map and label_map.tensors(), **scratch, **lists,
+           labels=labels, label_map=label_map and label_map.tensors(), **chosen,
            parts=(ws.partial, ws.partial_lse, ws.arrived), out=out, k_strides=k.stride()[:3],
            label_strides=(0, 0, 0) if labels is None else labels.stride()[:3],
            forced=(*always, window or NO_WINDOW), scale_log2=math.log2(math.e) / math.sqrt(D),

@@ -2197,4 +2197,4 @@ def test_bench_offload_continues_prompts(data):
     assert [(row["B"], row["S"]) for row in shorter] == 3 * [(1, 300)]
     assert (ours["weights"], ours["model"], ours["B"], ours["S"]) == ("trained", "tiny", 2, 400)
     assert ours["data"] == predicted["data"] == ("topics.py" if data else "key-value retrieval")
-    assert ours["same_tokens"] and ours["hit_rate"] > 0.42 > 128 / 400 and ours["agreement"] > 0.6
+    assert ours["same_tokens"] and ours["hit_rate"] > 0.45 > 128 / 400 and ours["agreement"] > 0.6
