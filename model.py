@@ -130,8 +130,8 @@ class KVCache:
         for layer in self.layers:
             yield layer.row(b)
 
-    def foresee(self, i, x, blocks, cos, sin):
-        """Before layer i of a decode step, whose input is x [B, 1, dim]: for caches that foresee
+    def predict_next(self, i, x, blocks, cos, sin):
+        """Before layer i of a decode step, whose input is x [B, 1, dim]: for caches that predict
         what the next of `blocks` attends to. cos, sin [B, 1, 1, D / 2] of the new tokens."""
 
     def begin(self):
@@ -314,8 +314,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         # its random numbers, on the meta device, would bring torch.compile's modules: 7 s at first
-        table = torch.empty(config.vocab_size, config.dim)
-        self.embed = nn.Embedding(*table.shape, _weight=table if table.is_meta else None)
+        table, on_meta = (config.vocab_size, config.dim), torch.get_default_device().type == "meta"
+        self.embed = nn.Embedding(*table, _weight=torch.empty(table) if on_meta else None)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = (None if config.tie_embeddings
@@ -390,7 +390,7 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         cos, sin = self.rope(step.positions)
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers)):
-            cache.foresee(i, x, self.layers, cos, sin)
+            cache.predict_next(i, x, self.layers, cos, sin)
             x = layer(x, cos, sin, layer_cache, step)
         return x
 
@@ -451,7 +451,7 @@ class Transformer(nn.Module):
                 self.config.ranks, Residual.MAX_ROWS, self.config.dim, self.device))
         for i, (layer, layer_cache, next_gain) in enumerate(
                 zip(self.layers, cache.layers, gains[1:])):
-            cache.foresee(i, residual.x[:, None], self.layers,
+            cache.predict_next(i, residual.x[:, None], self.layers,
                           *(table[:, None, None] for table in residual.rope))
             layer.decode(residual, *residual.rope, layer_cache, cache.seq_lens, next_gain)
         if self.head is None:
@@ -498,15 +498,17 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and fp32 copies
     weights = widened = 0
     with torch.device("meta"):
-        modules = Transformer(config).modules()
-    for module in modules:
+        model = Transformer(config)
+    for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             weights += parameter.numel() * dtype.itemsize
             if quantize and isinstance(module, Linear) and name == "weight":
                 *_, rows, row = parameter.shape
                 weights += parameter.numel() // row * (row * (1 - dtype.itemsize) + 4)
-                # prefill makes fp32 of one at a time, and then 16 bits
-                widened = max(widened, rows * row * (4 + dtype.itemsize))
+                # prefill makes fp32 of one at a time, and then 16 bits; the head's are not needed
+                # there, and steps of few sequences read its int8
+                if module is not model.head or batch > Residual.MAX_ROWS:
+                    widened = max(widened, rows * row * (4 + dtype.itemsize))
     in_chunks = min(PREFILL_CHUNK, max_seq_length) * widest * dtype.itemsize
     return {"weights": weights, **cache.gpu_bytes(),
             "activations": in_chunks + between + sampling + widened, "runtime": RUNTIME_BYTES}

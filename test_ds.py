@@ -1361,12 +1361,12 @@ class Late:
 @pytest.mark.parametrize("mode", offload.MODES)
 def test_what_is_done_aside_is_waited_for(mode):
     early, late = (offload_step(partial(PREFETCHING, mode=mode), size=90) for _ in "ab")
-    foresight = late.cache.foresight
-    assert (foresight.choosing is foresight.fetching) == (mode == "exact")
-    late.cache.side, foresight.fetching = Late(), Late()
+    prefetch = late.cache.prefetch
+    assert (prefetch.choosing is prefetch.fetching) == (mode == "exact")
+    late.cache.side, prefetch.fetching = Late(), Late()
     for want, found in compared((early, late), 30):
         assert torch.equal(want, found)
-    assert late.cache.side.done == 3 * 2 and foresight.fetching.done == 30 * 2
+    assert late.cache.side.done == 3 * 2 and prefetch.fetching.done == 30 * 2
     assert early.cache.statistics() == late.cache.statistics()
 
 
@@ -1401,7 +1401,7 @@ def test_offload_by_kernels_equals_the_reference(dtype, monkeypatch):
     kind = partial(PREFETCHING, resident_tokens=12)
     steps = [offload_step(kind, 40, 2, impl=impl, n_kv_heads=1, dtype=dtype, n_layers=2)
              for impl in ("torch", "triton")]
-    steps[1].cache.foresight.fetching = Late()  # while the next layer's tokens are chosen
+    steps[1].cache.prefetch.fetching = Late()  # while the next layer's tokens are chosen
     found = [decode.generate(step, RAGGED[1:], 5).token_ids for step in steps]
     assert found[0] == found[1]
     a, b = (step.cache.layers[1] for step in steps)
