@@ -595,8 +595,6 @@ def load_model(checkpoint, device, dtype, quantize=None, ranks=1):
     checkpoint = Path(checkpoint)
     whole = ModelConfig.from_file(checkpoint / "config.json")
     config = parallel.share(whole, ranks)
-    with torch.device("meta"):
-        model = Transformer(config)
     path = checkpoint / "model.safetensors"
     expected = parameter_shapes(whole)
     with open_tensors(path) as file:
@@ -607,19 +605,50 @@ def load_model(checkpoint, device, dtype, quantize=None, ranks=1):
             raise ValueError(f"{path}: {len(wrong)} tensors missing, unexpected or of another "
                              f"shape than config.json says, first {wrong[0]}; "
                              "convert the model again with convert_hf.py")
-        if quantize:
-            model.requires_grad_(False).quantize()
-        ours, tensors = model.state_dict(), {}
-        for name in expected:
-            tensors[name] = parallel.read(file, name, config).to(device, dtype)
-            if not tensors[name].isfinite().all():
+
+        def read(name):
+            tensor = parallel.read(file, name, config).to(device, dtype)
+            if not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name} has weights that are infinite or not a number")
-            scale = name.removesuffix("weight") + "scale"
-            if scale in ours:
-                magnitudes = parallel.whole_rows(largest(tensors[name]), name, config)
-                tensors[name], tensors[scale] = quantized(tensors[name], magnitudes)
-        model.load_state_dict(tensors, assign=True)
+            return tensor
+
+        return assemble(config, read, device, quantize)
+
+
+def assemble(config, read, device, quantize=None):
+    """A Transformer in eval mode whose weights are read(name) for each of parameter_shapes(config),
+    on `device`. quantize: as for load_model, one after the other: both kinds of all weights may not
+    fit."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    if quantize:
+        model.requires_grad_(False).quantize()
+    ours, tensors = model.state_dict(), {}
+    for name in parameter_shapes(config):
+        tensors[name] = read(name)
+        scale = name.removesuffix("weight") + "scale"
+        if scale in ours:
+            magnitudes = parallel.whole_rows(largest(tensors[name]), name, config)
+            tensors[name], tensors[scale] = quantized(tensors[name], magnitudes)
+    model.load_state_dict(tensors, assign=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def random_model(config, device, dtype, quantize=None):
+    """A Transformer with random weights, made where they stay; no end of text or sliding window.
+    quantize: as for load_model."""
+    config = replace(config, eos_ids=(), sliding_window=None)
+    alike, own = (torch.Generator(device).manual_seed(seed) for seed in (0, 1 + parallel.rank()))
+    shapes = parameter_shapes(config)
+
+    def weights(name):
+        if len(shapes[name]) == 1:
+            return torch.ones(shapes[name], device=device, dtype=dtype)
+        generator = own if parallel.split(name, config) else alike
+        return torch.empty(shapes[name], device=device, dtype=dtype).normal_(
+            0, 0.02, generator=generator)
+
+    return assemble(config, weights, device, quantize)
 
 
 MAP_TENSORS = ("channels", "mean", "std")  # of channels.safetensors

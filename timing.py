@@ -58,3 +58,9 @@ def copy_bandwidth(device):
     b = torch.empty_like(a)
     # not in a graph, where a copy engine, slower than a kernel, may do it
     return 2 * a.nbytes / median_s(lambda: b.copy_(a), 20, device)
+
+
+def host_bandwidth(host, device):
+    """Bytes per second of a copy of pinned memory to the GPU."""
+    to = torch.empty(host.shape, dtype=host.dtype, device=device)
+    return host.nbytes / median_s(lambda: to.copy_(host, non_blocking=True), 5, device)
