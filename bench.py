@@ -357,7 +357,7 @@ def generate_rows(name, model_of, B, S, modes, configs, steps, device):
     return rows
 
 
-def kept_model(kept, device, compiled, name, quantize=None):
+def kept_model(kept, device, name, quantize=None, compiled=False):
     """One of MODELS with random weights. `kept`, a dict, holds it until another is asked for, when
     it must not be in use. compiled: its blocks are."""
     if (name, quantize) not in kept:
@@ -399,7 +399,7 @@ def run_generate(args, device):
     settings = ([(*row, ["prefill"]) for row in PREFILLS if "prefill" in modes]
                 + [(*row, timed) for row in STEPS if timed])
     compiled = args.compile and device != "cpu"
-    model_of, rows = partial(kept_model, {}, device, compiled), []
+    model_of, rows = partial(kept_model, {}, device, compiled=compiled), []
     for name, B, S, of_shape in shapes_of(args, device, modes, settings, "1x16384"):
         is_first = not rows
         rows = generate_rows(name, model_of, B, S, of_shape, configs, args.steps, device)
@@ -570,7 +570,7 @@ def run_offload(args, device):
         return
     if device == "cpu":
         configs = [replace(config, min_tokens=64) for config in configs]
-    model_of = partial(kept_model, {}, device, False)
+    model_of = partial(kept_model, {}, device)
     settings = [(*row[:3], args.modes or row[3]) for row in OFFLOADS]
     for name, B, S, of_shape in shapes_of(args, device, modes, settings, "1x131072"):
         # not kept: the next model takes its place

@@ -514,7 +514,7 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
             "activations": in_chunks + between + sampling + widened, "runtime": RUNTIME_BYTES}
 
 
-def most(fits, low, high):
+def largest_that(fits, low, high):
     """The largest number in [low, high) that fits; low does."""
     while high - low > 1:
         middle = (low + high) // 2
@@ -541,9 +541,10 @@ def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type
     else:
         options = []
         if fits(batch, 1):
-            options.append(f"--max_seq_length {most(partial(fits, batch), 1, max_seq_length)}")
+            length = largest_that(partial(fits, batch), 1, max_seq_length)
+            options.append(f"--max_seq_length {length}")
         if batch > 1 and fits(1, max_seq_length):
-            rows = most(lambda rows: fits(rows, max_seq_length), 1, batch)
+            rows = largest_that(partial(fits, length=max_seq_length), 1, batch)
             options.append(f"a batch of {rows}")
         remedy = (f"{' or '.join(options)} would fit" if options
                   else "take a smaller batch and a shorter --max_seq_length")

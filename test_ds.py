@@ -938,16 +938,16 @@ def test_tokens_are_read_one_step_behind_or_at_the_end(reader, monkeypatch):
     """Step i + 1 has begun before the host asks for the tokens of step i."""
     step = decode_step(40, 2)
     object.__setattr__(step.model.config, "eos_ids", (99,) if reader == "stopping" else ())
-    order, run, now = [], step.run, decode.now
+    order, run, timestamp = [], step.run, decode.timestamp
     monkeypatch.setattr(step, "run", lambda sparse: (order.append("run"), run(sparse)))
 
     def recorded(device):
-        event = now(device)
+        event = timestamp(device)
         wait, number = event.synchronize, order.count("run") - 1
         noted = {"synchronize": lambda: (order.append(number), wait())}
         return SimpleNamespace(**{"elapsed_time": event.elapsed_time} | vars(event) | noted)
 
-    monkeypatch.setattr(decode, "now", recorded if not GPU else now)
+    monkeypatch.setattr(decode, "timestamp", recorded if not GPU else timestamp)
     streamed = [[], []]
     on_token = (lambda b, token: streamed[b].append(token)) if reader == "streaming" else None
     result = decode.generate(step, [[1, 5, 9], [1, 7]], 5, on_token=on_token)

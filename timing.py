@@ -5,7 +5,7 @@ import statistics
 
 import torch
 
-from decode import now
+from decode import timestamp
 
 WARM_UP = 5  # calls before those that are timed
 
@@ -15,10 +15,10 @@ def median_s(call, repeats, device, warm=lambda: None):
     for _ in range(min(WARM_UP, repeats - 1)):
         call()
     warm()
-    events = [now(torch.device(device))]
+    events = [timestamp(torch.device(device))]
     for _ in range(repeats):
         call()
-        events.append(now(torch.device(device)))
+        events.append(timestamp(torch.device(device)))
     events[-1].synchronize()
     return statistics.median(a.elapsed_time(b) * 1e-3 for a, b in zip(events, events[1:]))
 
