@@ -61,7 +61,7 @@ L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled throu
 
 def channel_map(HKV, D, config, device):
     """A LabelMap of the first channels, for random keys of unit variance."""
-    channels = torch.arange(config.channels(D), device=device).expand(HKV, -1)
+    channels = torch.arange(D, device=device).expand(HKV, -1)
     zeros = torch.zeros(channels.shape, device=device)
     return LabelMap.from_statistics(channels, zeros, zeros + 1, config.widths(D))
 
@@ -107,7 +107,8 @@ class Inputs:
             for k, mask, row in zip(self.k, inside, toward):  # one at a time: less memory
                 k += mask[..., None] * row[:, None]
         self.map = channel_map(HKV, D, config, device)
-        self.labels = torch.zeros(B, HKV, config.words(D), S, dtype=torch.int32, device=device)
+        self.labels = torch.zeros(B, HKV, ds.words_in(self.map.widths), S, device=device,
+                                  dtype=torch.int32)
         label_all(self.kv, self.labels, self.map, config)
         self.seq_lens = torch.full((B,), S, dtype=torch.int32, device=device)
 
@@ -149,8 +150,8 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
     """Checks, then times one shape: the row of results/attention.jsonl. Raises ValueError if the
     kernels are wrong."""
     row = {"bench": "attention", "B": B, "S": S, "HQ": HQ, "HKV": HKV, "D": D,
-           "dtype": str(dtype).removeprefix("torch."), "label_channels": config.channels(D),
-           "label_bits": bits_of(config.widths(D)), "n_tokens": config.budget(S),
+           "dtype": str(dtype).removeprefix("torch."), "label_bits": bits_of(config.widths(D)),
+           "label_channels": ds.dims_in(config.widths(D)), "n_tokens": config.budget(S),
            "max_rel_err": 0.0}
     workspace = Workspace(B, HQ, HKV, D, S, torch.device(device), config)
 
@@ -161,7 +162,7 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
         ds.bracket(x.q, x.labels, x.map, x.seq_lens, config, None, workspace)
 
     def read_bytes(n):
-        return B * HKV * (S * config.words(D) * 4 + n * 2 * D * dtype.itemsize)
+        return B * HKV * (S * ds.words_in(config.widths(D)) * 4 + n * 2 * D * dtype.itemsize)
 
     def checked_inputs(clustered):
         """Many enough not to stay in the L2 cache; and how many tokens each attends to."""

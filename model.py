@@ -24,7 +24,9 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 import parallel
 from config import ModelConfig, rope_frequencies
-from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, write_labels
+from ds_attention import (
+    DSConfig, LabelMap, Workspace, dense_decode, ds_decode, words_in, write_labels
+)
 from experts import Experts, MoEFeedForward
 from linear import Linear, Residual, largest, quantized
 
@@ -104,8 +106,8 @@ class KVCache:
             settings = dict(window=config.window(i), workspace=workspace)
             if ds is not None and i >= ds.dense_layers:
                 padded = -(-S // 16) * 16  # each row starts aligned: four words are loaded at once
-                labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32,
-                                     device=device)[..., :S]
+                labels = torch.zeros(B, HKV, words_in(ds.widths(D)), padded,
+                                     dtype=torch.int32, device=device)[..., :S]
                 settings |= dict(ds=ds, label_map=label_maps[i].to(device), labels=labels)
             self.layers.append(self.make_layer((B, HKV, S, 2, D), dtype, device, settings))
 
@@ -485,8 +487,7 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     meta = partial(torch.empty, device="meta")
     maps = None
     if ds is not None:
-        of_channels = meta(HKV, ds.channels(D))
-        maps = [LabelMap.from_statistics(*(of_channels,) * 3, ds.widths(D))] * config.n_layers
+        maps = [LabelMap.from_statistics(*(meta(HKV, D),) * 3, ds.widths(D))] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE
@@ -645,7 +646,7 @@ def load_label_maps(checkpoint, config, ds, path=None):
             raise ValueError(f"{path}: made for {shape} layers, KV heads, head_dim; the model has "
                              f"{config.n_layers}, {HKV}, {D}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        tensors = {name: file.get_tensor(name)[:, heads, : ds.channels(D)] for name in MAP_TENSORS
+        tensors = {name: file.get_tensor(name)[:, heads] for name in MAP_TENSORS
                    if name in file.keys() and file.get_slice(name).get_shape() == shape}
         channels = tensors.get("channels", torch.tensor(-1))
         if len(tensors) < 3 or channels.min() < 0 or channels.max() >= D or not all(

@@ -33,7 +33,7 @@ Without a DSConfig all K and V, as they are or packed, are streamed through two 
 attention, as FlexGen does: the baseline.
 """
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -419,7 +419,9 @@ class OffloadedLayer(HostLayer):
 
         def choose():
             q = block.attn.queries(x, cos, sin, self.ahead).squeeze(2)  # [B, HQ of these heads, D]
-            labels, label_map = self.labels[:, : self.ahead], self.label_map.first(self.ahead)
+            labels, m = self.labels[:, : self.ahead], self.label_map
+            label_map = replace(m, **{name: getattr(m, name)[: self.ahead]
+                                      for name in ("channels", "lo", "step")})
             self.chosen = select_tokens(q, None, labels, label_map, seq_lens, self.ds, self.window,
                                         self.workspace_ahead, self.placed_ahead.rows.shape[2])
             self.resolve(self.placed_ahead, self.chosen, seq_lens, ahead=not self.predicted)

@@ -155,15 +155,15 @@ class Problem:
         config = dict(sparsity=8, min_tokens=8, sink=2, recent=4, dense_below=0) | config
         widths = self.bits if isinstance(self.bits, str) else f"{self.C}x{self.bits}"
         self.config = DSConfig(**config, label_bits=widths)
-        self.widths, self.C = self.config.widths(self.D), self.config.channels(self.D)
+        self.widths = self.config.widths(self.D)
         self.q = normal(self.B, self.HQ, self.D).to(self.dtype)
         self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
         self.k, self.v = self.kv.unbind(3)
-        channels = torch.stack([torch.randperm(self.D, generator=generator)[: self.C]
+        channels = torch.stack([torch.randperm(self.D, generator=generator)
                                 for _ in range(self.HKV)])
-        mean, std = 0.1 * torch.ones(2, self.HKV, self.C) * torch.tensor([1, 9])[:, None, None]
+        mean, std = 0.1 * torch.ones(2, self.HKV, self.D) * torch.tensor([1, 9])[:, None, None]
         self.map = LabelMap.from_statistics(channels, mean, std, self.widths).to(DEVICE)
-        allocated = self.B, self.HKV, self.config.words(self.D), -(-self.S // self.pad) * self.pad
+        allocated = self.B, self.HKV, ds.words_in(self.widths), -(-self.S // self.pad) * self.pad
         self.labels = torch.full(allocated, -1, dtype=torch.int32, device=DEVICE)[..., : self.S]
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).repeat(self.B, 1)
         ds.label_ref(self.k, self.positions, self.labels, self.map)
@@ -207,9 +207,10 @@ def mask_of(indices, n_tokens, S):
 def test_label_words_by_hand():
     """Dims one behind the other, lowest bits first: 8 + 4 + 4, then 2 bits eight times."""
     codes, widths = torch.tensor([0x12, 0x3, 0x4, 1, 2, 3, 0, 0, 0, 0, 3]), ((1, 8), (2, 4), (8, 2))
-    words = ds.pack(codes, widths)
+    label_map = first_channels(1, 11, widths).to("cpu")
+    words = ds.pack(codes, label_map)
     assert words.tolist() == [0x4312 + ((1 + 2 * 4 + 3 * 16) << 16) + (3 << 30) - 2**32]
-    assert torch.equal(ds.unpack(words, widths), codes.int())
+    assert torch.equal(ds.unpack(words, label_map), codes.int())
 
 
 @cases
@@ -225,7 +226,7 @@ def test_label_kernel_equals_reference(case):
 @pytest.mark.parametrize("S, window", [(900, None), (900, 500), (6000, None)],
                          ids=["whole", "window", "sampled"])
 def test_a_group_is_pooled_by_softmax_weight(S, window):
-    """With labels that tell nearly all of q . k, scores are pool_ref's; a head of large logits does
+    """With labels that tell nearly all of q . k, scores are calibrate.pool's; a head of large logits does
     not choose for others."""
     p = Problem(shapes(B=1, HQ=6, HKV=2, S=S, bits=8, C=64, window=window))
     p.q[:, ::3] *= 4
@@ -236,7 +237,7 @@ def test_a_group_is_pooled_by_softmax_weight(S, window):
     exact = torch.einsum("bhgd,bhsd->bhgs", p.q.unflatten(1, (2, 3)), p.k) / 8
     live = ds.eligible_tokens(p.seq_lens, S, window)
     exact = exact.masked_fill(~live[:, None, None], float("-inf"))
-    scores, want = p.scores() * p.map.query_codes(p.q)[1][..., None], ds.pool_ref(exact)
+    scores, want = p.scores() * p.map.query_codes(p.q)[1][..., None], calibrate.pool(exact)
     assert torch.equal(scores.isfinite(), live[:, None].expand_as(scores))
     error = (scores - want)[..., live[0]]
     error -= error.mean(-1, keepdim=True)  # the logarithm of a mean, and of a sum
@@ -298,7 +299,7 @@ def test_kernels_choose_the_reference_s_tokens_of_adversarial_scores(crowd, wind
     p = Problem(shapes(HQ=2, HKV=1, S=6000, C=8, window=window), seq_lens=[6000, 4801])
     codes = torch.zeros(6000, 8)
     codes[:, 0], codes[:, 1] = CROWDS[crowd](torch.arange(6000))
-    p.labels[:] = ds.pack(codes, p.widths).T.to(DEVICE)
+    p.labels[:] = ds.pack(codes.to(DEVICE), p.map).T
     p.map.step = torch.ones_like(p.map.step)
     p.q = torch.zeros_like(p.q)
     p.q[:, 0, p.map.channels[0, :2]] = torch.tensor([127.0, 8.0], device=DEVICE)
@@ -484,14 +485,14 @@ def test_budget_of_ints_and_tensors_agree():
 
 def test_label_bytes_follow_from_sparsity():
     """1/sparsity of a 16-bit K's: whole words of any head's, and no more dims than it has."""
-    assert [DSConfig(sparsity=s, label_bits=bits).channels(128)
+    assert [ds.dims_in(DSConfig(sparsity=s, label_bits=bits).widths(128))
             for s, bits in ((16, 4), (16, 2), (8, 4), (32, 4), (16, 8))] == [32, 64, 64, 16, 16]
     assert [cli.widths_name(DSConfig(sparsity=s).widths(128)) for s in (4, 8, 16, 32, 64)] == [
         "128 x 4", "16 x 4, 96 x 2", "8 x 4, 48 x 2", "20 x 2, 24 x 1", "32 x 1"]
     for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 80, 96, 100, 128)):
-        config = DSConfig(sparsity=sparsity)
-        assert config.channels(D) <= D and config.words(D) * 32 <= max(32, 16 * D / sparsity)
-        assert ds.parse_widths(cli.widths_name(config.widths(D))) == config.widths(D)
+        widths = DSConfig(sparsity=sparsity).widths(D)
+        assert ds.dims_in(widths) <= D and ds.words_in(widths) * 32 <= max(32, 16 * D / sparsity)
+        assert ds.parse_widths(cli.widths_name(widths)) == widths
 
 
 @pytest.mark.parametrize("more, message", [
@@ -500,16 +501,16 @@ def test_label_bytes_follow_from_sparsity():
     (dict(sink=-1), "sink=-1: must be at least 0"),
     (dict(recent=0), "recent=0: must be at least 1"),
     (dict(impl="cuda"), "impl=cuda: must be one of auto, torch, triton"),
-    (dict(label_bits="512x4"), "label_bits=512x4: more label dims than the head's 64"),
-    *((dict(label_bits=bits), f"label_bits={bits}: must be dims x bits, the most bits first, as "
-       "8x4,48x2: of 1, 2, 4 or 8 bits, whole bytes of each and whole 32-bit words in all")
-      for bits in ("8x4,48", "48x2,8x4", "0x4", "8x3", "3x4,10x2", "8x4,4x2", "4x4,4x4", "8x")),
-    (dict(label_bits=16), "must be 1, 2, 4, 8, or dims x bits"),
-    (dict(label_bits="8x4,96x2"), "more label dims than the head's 64")], ids=str)
+    (dict(label_bits="512x4"), "label_bits=512x4: makes 512 label dims, in whole 32-bit words; "
+                               "must be at least 1, and at most the head's 64"),
+    *((dict(label_bits=bits), f"label_bits={bits}: must be 1, 2, 4, 8, or dims x bits, the most "
+       "bits first, as 8x4,48x2: whole bytes of each and whole 32-bit words in all")
+      for bits in (16, "8x4,48", "48x2,8x4", "0x4", "8x3", "3x4,10x2", "8x4,4x2", "4x4,4x4", "8x")),
+    (dict(label_bits="8x4,96x2"), "makes 104 label dims, in whole 32-bit words; must")], ids=str)
 def test_settings_that_cannot_be_are_refused(more, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         DSConfig(**more).widths(64)
-    with pytest.raises(ValueError, match="head_dim=6: .* needs 8 dims"):
+    with pytest.raises(ValueError, match="makes 0 label dims, .* the head's 6"):
         DSConfig().widths(6)
 
 
@@ -977,7 +978,7 @@ def test_short_sequences_are_decoded_dense_and_leave_labels():
     positions = torch.arange(100, device=DEVICE, dtype=torch.int32)[None]
     written = torch.zeros_like(layer.labels)
     ds.label_ref(layer.kv[..., 0, :], positions, written, layer.label_map)
-    labels, wanted = (ds.unpack(x.transpose(2, 3), layer.label_map.widths)[:, :, :live]
+    labels, wanted = (ds.unpack(x.transpose(2, 3), layer.label_map)[:, :, :live]
                       for x in (layer.labels, written))
     assert live == 20 + 59 and (labels != wanted).float().mean() < 0.01, "labels are missing"
 
