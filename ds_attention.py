@@ -828,26 +828,6 @@ def _attend_kernel(q, k, v, seq_lens, labels, label_map, query, threshold, lists
         _combine(part, n, row, split, parts, attended, out, G, D, SPLITS, BLOCK_N)
 
 
-@triton.jit
-def _gather_kernel(lists, counts, attended, indices, n_tokens, room, capacity, SPLITS: tl.constexpr,
-                   BLOCK: tl.constexpr):
-    """Copies a row's lists one behind the other."""
-    row, split = tl.program_id(0), tl.program_id(1)
-    offs = tl.arange(0, SPLITS)
-    count = tl.load(counts + row * SPLITS + offs)
-    begin = tl.sum(tl.where(offs < split, count, 0))
-    n = tl.sum(tl.where(offs == split, count, 0))
-    lists += (row.to(tl.int64) * SPLITS + split) * room
-    indices += row.to(tl.int64) * capacity
-    for i in range(0, n, BLOCK):
-        nth = i + tl.arange(0, BLOCK)
-        token = tl.load(lists + nth, mask=nth < n, other=0)
-        tl.store(indices + begin + nth, token, mask=(nth < n) & (begin + nth < capacity))
-    if split == SPLITS - 1:
-        tl.store(n_tokens + row, tl.minimum(begin + n, capacity))
-        tl.store(attended + row, tl.load(attended + row) + tl.minimum(begin + n, capacity))
-
-
 # ---------------------------------------------------------------- launches
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
@@ -921,7 +901,8 @@ def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=
     """Attention of one query per row over lists of tokens, or with config over those that a
     `bracket` chooses first, or over all eligible ones (dense decode). Shapes as in attend_ref.
 
-    indices [B, HKV, any] int32 and counts [B, HKV, splits] of select_tokens. labels and label_map:
+    indices [B, HKV, any] int32, counts [B, HKV, splits]: a program's tokens come after those of
+    the program before it, as the workspace's lists one behind the other. labels and label_map:
     the label of each row's newest key, k's at seq_lens - 1, is written, unless not label_newest.
     v: None to have the lists and counts of chosen tokens in the workspace, and no attention.
     """
@@ -972,36 +953,6 @@ def write_labels(k, positions, labels, label_map, config):
         k=k, positions=positions, labels=labels, label_map=label_map.tensors(), T=T,
         positions_stride=positions.stride(0), k_strides=k.stride()[:3],
         label_strides=labels.stride()[:3], WIDTHS=label_map.widths, BLOCK_T=BLOCK_T)
-
-
-def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, workspace=None,
-                  capacity=None):
-    """The tokens that ds_decode attends to, for who attends to them elsewhere; writes the labels of
-    the newest keys: newest [B, HKV, S, D], read at seq_lens - 1, or None to write none.
-
-    Returns (indices [B, HKV, capacity] int32, n_tokens [B, HKV] int32, counts [B, HKV, splits]
-    int32). The first n_tokens of the indices count, in the order and, by counts, in the parts in
-    which ds_decode attends to them. More than `capacity`, by default S, are cut off.
-    """
-    (B, HQ, D), (HKV, _, S) = q.shape, labels.shape[1:]
-    capacity = min(capacity or S, S)
-    if config.use_triton(q):
-        ws = workspace or Workspace(B, HQ, HKV, D, S, q.device, config)
-        attend(q, labels if newest is None else newest, None, seq_lens, window=window, workspace=ws,
-               labels=labels, label_map=label_map, config=config, label_newest=newest is not None)
-        indices = torch.empty(B, HKV, capacity, dtype=torch.int32, device=q.device)
-        n_tokens = torch.empty(B, HKV, dtype=torch.int32, device=q.device)
-        _gather_kernel[(B * HKV, ws.splits)](
-            lists=ws.lists, counts=ws.counts, attended=ws.attended, indices=indices,
-            n_tokens=n_tokens, room=ws.room, capacity=capacity, SPLITS=ws.splits, BLOCK=128)
-        return indices, n_tokens, ws.counts
-    if newest is not None:
-        label_newest_ref(newest, seq_lens, labels, label_map)
-    scores = score_ref(q, labels, label_map, seq_lens, config, window)
-    chosen = select_ref(scores, seq_lens, config, window)
-    total = chosen.sum(2, dtype=torch.int32)
-    indices = chosen.int().argsort(dim=2, descending=True, stable=True)[..., :capacity].int()
-    return indices, total.clamp(max=capacity), total[..., None]
 
 
 def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None,

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import calibrate
-from ds_attention import (
-    Workspace, attend, attend_ref, eligible_tokens, score_ref, select_ref, select_tokens
-)
+from ds_attention import Workspace, attend, attend_ref, eligible_tokens, score_ref, select_ref
 from model import LayerCache
+from offload import select_tokens
 
 
 class Sparse(LayerCache):
