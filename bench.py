@@ -37,13 +37,13 @@ from cli import (
 )
 from config import PRESETS, ModelConfig
 from decode import DecodeStep, generate, now
-from ds_attention import DSConfig, LabelMap, Workspace, write_labels
+from ds_attention import DSConfig, Workspace, write_labels
 from generate import load, load_maps
 from gpt_fast import time_gpt_fast
 from host_memory import PinnedPool, fetch, packs
 from items import generated_items, kv_document, spread, text_windows, texts_of
 from linear import largest, quantized
-from model import KVCache, Transformer, check_memory, parameter_shapes
+from model import KVCache, Transformer, check_memory, label_map_of, parameter_shapes
 from offload import MIN_AGREEMENT, OffloadCache, Placement, idle_heads, predictable_layers
 from pages import RESULTS, TABLES, mode_name, newest_rows
 from timing import WARM_UP, copy_bandwidth, layer_us, median_s
@@ -63,7 +63,7 @@ def channel_map(HKV, D, config, device):
     """A LabelMap of the first channels, for random keys of unit variance."""
     channels = torch.arange(D, device=device).expand(HKV, -1)
     zeros = torch.zeros(channels.shape, device=device)
-    return LabelMap.from_statistics(channels, zeros, zeros + 1, config.widths(D))
+    return label_map_of(channels, zeros, zeros + 1, config.widths(D))
 
 
 def label_all(kv, labels, label_map, config):
@@ -125,8 +125,8 @@ def dense_kernels(x, workspace):
 
     return {"sdpa": call(None), "cudnn": call(SDPBackend.CUDNN_ATTENTION),
             "flash": call(SDPBackend.FLASH_ATTENTION),
-            "ours, all tokens": lambda: ds.dense_decode(
-                x.q, x.k, x.v, x.seq_lens, workspace=workspace)[:, :, None]}
+            "ours, all tokens": lambda: ds.ds_decode(
+                x.q, x.k, x.v, None, None, x.seq_lens, None, workspace=workspace)[:, :, None]}
 
 
 def check(x, config, out):

@@ -23,10 +23,8 @@ from cli import (
     run_command, widths_name, writing
 )
 from config import ModelConfig
-from ds_attention import (
-    DSConfig, LabelMap, eligible_tokens, label_ref, score_ref, select_ref, words_in
-)
-from model import apply_rope, fingerprint, load_model
+from ds_attention import DSConfig, eligible_tokens, label_ref, score_ref, select_ref, words_in
+from model import apply_rope, fingerprint, label_map_of, load_model
 from tokenizer import Tokenizer, builtin_text, read_text
 
 METHODS = ("planes", "qk", "q", "k", "random")
@@ -235,7 +233,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(moments, method, generator) if ranking is None else ranking[i]
         ranges = [x.gather(1, channels).float() for x in key_ranges(moments, *everywhere)]
-        label_map = LabelMap.from_statistics(channels, *ranges, widths)
+        label_map = label_map_of(channels, *ranges, widths)
 
         predicted = None  # the first layer's queries are not
         if previous is not None:

@@ -100,7 +100,8 @@ def parse_widths(text):
     """"8x4,48x2" -> ((8, 4), (48, 2)): label dims and bits of each, the most bits first."""
     try:
         widths = tuple(tuple(map(int, part.split("x"))) for part in str(text).split(","))
-        right = all(dims > 0 and bits in CLIP and dims * bits % 8 == 0 for dims, bits in widths)
+        right = all(dims > 0 and bits in (1, 2, 4, 8) and dims * bits % 8 == 0
+                    for dims, bits in widths)
     except ValueError:
         right = False
     if (not right or sum(dims * bits for dims, bits in widths) % 32
@@ -140,11 +141,6 @@ def default_widths(bits, D):
     return tuple((part // width, width) for part, width in parts if part)
 
 
-# Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a
-# Gaussian.
-CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
-
-
 @dataclass
 class LabelMap:
     """One layer's calibrated choice of channels, with static ranges.
@@ -166,19 +162,6 @@ class LabelMap:
 
     def tensors(self):
         return self.channels, self.lo, self.step, self.bits
-
-    @staticmethod
-    def from_statistics(channels, mean, std, widths):
-        """channels, mean, std [HKV, C or more]: their numbers, and what each one's range is about
-        and follows; the first C count."""
-        bits = [bits for dims, bits in widths for _ in range(dims)]
-        steps = [2 * CLIP[b] / (2**b - 1) for b in bits]
-        clip, step = (torch.tensor(x, device=std.device) for x in ([CLIP[b] for b in bits], steps))
-        channels, mean, std = (x[:, : len(bits)] for x in (channels, mean, std))
-        lo = (mean - clip * std).float().contiguous()
-        step = (step * std).float().clamp(min=1e-12).contiguous()
-        bits = torch.tensor(bits, dtype=torch.int32, device=std.device)
-        return LabelMap(channels.int().contiguous(), lo, step, bits, widths)
 
     def to(self, device):
         return LabelMap(*(t.to(device) for t in self.tensors()), self.widths)
@@ -276,7 +259,8 @@ def sample_ref(seq_lens, window=None):
     i = torch.arange(SAMPLE, device=seq_lens.device)
     first = (start + i // RUN * live.clamp(min=SAMPLE) // (SAMPLE // RUN)) // RUN * RUN
     position = first + i % RUN
-    return position, (position >= start) & (position < start + live)
+    eligible = (position >= start) & (position < start + live)
+    return position.minimum(start + live - 1), eligible
 
 
 def log_weight_ref(scores, seq_lens, unit, sink, window=None):
@@ -289,7 +273,7 @@ def log_weight_ref(scores, seq_lens, unit, sink, window=None):
     """
     position, counted = sample_ref(seq_lens, window)
     counted = (counted & (position < seq_lens[:, None] - 1))[:, None, None]
-    sampled = scores.take_along_dim(position.clamp(max=scores.shape[-1] - 1)[:, None, None], -1)
+    sampled = scores.take_along_dim(position[:, None, None], -1)
     top = sampled.masked_fill(~counted, -(2.0**30)).amax(-1, keepdim=True)
     powers = (unit * math.log2(math.e))[..., None, None]
     lower = ((top - sampled) * powers).masked_fill(~counted, 0.0)
@@ -309,7 +293,8 @@ def score_ref(q, labels, label_map, seq_lens, config, window=None):
     """Label scores of all cached tokens: [B, HKV, S], integers as fp32, -inf where not eligible.
 
     In a group each head's scores are less by its log_weight_ref, and the largest counts: about
-    the largest logarithm of a token's softmax weights. q [B, HQ, D]; labels [B, HKV, W, S] int32; seq_lens [B] int32.
+    the largest logarithm of a token's softmax weights. q [B, HQ, D]; labels [B, HKV, W, S] int32;
+    seq_lens [B] int32.
     """
     S = labels.shape[-1]
     if labels.stride(0) == 0:
@@ -325,39 +310,31 @@ def score_ref(q, labels, label_map, seq_lens, config, window=None):
 # ---------------------------------------------------------------- the specification: select, attend
 
 
-def threshold_ref(scores, seq_lens, config, window=None):
-    """The score from which on tokens are attended to, [B, HKV]: N of a row's are expected to reach
-    it, or to be among those always attended; -inf where N is all of them.
-
-    Of `rest` eligible tokens that are not always attended, N less the others shall be chosen; so
-    the threshold is the score that this share of the sampled ones reaches. Shapes as in select_ref.
-    """
-    start, live = live_range(seq_lens, window)
-    budget = config.budget(live)
-    sinks = (seq_lens - config.recent).clamp(max=config.sink) - start
-    forced = live.clamp(max=config.recent) + sinks.clamp(min=0)
-    position, counted = sample_ref(seq_lens, window)
-    counted &= (position >= config.sink) & (position < seq_lens[:, None] - config.recent)
-
-    rest = (live - forced).clamp(min=1).long()
-    wanted = ((budget - forced) * counted.sum(1) + rest // 2) // rest  # [B]
-    sampled = scores.take_along_dim(position.clamp(max=scores.shape[2] - 1)[:, None], 2)
-    best = sampled.masked_fill(~counted[:, None], float("-inf")).sort(descending=True).values
-    nth = (wanted - 1).clamp(min=0, max=SAMPLE - 1)[:, None, None].expand(*scores.shape[:2], 1)
-    threshold = best.gather(2, nth)[..., 0].masked_fill((wanted < 1)[:, None], float("inf"))
-    return threshold.masked_fill((budget == live)[:, None], float("-inf"))
-
-
 def select_ref(scores, seq_lens, config, window=None):
-    """Which tokens are attended to, [B, HKV, S] bool: those whose score reaches threshold_ref, the
-    newest `recent` and the first `sink`.
+    """Which tokens are attended to, [B, HKV, S] bool: the newest `recent`, the first `sink`, and
+    those whose score reaches a threshold, by which N of a row's tokens are expected to be chosen.
 
+    Of the eligible tokens that are not always attended, N less the others shall be chosen; so the
+    threshold is the score that this share of the sampled ones reaches; -inf where N is all of them.
     scores [B, HKV, S] fp32, -inf where not eligible; seq_lens [B] int32.
     """
-    position, end = torch.arange(scores.shape[2], device=scores.device), seq_lens[:, None]
-    forced = (position < config.sink) | (position >= end - config.recent)
-    reached = scores >= threshold_ref(scores, seq_lens, config, window)[..., None]
-    return (reached | forced[:, None]) & eligible_tokens(seq_lens, scores.shape[2], window)[:, None]
+    S, end = scores.shape[2], seq_lens[:, None]
+    position, eligible = torch.arange(S, device=scores.device), eligible_tokens(seq_lens, S, window)
+    forced = eligible & ((position < config.sink) | (position >= end - config.recent))
+    live, always = eligible.sum(1), forced.sum(1)  # [B]
+    budget = config.budget(live)
+
+    position, counted = sample_ref(seq_lens, window)
+    counted &= (position >= config.sink) & (position < end - config.recent)
+    rest = (live - always).clamp(min=1)
+    wanted = ((budget - always) * counted.sum(1) + rest // 2) // rest
+    sampled = scores.take_along_dim(position[:, None], 2)
+    best = sampled.masked_fill(~counted[:, None], float("-inf")).sort(descending=True).values
+    nth = (wanted - 1).clamp(min=0, max=SAMPLE - 1)[:, None, None]
+    threshold = best.take_along_dim(nth, 2)  # [B, HKV, 1]
+    threshold = threshold.masked_fill((wanted < 1)[:, None, None], float("inf"))
+    threshold = threshold.masked_fill((budget == live)[:, None, None], float("-inf"))
+    return (forced[:, None] | (scores >= threshold)) & eligible[:, None]
 
 
 def attend_ref(q, k, v, seq_lens, chosen=None, window=None):
@@ -541,7 +518,8 @@ def _nth_best(keys, low, high, n):
 def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_strides, forced, budget,
                     unit, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                     WIDTHS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
-    """A row's and KV head's query codes, what each head's scores are less by, and threshold_ref.
+    """A row's and KV head's query codes, what each head's scores are less by, and the
+    threshold of select_ref.
 
     unit: of the scores, over the largest of the query's products. EARLY: the kernel before has
     written no label that counts here, nor seq_lens, which may be read while it still runs.
@@ -571,7 +549,7 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
     inside = (sampled < seq_len) & (sampled >= start)
     words = _load_words(labels + b * l_sb + h * l_sh, sampled, seq_len, l_sw, WIDTHS)
 
-    # how many sampled tokens threshold_ref wants; DSConfig.budget first
+    # how many sampled tokens select_ref wants; DSConfig.budget first
     wanted = ((live.to(tl.int64) * share + 2**30 - 1) >> 30).to(tl.int32)
     wanted = tl.where(n_tokens > 0, n_tokens, tl.maximum(wanted, min_tokens))
     wanted = tl.minimum(tl.where(live < dense_below, live, wanted), live)
@@ -955,42 +933,32 @@ def write_labels(k, positions, labels, label_map, config):
         label_strides=labels.stride()[:3], WIDTHS=label_map.widths, BLOCK_T=BLOCK_T)
 
 
-def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None,
-                 label_map=None):
-    """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in
-    attend_ref.
-
-    labels and label_map: if given, the label of each row's newest key is written, for sparse steps
-    to come.
-    """
-    if impl == "triton" or (impl == "auto" and q.is_cuda):
-        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels,
-                      label_map=label_map)
-    if labels is not None:
-        label_newest_ref(k, seq_lens, labels, label_map)
-    live = int(seq_lens.max())
-    return attend_ref(q, k[:, :, :live], v[:, :, :live], seq_lens, window=window)
-
-
 def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None,
-              label_newest=True):
-    """One query per row over the tokens that its label scores select.
+              all_tokens=False):
+    """One query per row over the tokens that its label scores select; without config, or with
+    all_tokens, over all eligible ones. Cost follows seq_lens, not S.
 
-    q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32; label_map: LabelMap of
-    this layer; seq_lens [B] int32, at least 1, newest token included; window: sliding window in
-    tokens or None; workspace: scratch of this shape, so that nothing but the output is allocated;
-    label_newest: write the label of each row's newest key; on a GPU seq_lens must then not come
-    from the kernel launched just before. Returns [B, HQ, D]. Rows may share one cache, k, v and
-    labels expanded along B, if its labels are there: without label_newest.
+    q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32 and label_map, this
+    layer's LabelMap, None without config; seq_lens [B] int32, at least 1, newest token included;
+    window: sliding window in tokens or None; workspace: scratch of this shape, so that nothing but
+    the output is allocated. Returns [B, HQ, D].
+
+    Writes the label of each row's newest key: on a GPU seq_lens must then not come from the kernel
+    launched just before. Rows may share one cache, k, v and labels expanded along B, if its labels
+    are there: none are written.
     """
-    shared = labels.stride(0) == 0 and len(q) > 1
-    assert not (label_newest and shared), "rows that share a cache would overwrite others' labels"
-    if config.use_triton(q):
+    shared = labels is not None and labels.stride(0) == 0 and len(q) > 1
+    label_newest = labels is not None and not shared
+    sparse = config is not None and not all_tokens
+    if config.use_triton(q) if config else q.is_cuda:
         return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels,
-                      label_map=label_map, config=config, label_newest=label_newest)
+                      label_map=label_map, config=config if sparse else None,
+                      label_newest=label_newest)
     if label_newest:
         label_newest_ref(k, seq_lens, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
-    k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
-    scores = score_ref(q, labels, label_map, seq_lens, config, window)
-    return attend_ref(q, k, v, seq_lens, select_ref(scores, seq_lens, config, window))
+    k, v, chosen = k[:, :, :S], v[:, :, :S], None
+    if sparse:
+        scores = score_ref(q, labels[..., :S], label_map, seq_lens, config, window)
+        chosen = select_ref(scores, seq_lens, config, window)
+    return attend_ref(q, k, v, seq_lens, chosen, window)

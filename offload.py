@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from ds_attention import (
-    Workspace, attend, attend_ref, dense_decode, label_newest_ref, score_ref, select_ref,
+    Workspace, attend, attend_ref, ds_decode, label_newest_ref, score_ref, select_ref,
     write_labels
 )
 from host_memory import (
@@ -568,7 +568,7 @@ class StreamedLayer(HostLayer):
         run = fetch if q.is_cuda else fetch_ref
         run(kv, stream.placed, self.host, self.newest, None, seq_lens)
         self.host.append(self.newest, seq_lens, q.is_cuda)
-        out = dense_decode(q, *kv.unbind(3), seq_lens, self.window, workspace=self.workspace)
+        out = ds_decode(q, *kv.unbind(3), None, None, seq_lens, None, self.window, self.workspace)
         stream.begin(self.number + 2)
         return out
 

@@ -53,12 +53,12 @@ import offload
 import pages
 import plan
 from config import PRESETS, ModelConfig
-from ds_attention import DSConfig, LabelMap
+from ds_attention import DSConfig
 from gpt_fast import GptFast
 from linear import Linear, Residual, choose_likeliest
 from model import (
-    Attention, KVCache, MoEFeedForward, Transformer, apply_rope, check_memory, load_label_maps,
-    load_model, memory_need, parameter_shapes
+    Attention, KVCache, MoEFeedForward, Transformer, apply_rope, check_memory, label_map_of,
+    load_label_maps, load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
 from tokenizer import Tokenizer, builtin_text
@@ -162,7 +162,7 @@ class Problem:
         channels = torch.stack([torch.randperm(self.D, generator=generator)
                                 for _ in range(self.HKV)])
         mean, std = 0.1 * torch.ones(2, self.HKV, self.D) * torch.tensor([1, 9])[:, None, None]
-        self.map = LabelMap.from_statistics(channels, mean, std, self.widths).to(DEVICE)
+        self.map = label_map_of(channels, mean, std, self.widths).to(DEVICE)
         allocated = self.B, self.HKV, ds.words_in(self.widths), -(-self.S // self.pad) * self.pad
         self.labels = torch.full(allocated, -1, dtype=torch.int32, device=DEVICE)[..., : self.S]
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).repeat(self.B, 1)
@@ -192,7 +192,7 @@ class Problem:
 def first_channels(HKV, C, widths):
     """A LabelMap of the first C channels, for keys of unit variance."""
     channels, zeros = torch.arange(C).expand(HKV, -1), torch.zeros(HKV, C)
-    return LabelMap.from_statistics(channels, zeros, zeros + 1, widths).to(DEVICE)
+    return label_map_of(channels, zeros, zeros + 1, widths).to(DEVICE)
 
 
 def mask_of(indices, n_tokens, S):
@@ -226,8 +226,8 @@ def test_label_kernel_equals_reference(case):
 @pytest.mark.parametrize("S, window", [(900, None), (900, 500), (6000, None)],
                          ids=["whole", "window", "sampled"])
 def test_a_group_is_pooled_by_softmax_weight(S, window):
-    """With labels that tell nearly all of q . k, scores are calibrate.pool's; a head of large logits does
-    not choose for others."""
+    """With labels that tell nearly all of q . k, scores are calibrate.pool's; a head of large
+    logits does not choose for others."""
     p = Problem(shapes(B=1, HQ=6, HKV=2, S=S, bits=8, C=64, window=window))
     p.q[:, ::3] *= 4
     unit = p.q[:, ::3] / p.q[:, ::3].norm(dim=-1, keepdim=True)
@@ -318,7 +318,7 @@ def test_each_row_decides_whether_it_is_sparse(more):
 
     workspace = p.workspace()
     torch.testing.assert_close(p.decode(workspace=workspace), p.decode("torch"), atol=1e-5, rtol=0)
-    ds.dense_decode(p.q, p.k, p.v, p.seq_lens, impl="triton", workspace=workspace)
+    p.decode(workspace=workspace, all_tokens=True)
     assert torch.equal(workspace.attended, n)
 
 
@@ -356,15 +356,16 @@ def test_decode_step_by_kernels_equals_reference(case):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_the_newest_keys_labels_are_written(impl):
-    """And nothing else is; nothing at all without label_newest or newest."""
+    """And nothing else is; nothing at all where rows share a cache, or without newest."""
     p = Problem(shapes(HQ=1, HKV=1, S=333, window=100, C=8))
     newest = (p.seq_lens - 1).long()[:, None, None, None]
     want, without = p.labels.clone(), p.labels.scatter(3, newest, 0)
-    dense = partial(ds.dense_decode, p.q, p.k, p.v, p.seq_lens, p.window, impl, label_map=p.map)
+    shared = copy.copy(p)
+    shared.labels = p.labels[:1].expand(2, -1, -1, -1)
     for step, written in [
-            (lambda: p.decode(impl), True), (lambda: p.decode(impl, label_newest=False), False),
-            (lambda: p.select(impl, newest=p.k), True), (lambda: p.select(impl), False),
-            (lambda: dense(labels=p.labels), True)]:
+            (lambda: p.decode(impl), True), (lambda: p.decode(impl, all_tokens=True), True),
+            (lambda: shared.decode(impl), False),
+            (lambda: p.select(impl, newest=p.k), True), (lambda: p.select(impl), False)]:
         p.labels.copy_(without)
         step()
         assert torch.equal(p.labels, want if written else without)
@@ -467,7 +468,7 @@ def test_dense_decode_equals_sdpa():
     sdpa = torch.nn.functional.scaled_dot_product_attention
     want = sdpa(p.q[:, :, None], p.k, p.v, enable_gqa=True)
     for impl in ("torch", "triton"):
-        got = ds.dense_decode(p.q, p.k, p.v, p.seq_lens, impl=impl)
+        got = p.decode(impl, all_tokens=True)
         torch.testing.assert_close(got, want[:, :, 0], atol=2e-6, rtol=0)
 
 
@@ -539,7 +540,7 @@ def random_model(seed=0, **more):
                       sink=1, recent=2)
     channels = torch.randperm(16)[:8].expand(model.config.n_kv_heads, -1)
     zeros = torch.zeros(channels.shape)
-    label_map = LabelMap.from_statistics(channels, zeros, zeros + 1, ((8, 4),))
+    label_map = label_map_of(channels, zeros, zeros + 1, ((8, 4),))
     return model, [label_map] * 3, config
 
 
@@ -1688,7 +1689,7 @@ def test_methods_by_kernels_equal_the_reference(method, monkeypatch):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
     if method == "ds":
         k, v, labels = (x.expand(3, *x.shape[1:]) for x in (p.k, p.v, layer.labels))
-        decoded = ds.ds_decode(q[:3], k, v, labels, p.map, lens[:3], config, label_newest=False)
+        decoded = ds.ds_decode(q[:3], k, v, labels, p.map, lens[:3], config)
         assert torch.equal(outs[0], decoded)
 
 
@@ -2051,7 +2052,7 @@ def test_bench_checks_its_attention_on_a_cpu(monkeypatch):
     assert row["max_rel_err"] < 1e-4 and row["ds_us"] > 0 and "speedup" not in row
     assert row["clustered_us"] > 0 and row["dense_us"] <= row["ours, all tokens_us"]
     monkeypatch.setattr(ds, "ds_decode", lambda q, k, v, labels, label_map, seq_lens, *_, **more:
-                        ds.dense_decode(q, k, v, seq_lens))
+                        ds.attend_ref(q, k, v, seq_lens))
     with pytest.raises(ValueError, match="the kernels are wrong: error 0.[1-9]"):
         bench.attention_row(*shape, config, "cpu")
 
