@@ -13,16 +13,13 @@ Weights are random without --checkpoint.
 """
 import argparse
 import contextlib
-import functools
 import gc
 import itertools
 import math
-import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -36,17 +33,52 @@ from cli import (
     default_dtype, label_bits, parse_sizes, pick_device, provenance, run_command
 )
 from config import PRESETS, ModelConfig
-from decode import DecodeStep, generate, now
+from decode import DecodeStep, generate
 from ds_attention import DSConfig, Workspace, write_labels
 from generate import load, load_maps
 from gpt_fast import time_gpt_fast
 from host_memory import PinnedPool, fetch, packs
-from items import generated_items, kv_document, spread, text_windows, texts_of
-from linear import largest, quantized
-from model import KVCache, Transformer, check_memory, label_map_of, parameter_shapes
+from items import spread, text_windows, texts_of
+from model import KVCache, Transformer, check_memory, label_map_of, random_model
 from offload import MIN_AGREEMENT, OffloadCache, Placement, idle_heads, predictable_layers
 from pages import RESULTS, TABLES, mode_name, newest_rows
-from timing import WARM_UP, copy_bandwidth, layer_us, median_s
+from timing import WARM_UP, copy_bandwidth, host_bandwidth, layer_us, median_s
+
+# ---------------------------------------------------------------- random K and V
+
+CPU_MODEL = ModelConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96,
+                        vocab_size=128, max_positions=512)
+MODELS = PRESETS | {"tiny": CPU_MODEL}
+
+
+def label_all(layer):
+    """Writes the labels of all of a layer's tokens."""
+    B, _, S, _, _ = layer.kv.shape
+    positions = torch.arange(S, dtype=torch.int32, device=layer.kv.device).expand(B, -1)
+    write_labels(layer.kv[..., 0, :], positions, layer.labels, layer.label_map, layer.ds)
+
+
+def random_cache(c, B, size, config, device, dtype, cache_type=KVCache):
+    """A cache full of random K and V and their labels, the same ones for each type of cache. c: the
+    ModelConfig.
+
+    K and V are as large as normed vectors through weights like random_model's. The label maps
+    choose the first channels: of random keys all are alike.
+    """
+    label_map = None
+    if config is not None:
+        channels = torch.arange(c.head_dim).expand(c.n_kv_heads, -1)
+        zeros = torch.zeros(channels.shape)
+        label_map = label_map_of(channels, zeros, zeros + 1, config.widths(c.head_dim))
+    cache = cache_type(c, B, size, device, dtype, config, [label_map] * c.n_layers)
+    generator = torch.Generator(device).manual_seed(parallel.rank())
+    for b in range(B):
+        for layer in cache.prefill_layers(b, 0, size):
+            layer.kv.normal_(generator=generator)
+            if layer.ds is not None:
+                label_all(layer)
+    return cache
+
 
 # ---------------------------------------------------------------- attention
 
@@ -57,92 +89,61 @@ SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536
 UNIFORM = 4  # the paper's bits per label dim; all shapes are timed with them, too, in as many bytes
 MORE_LABELS = ["48x2", "20x2,24x1", "32x2", "8x4", "32x1"]  # further ones, at (16, 16384)
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
-
-
-def channel_map(HKV, D, config, device):
-    """A LabelMap of the first channels, for random keys of unit variance."""
-    channels = torch.arange(D, device=device).expand(HKV, -1)
-    zeros = torch.zeros(channels.shape, device=device)
-    return label_map_of(channels, zeros, zeros + 1, config.widths(D))
-
-
-def label_all(kv, labels, label_map, config):
-    """Writes the labels of all tokens of kv [B, HKV, S, 2, D], some at a time."""
-    B, _, S, _, _ = kv.shape
-    for start in range(0, S, 16384):
-        positions = torch.arange(start, min(S, start + 16384), dtype=torch.int32,
-                                 device=kv.device).expand(B, -1).contiguous()
-        write_labels(kv[:, :, start : start + 16384, 0], positions, labels, label_map, config)
-
-
 CLUSTERED = 0.08  # share of the positions, in bands, that hold most of what clustered inputs select
 
 
-class Inputs:
-    """One decode call's random inputs: q, an interleaved KV cache and its labels.
+def decode_calls(count, B, S, HQ, HKV, D, dtype, config, device, clustered=False):
+    """Random inputs of `count` decode calls: [(q [B, HQ, D], LayerCache of S tokens), ...].
 
     clustered: keys in bands of random length and place, CLUSTERED of each head's, score 3 standard
     deviations above the others, as the passages do that real text attends to.
     """
-
-    def __init__(self, B, S, HQ, HKV, D, dtype, config, device, seed, clustered=False):
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
-
-        self.q = normal(B, HQ, D)
-        self.kv = normal(B, HKV, S, 2, D)
-        self.k, self.v = self.kv.unbind(3)
-        if clustered:
-            bands = (B, HKV, math.ceil(CLUSTERED * S / 256))  # of 256 tokens on average
-            begin, length = (torch.randint(*limits, bands, generator=generator, device=device)
-                             for limits in ((0, S), (16, 497)))
-            steps = torch.zeros(B, HKV, S + 1, device=device)
-            steps.scatter_add_(2, begin, torch.ones(bands, device=device))
-            steps.scatter_add_(2, (begin + length).clamp(max=S), -torch.ones(bands, device=device))
-            inside = (steps.cumsum(2)[..., :S] > 0.5).to(dtype)
-            q = self.q.float().view(B, HKV, -1, D)
-            toward = (3 * math.sqrt(D) * q / q.square().sum(-1, keepdim=True)).sum(2).to(dtype)
-            for k, mask, row in zip(self.k, inside, toward):  # one at a time: less memory
-                k += mask[..., None] * row[:, None]
-        self.map = channel_map(HKV, D, config, device)
-        self.labels = torch.zeros(B, HKV, ds.words_in(self.map.widths), S, device=device,
-                                  dtype=torch.int32)
-        label_all(self.kv, self.labels, self.map, config)
-        self.seq_lens = torch.full((B,), S, dtype=torch.int32, device=device)
+    layers = replace(CPU_MODEL, n_layers=count, n_heads=HQ, n_kv_heads=HKV, head_dim=D)
+    cache = random_cache(layers, B, S, replace(config, dense_layers=0), device, dtype)
+    generator = torch.Generator(device).manual_seed(1)
+    queries = torch.randn(count, B, HQ, D, generator=generator, device=device, dtype=dtype)
+    for q, layer in zip(queries, cache.layers if clustered else ()):
+        bands = (B, HKV, math.ceil(CLUSTERED * S / 256))  # of 256 tokens on average
+        begin, length = (torch.randint(*limits, bands, generator=generator, device=device)
+                         for limits in ((0, S), (16, 497)))
+        steps = torch.zeros(B, HKV, S + 1, device=device)
+        steps.scatter_add_(2, begin, torch.ones(bands, device=device))
+        steps.scatter_add_(2, (begin + length).clamp(max=S), -torch.ones(bands, device=device))
+        inside = (steps.cumsum(2)[..., :S] > 0.5).to(dtype)
+        q = q.float().view(B, HKV, -1, D)
+        toward = (3 * math.sqrt(D) * q / q.square().sum(-1, keepdim=True)).sum(2).to(dtype)
+        for k, mask, row in zip(layer.kv[..., 0, :], inside, toward):  # one at a time: less memory
+            k += mask[..., None] * row[:, None]
+        label_all(layer)
+    return list(zip(queries, cache.layers))
 
 
-def dense_kernels(x, workspace):
+def dense_kernels(q, layer, seq_lens, workspace):
     """SDPA's backends and our own, over one cache: {name: call} of [B, HQ, D] -> [B, HQ, 1, D]."""
-    gqa = x.q.shape[1] != x.k.shape[1]
+    k, v = layer.kv.unbind(3)
+    gqa = q.shape[1] != k.shape[1]
 
-    def call(backend):
-        def run():
-            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
-                return F.scaled_dot_product_attention(x.q[:, :, None], x.k, x.v, enable_gqa=gqa)
-        return run
+    def sdpa(backend=None):
+        with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=gqa)
 
-    return {"sdpa": call(None), "cudnn": call(SDPBackend.CUDNN_ATTENTION),
-            "flash": call(SDPBackend.FLASH_ATTENTION),
-            "ours, all tokens": lambda: ds.ds_decode(
-                x.q, x.k, x.v, None, None, x.seq_lens, None, workspace=workspace)[:, :, None]}
+    def ours():
+        return ds.ds_decode(q, k, v, None, None, seq_lens, None, workspace=workspace)[:, :, None]
+
+    return {"sdpa": sdpa, "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+            "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION), "ours, all tokens": ours}
 
 
-def check(x, config, out):
-    """out's relative error against fp32 attention over the reference's selection."""
+def relative_error(out, q, layer, seq_lens):
+    """Of `out` [B, HQ, D], over fp32 attention to what the reference selects."""
     errors, norms = 0.0, 0.0
-    for b in range(len(x.q)):
-        row = slice(b, b + 1)
-        q, k, v, seq_lens = x.q[row], x.k[row], x.v[row], x.seq_lens[row]
-        scores = ds.score_ref(q, x.labels[row], x.map, seq_lens, config)
-        chosen = ds.select_ref(scores, seq_lens, config)
-        for h in range(k.shape[1]):  # one head at a time: less memory
-            heads = slice(h * q.shape[1] // k.shape[1], (h + 1) * q.shape[1] // k.shape[1])
-            of_head = (x[:, h : h + 1] for x in (k, v))
-            exact = ds.attend_ref(q[:, heads].float(), *of_head, seq_lens, chosen[:, h : h + 1])
-            errors += (out[row, heads].double() - exact.double()).square().sum().item()
-            norms += exact.double().square().sum().item()
+    for b in range(len(q)):  # one at a time: less memory
+        row, one = slice(b, b + 1), layer.row(b)
+        scores = ds.score_ref(q[row], one.labels, one.label_map, seq_lens[row], one.ds)
+        chosen = ds.select_ref(scores, seq_lens[row], one.ds)
+        exact = ds.attend_ref(q[row].float(), *one.kv.unbind(3), seq_lens[row], chosen).double()
+        errors += (out[row].double() - exact).square().sum().item()
+        norms += exact.square().sum().item()
     return math.sqrt(errors / norms)
 
 
@@ -150,43 +151,43 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
     """Checks, then times one shape: the row of results/attention.jsonl. Raises ValueError if the
     kernels are wrong."""
     row = {"bench": "attention", "B": B, "S": S, "HQ": HQ, "HKV": HKV, "D": D,
-           "dtype": str(dtype).removeprefix("torch."), "label_bits": bits_of(config.widths(D)),
-           "label_channels": ds.dims_in(config.widths(D)), "n_tokens": config.budget(S),
+           "dtype": str(dtype).removeprefix("torch."), "n_tokens": config.budget(S),
+           "label_channels": ds.dims_in(config.widths(D)), "label_bits": bits_of(config.widths(D)),
            "max_rel_err": 0.0}
     workspace = Workspace(B, HQ, HKV, D, S, torch.device(device), config)
+    seq_lens = torch.full((B,), S, dtype=torch.int32, device=device)
 
-    def step(x):
-        return ds.ds_decode(x.q, x.k, x.v, x.labels, x.map, x.seq_lens, config, workspace=workspace)
+    def step(q, layer):
+        return ds.ds_decode(q, *layer.kv.unbind(3), layer.labels, layer.label_map, seq_lens, config,
+                            workspace=workspace)
 
-    def bracket(x):
-        ds.bracket(x.q, x.labels, x.map, x.seq_lens, config, None, workspace)
+    def bracket(q, layer):
+        ds.bracket(q, layer.labels, layer.label_map, seq_lens, config, None, workspace)
 
     def read_bytes(n):
         return B * HKV * (S * ds.words_in(config.widths(D)) * 4 + n * 2 * D * dtype.itemsize)
 
-    def checked_inputs(clustered):
-        """Many enough not to stay in the L2 cache; and how many tokens each attends to."""
-        copies = math.ceil(L2_BYTES / read_bytes(row["n_tokens"])) if device != "cpu" else 1
-        xs = [Inputs(B, S, HQ, HKV, D, dtype, config, device, seed, clustered)
-              for seed in range(copies)]
-        attended = []
-        for x in xs:
-            workspace.attended.zero_()
-            error = check(x, config, step(x))
+    def checked_calls(clustered):
+        """So many that no inputs stay in the L2 cache; how many tokens each call attends to."""
+        count = math.ceil(L2_BYTES / read_bytes(row["n_tokens"])) if device != "cpu" else 1
+        calls = decode_calls(count, B, S, HQ, HKV, D, dtype, config, device, clustered)
+        workspace.attended.zero_()
+        for q, layer in calls:
+            error = relative_error(step(q, layer), q, layer, seq_lens)
             if not error <= 0.01:  # nor is it a number
                 raise ValueError(f"the kernels are wrong: error {error:.2g} of {B} x {S} tokens, "
                                  f"{HQ}/{HKV} heads, labels of {row['label_bits']} bit")
             row["max_rel_err"] = max(row["max_rel_err"], error)
-            attended.append(workspace.attended.double().mean().item())
-        return xs, statistics.mean(attended)
+        return calls, workspace.attended.double().mean().item() / count
 
-    xs, attended = checked_inputs(clustered=False)
-    n, kernels = row["n_tokens"], [dense_kernels(x, workspace) for x in xs]
-    if config.use_triton(xs[0].q):
+    calls, attended = checked_calls(clustered=False)
+    n, kernels = row["n_tokens"], [dense_kernels(*call, seq_lens, workspace) for call in calls]
+    if config.use_triton(calls[0][0]):
         n = row["attended"] = attended
-        row["bracket_us"] = layer_us([partial(bracket, x) for x in xs], device)
-    row |= {"bytes": read_bytes(n), "ds_us": layer_us([partial(step, x) for x in xs], device)}
-    exact = ds.attend_ref(xs[0].q[:1].float(), xs[0].k[:1], xs[0].v[:1], xs[0].seq_lens[:1])
+        row["bracket_us"] = layer_us([partial(bracket, *call) for call in calls], device)
+    row |= {"bytes": read_bytes(n), "ds_us": layer_us([partial(step, *x) for x in calls], device)}
+    q, layer = calls[0]
+    exact = ds.attend_ref(q[:1].float(), *layer.row(0).kv.unbind(3), seq_lens[:1])
     timed = {}
     for name in kernels[0]:
         try:
@@ -199,9 +200,9 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
         row[f"{name}_us"] = timed.get(name)
     row["dense_kernel"] = min(timed, key=timed.get)
     row["dense_us"] = timed[row["dense_kernel"]]
-    del xs, kernels
-    xs, _ = checked_inputs(clustered=True)
-    row["clustered_us"] = layer_us([partial(step, x) for x in xs], device)
+    del calls, kernels, q, layer
+    calls, _ = checked_calls(clustered=True)
+    row["clustered_us"] = layer_us([partial(step, *call) for call in calls], device)
     if device != "cpu":
         row |= {"copy_gb_per_s": copy_bandwidth(device) / 1e9,
                 "limit_us": row["bytes"] / copy_bandwidth(device) * 1e6,
@@ -220,11 +221,11 @@ def run_attention(args, device):
         others += [((16, 16384, 32, 32), labels) for labels in MORE_LABELS]
         settings += [(shape, replace(config, label_bits=labels)) for shape, labels in others]
     if device == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if ds.INTERPRETED.value:
             config = replace(config, impl="triton")
         else:
-            print("without TRITON_INTERPRET=1 the kernels cannot run here: the reference stands "
-                  "in for them", file=sys.stderr)
+            print("the reference stands in for kernels: to check these set TRITON_INTERPRET=1",
+                  file=sys.stderr)
         settings = [((1, 1000, 4, 2), config)]
     if args.shapes:
         HQ, HKV = parse_sizes("heads", args.heads, "32/8", "/")[0]
@@ -245,50 +246,6 @@ STEPS += [("Llama-3.1-8B", B, S) for B, S in [(1, 32768), (8, 32768), (16, 32768
 PREFILLS = [("Llama-2-7B", 1, 16384), ("Llama-2-7B", 1, 131072)]
 MODES = ("prefill", "gpt_fast", "dense", "ds", "prefill_int8", "dense_int8", "ds_int8")
 DATASHEET = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}  # bytes per second of memory
-CPU_MODEL = ModelConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96,
-                        vocab_size=128, max_positions=512)
-MODELS = PRESETS | {"tiny": CPU_MODEL}
-
-
-def random_model(config, device, dtype, quantize=None):
-    """A Transformer with random weights, made where they stay; no end of text or sliding window.
-    quantize: as for load_model, a tensor at a time."""
-    config = replace(config, eos_ids=(), sliding_window=None)
-    with torch.device("meta"):
-        model = Transformer(config)
-    if quantize:
-        model.requires_grad_(False).quantize()
-    alike, own = (torch.Generator(device).manual_seed(seed) for seed in (0, 1 + parallel.rank()))
-    ours, weights = model.state_dict(), {}
-    for name, shape in parameter_shapes(config).items():
-        weights[name] = torch.ones(shape, device=device, dtype=dtype)
-        if len(shape) > 1:
-            generator = own if parallel.split(name, config) else alike
-            weights[name].normal_(0, 0.02, generator=generator)
-        scale = name.removesuffix("weight") + "scale"
-        if scale in ours:
-            weights[name], weights[scale] = quantized(weights[name], largest(weights[name]))
-    model.load_state_dict(weights, assign=True)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def random_cache(model, B, size, config, device, cache_type=KVCache):
-    """A cache full of random K and V and their labels, the same ones for each type of cache.
-
-    K and V are as large as normed vectors through weights like random_model's. The label maps
-    choose channels: of random keys all are alike.
-    """
-    label_map = config and channel_map(model.config.n_kv_heads, model.config.head_dim, config,
-                                       device)
-    cache = cache_type(model.config, B, size, device, model.dtype, config,
-                       [label_map] * model.config.n_layers)
-    generator = torch.Generator(device).manual_seed(parallel.rank())
-    for b in range(B):
-        for layer in cache.prefill_layers(b, 0, size):
-            layer.kv.normal_(generator=generator)
-            if layer.ds is not None:
-                label_all(layer.kv, layer.labels, label_map, config)
-    return cache
 
 
 def time_steps(model, cache, S, steps, device, temperature=0.0):
@@ -307,22 +264,19 @@ def time_steps(model, cache, S, steps, device, temperature=0.0):
 
 def time_decode(model, B, S, steps, device, config):
     """(seconds per step, bytes of weights and cache read), config: DSConfig or None for dense."""
-    cache = random_cache(model, B, S + steps + WARM_UP, config, device)
+    cache = random_cache(model.config, B, S + steps + WARM_UP, config, device, model.dtype)
     _, seconds, _ = time_steps(model, cache, S, steps, device)
     view = cache if cache.sparse_at(S) else cache.all_tokens()
     return seconds, model.weight_bytes(B) + view.read_bytes(torch.full((B,), S))[0]
 
 
 def time_prefill(model, B, S, device, config):
-    """(seconds of a warm prefill, and from the process's start to its first run's first token)."""
-    cache = random_cache(model, B, S + 1, config, device)
+    """Seconds of a warm prefill, and from the process's start to its first token: a dict."""
+    cache = random_cache(model.config, B, S + 1, config, device, model.dtype)
     prompts = torch.randint(3, model.config.vocab_size, (B, S)).tolist()
     cold_start_s = generate(DecodeStep(model, cache), prompts, 1).cold_start_s
-    begin = now(torch.device(device))
-    model.prefill(prompts, cache)
-    end = now(torch.device(device))
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e-3, cold_start_s
+    prefill_s = median_s(partial(model.prefill, prompts, cache), 1, device)
+    return {"prefill_s": prefill_s, "cold_start_s": cold_start_s}
 
 
 def tidy(device):
@@ -362,8 +316,7 @@ def time_mode(mode, model, B, S, steps, device, config):
     """What a row says of one of MODES, whose weights the model has: a dict."""
     check_fit(model, B, S + steps + WARM_UP, config, device)
     if mode.startswith("prefill"):
-        prefill_s, cold_start_s = time_prefill(model, B, S, device, config)
-        return {"prefill_s": prefill_s, "cold_start_s": cold_start_s}
+        return time_prefill(model, B, S, device, config)
     seconds, read = (time_gpt_fast(model, B, S, steps) if mode == "gpt_fast"
                      else time_decode(model, B, S, steps, device, config))
     return {"ms_per_step": seconds * 1e3, "tokens_per_s": B / seconds, "bytes_per_step": read}
@@ -404,23 +357,18 @@ def generate_rows(name, model_of, B, S, modes, configs, steps, device):
     return rows
 
 
-def random_models(device, compiled):
-    """model_of(name, quantize=None): one of MODELS with random weights. It is kept, and must not be
-    in use when another is asked for. compiled: its blocks are."""
-    held = {}
-
-    def model_of(name, quantize=None):
-        if (name, quantize) not in held:
-            held.clear()
-            tidy(device)
-            config, dtype = parallel.share(MODELS[name], parallel.size()), default_dtype(device)
-            held[name, quantize] = random_model(config, device, dtype, quantize)
-            if compiled:
-                held[name, quantize].compile_blocks()
-            tidy(device)
-        return held[name, quantize]
-
-    return model_of
+def kept_model(kept, device, name, quantize=None, compiled=False):
+    """One of MODELS with random weights. `kept`, a dict, holds it until another is asked for, when
+    it must not be in use. compiled: its blocks are."""
+    if (name, quantize) not in kept:
+        kept.clear()
+        tidy(device)
+        config, dtype = parallel.share(MODELS[name], parallel.size()), default_dtype(device)
+        kept[name, quantize] = random_model(config, device, dtype, quantize)
+        if compiled:
+            kept[name, quantize].compile_blocks()
+        tidy(device)
+    return kept[name, quantize]
 
 
 def shapes_of(args, device, modes, settings, example):
@@ -436,9 +384,6 @@ def shapes_of(args, device, modes, settings, example):
         settings = [(name, *shape, modes) for shape in shapes]
     for name, *_ in settings:
         check_layers(DSConfig(dense_layers=max(args.dense_layers)), MODELS[name])
-        if MODELS[name].n_experts and "gpt_fast" in modes:
-            raise ValueError("modes=gpt_fast: does not know expert layers; leave it out with "
-                             "--modes dense ds")
     return tqdm(settings, desc=args.what, unit="shape", leave=False)
 
 
@@ -454,7 +399,7 @@ def run_generate(args, device):
     settings = ([(*row, ["prefill"]) for row in PREFILLS if "prefill" in modes]
                 + [(*row, timed) for row in STEPS if timed])
     compiled = args.compile and device != "cpu"
-    model_of, rows = random_models(device, compiled), []
+    model_of, rows = partial(kept_model, {}, device, compiled=compiled), []
     for name, B, S, of_shape in shapes_of(args, device, modes, settings, "1x16384"):
         is_first = not rows
         rows = generate_rows(name, model_of, B, S, of_shape, configs, args.steps, device)
@@ -478,26 +423,18 @@ OFFLOADS = [("Llama-3.1-8B", 1, 786432, ("gpu", "offload")),
 FLEXGEN_STEPS = 3  # at most: they take seconds, and all the same time
 
 
-def host_bandwidth(host, device):
-    """Bytes per second of a copy of pinned memory to the GPU."""
-    to = torch.empty(host.shape, dtype=host.dtype, device=device)
-    return host.nbytes / median_s(lambda: to.copy_(host, non_blocking=True), 5, device)
-
-
 def gather_bandwidth(cache, device):
     """Bytes per second of `fetch` alone, of one token in 16 of a layer's, in order, as selections
     are: what a step's fetches can reach. What the cache has on the GPU is overwritten."""
-    host = cache.offloaded()[-1].host
+    host, lens = cache.offloaded()[-1].host, cache.seq_lens
     B, HKV, S = host.kv.shape[:3]
     nth = torch.arange(S // 16, dtype=torch.int32, device=device).expand(B, HKV, -1)
     placed = Placement(B, HKV, S // 16, device)
-    placed.rows.copy_(nth)
-    placed.missing.copy_(nth)
+    placed.rows[:] = placed.missing[:] = nth
     placed.n_missing.fill_(S // 16)
     tokens = 16 * nth + torch.randint(16, nth.shape, dtype=torch.int32, device=device)
-    seconds = median_s(lambda: fetch(cache.kv, placed, host, None, tokens, cache.seq_lens), 5,
-                           device)
-    return nth.numel() * host.row_bytes(cache.seq_lens) / seconds
+    seconds = median_s(lambda: fetch(cache.kv, placed, host, None, tokens, lens), 5, device)
+    return nth.numel() * host.row_bytes(lens) / seconds
 
 
 @dataclass(kw_only=True)
@@ -508,22 +445,22 @@ class Source:
     name: str  # of the model
     model: Transformer
     B: int
-    S: int  # tokens of a prompt, at most
+    S: int  # tokens of a prompt
     prompts: list | None = None
     data: str | None = None  # where they are from
-    checkpoint: Path | None = None
+    maps: list | None = None  # a LabelMap of each layer
     predictable: list | None = None  # layers: random weights are not calibrated, so all
 
     def decode(self, size, steps, config, cache_type):
         """(cache, seconds per step, tokens, logits of one more step)"""
         model, device = self.model, self.model.device.type
+        shape = self.B, size
         if self.prompts is None:
-            cache = random_cache(model, self.B, size, config, device, cache_type)
+            cache = random_cache(model.config, *shape, config, device, model.dtype, cache_type)
             # sampled: a greedy text of random weights repeats itself, and its selections with it
             step, seconds, tokens = time_steps(model, cache, self.S, steps, device, temperature=1.0)
         else:
-            maps = config and load_maps(self.checkpoint, model.config, config, device)
-            cache = cache_type(model.config, self.B, size, device, model.dtype, config, maps)
+            cache = cache_type(model.config, *shape, device, model.dtype, config, self.maps)
             step = DecodeStep(model, cache)
             result = generate(step, self.prompts, steps)
             seconds, tokens = statistics.median(result.step_s), torch.tensor(result.token_ids)
@@ -532,31 +469,27 @@ class Source:
         return cache, seconds, tokens, model.decode(step.tokens, step.views[sparse])
 
 
-def prompts_of(args, modes, device):
-    """Yields a Source for each of --shapes: cut from --data, or key-value questions."""
+def text_sources(args, modes, device):
+    """Yields a Source for each of --shapes, of prompts cut from --data."""
+    shapes = parse_sizes("shapes", args.shapes or "32x4000", "32x4000,1x4000")
     model, tokenizer, checkpoint = load(args.checkpoint, device, default_dtype(device))
     check_layers(DSConfig(dense_layers=max(args.dense_layers)), model.config)
-    model.config = replace(model.config, eos_ids=())  # all rows of a batch go on to the end
-    load_maps(checkpoint, model.config, DSConfig(), device)  # calibrates, if nobody has
-    predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT,
-                                     "predicted" if "offload_predicted" in modes else "exact")
-    data, texts = texts_of(args.data) if args.data else ("key-value retrieval", None)
-
-    @functools.cache  # cutting takes longer than decoding
-    def windows(S):
-        return text_windows(tokenizer, texts, S - len(tokenizer.prefix))
-
-    shapes = parse_sizes("shapes", args.shapes or "32x4000", "32x4000,1x4000")
     shortest, longest = min(S for _, S in shapes), max(S for _, S in shapes) + args.steps + WARM_UP
     if shortest <= len(tokenizer.prefix) or longest > model.config.max_positions:
         raise ValueError(f"shapes={args.shapes}: a prompt must hold text, and with the steps be of "
                          f"at most the model's {model.config.max_positions} positions, not "
                          f"{longest}")
+    model.config = replace(model.config, eos_ids=())  # all rows of a batch go on to the end
+    maps = load_maps(checkpoint, model.config, DSConfig(), device)
+    predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT,
+                                     "predicted" if "offload_predicted" in modes else "exact")
+    data, texts = texts_of(args.data)
+    windows = {S: text_windows(tokenizer, texts, S - len(tokenizer.prefix))
+               for S in {S for _, S in shapes}}
     for B, S in shapes:
-        prompts = (spread(windows(S), B) if texts else
-                   [item["prompt"] for item in generated_items(tokenizer, kv_document, [S], B)])
+        prompts = spread(windows[S], B)
         yield Source(name=checkpoint.name, model=model, B=len(prompts), S=S, prompts=prompts,
-                     data=data, checkpoint=checkpoint, predictable=predictable)
+                     data=data, maps=maps, predictable=predictable)
 
 
 def offload_runs(model, B, size, modes, configs, args):
@@ -602,8 +535,8 @@ def offload_rows(source, modes, configs, args, pool):
                 host = pool.layers(c, B, size, dtype, device)
                 cache_type = partial(cache_type, host=host)
             cache, seconds, tokens, logits = source.decode(size, row["steps"], config, cache_type)
-            row |= {"gpu_kv_bytes": cache.kv_bytes(), "gpu_label_bytes": cache.label_bytes()}
-            row |= cache.statistics()
+            row |= {"gpu_kv_bytes": cache.kv_bytes(), "gpu_label_bytes": cache.label_bytes(),
+                    **cache.statistics()}
             if mode == "gpu":
                 outs[config.dense_layers] = tokens, logits
             elif config and config.dense_layers in outs:
@@ -632,12 +565,12 @@ def run_offload(args, device):
     modes, pool = args.modes or OFFLOAD_MODES, PinnedPool()
     configs = [DSConfig(dense_layers=n, dense_below=0) for n in args.dense_layers]
     if args.checkpoint:
-        for source in prompts_of(args, modes, device):
+        for source in text_sources(args, modes, device):
             yield offload_rows(source, modes, configs, args, pool)
         return
     if device == "cpu":
         configs = [replace(config, min_tokens=64) for config in configs]
-    model_of = random_models(device, compiled=False)
+    model_of = partial(kept_model, {}, device)
     settings = [(*row[:3], args.modes or row[3]) for row in OFFLOADS]
     for name, B, S, of_shape in shapes_of(args, device, modes, settings, "1x131072"):
         # not kept: the next model takes its place
@@ -662,54 +595,49 @@ def parse_arguments(words=None):
     attention, steps, offload = (commands.add_parser(name, help=what) for name, what in (
         ("attention", "decode attention alone"), ("generate", "whole decode steps, and prefill"),
         ("offload", "decode steps with K and V in host memory")))
-    for command in (attention, steps, offload):
-        command.add_argument("--shapes",
-                             help="BxS, comma-separated, S in tokens (default: several)")
-        command.add_argument("--no_save", action="store_true",
-                             help="print the rows, but leave the results file as it is")
-        command.add_argument("--device", default=argparse.SUPPRESS,
-                             help="cuda or cpu (default: cuda; on a CPU one small shape is "
-                                  "checked, and nothing saved)")
-    attention.add_argument("--heads", default="32/32",
-                           help="query/KV heads for --shapes (default %(default)s)")
-    attention.add_argument("--head_dim", type=Number(int, 8, 256), default=128,
-                           help="channels per head (default %(default)s)")
-    attention.add_argument("--sparsity", type=Number(float, 1.01, 1e6), default=DSConfig.sparsity,
-                           help="1/R of tokens and label bytes (default %(default)g)")
-    attention.add_argument("--label_bits", type=label_bits,
-                           help="dims x bits as 8x4,48x2, or bits of as many dims as fit")
-    for command, modes, what in (
-            (steps, MODES, "prefill; decode steps as gpt-fast's, dense, or Double Sparsity as "
-                           "generate.py has it; _int8 with the weights rounded (gpt_fast compiles "
-                           "for some minutes per shape, and runs as one process)"),
-            (offload, OFFLOAD_MODES, "all K and V streamed as FlexGen does, likewise but packed, "
-                                     "Double Sparsity with K and V on the GPU, with them in host "
-                                     "memory, and then attending to what was predicted of each "
-                                     "layer")):
-        command.add_argument("--model", choices=PRESETS,
-                             help="whose shape, without a sliding window (default: several)")
-        command.add_argument("--modes", nargs="+", choices=modes, help=f"{what} (default: all)")
-        command.add_argument("--steps", type=Number(int, 2), default=50,
-                             help="steps timed, the median counts; of flexgen at most "
-                                  f"{FLEXGEN_STEPS} (default %(default)s)")
-        command.add_argument("--dense_layers", type=Number(int, 0), nargs="+",
-                             default=[DSConfig.dense_layers, 0],
-                             help="of ds, gpu and offload, a row for each (default %(default)s)")
+    for add in (attention.add_argument, steps.add_argument, offload.add_argument):
+        add("--shapes", help="BxS, comma-separated, S in tokens (default: several)")
+        add("--no_save", action="store_true", help="print the rows, and save nothing")
+        add("--device", default=argparse.SUPPRESS,
+            help="cuda or cpu (default: cuda; on a CPU one small shape is checked, and nothing "
+                 "saved)")
+
+    add = attention.add_argument
+    add("--heads", default="32/32", help="query/KV heads for --shapes (default %(default)s)")
+    add("--head_dim", type=Number(int, 8, 256), default=128,
+        help="channels per head (default %(default)s)")
+    add("--sparsity", type=Number(float, 1.01, 1e6), default=DSConfig.sparsity,
+        help="1/R of tokens and label bytes (default %(default)g)")
+    add("--label_bits", type=label_bits,
+        help="dims x bits as 8x4,48x2, or bits of as many dims as fit")
+
+    for add, modes, what in (
+            (steps.add_argument, MODES,
+             "prefill; steps as gpt-fast's (one process, compiled for some minutes per shape), "
+             "dense, or as generate.py's; _int8 with the weights rounded"),
+            (offload.add_argument, OFFLOAD_MODES,
+             "all K and V streamed as FlexGen does, likewise but packed; Double Sparsity with K "
+             "and V on the GPU, in host memory, and attending to what was predicted")):
+        add("--model", choices=PRESETS, help="whose shape, no sliding window (default: several)")
+        add("--modes", nargs="+", choices=modes, help=f"{what} (default: all)")
+        add("--steps", type=Number(int, 2), default=50,
+            help="steps timed, the median counts; of flexgen at most "
+                 f"{FLEXGEN_STEPS} (default %(default)s)")
+        add("--dense_layers", type=Number(int, 0), nargs="+", default=[DSConfig.dense_layers, 0],
+            help="of ds, gpu and offload, a row for each (default %(default)s)")
     steps.add_argument("--dense_below", type=Number(int, 0), default=DSConfig.dense_below,
                        help="tokens below which ds attends to everything (default %(default)s)")
     steps.add_argument("--compile", action="store_true",
                        help="blocks go through torch.compile, which prefill shows")
-    offload.add_argument("--budgets", type=Number(float, 1, 1e6), nargs="+", default=[1, 2],
-                         metavar="X",
-                         help="tokens resident on the GPU, in multiples of those attended, a row "
-                              "for each (default %(default)s)")
-    offload.add_argument("--prefetch_heads", type=Number(int, 0), nargs="+", metavar="HEADS",
-                         help="KV heads whose tokens are fetched ahead, a row for each (default: "
-                              "generate.py's)")
-    offload.add_argument("--checkpoint", help="its weights continue B prompts of S tokens")
-    offload.add_argument("--data", type=InputFile(),
-                         help="with --checkpoint: text to cut prompts from (default: generated "
-                              "key-value retrieval)")
+
+    add = offload.add_argument
+    add("--budgets", type=Number(float, 1, 1e6), nargs="+", default=[1, 2], metavar="X",
+        help="resident tokens in multiples of those attended, a row for each (default %(default)s)")
+    add("--prefetch_heads", type=Number(int, 0), nargs="+", metavar="HEADS",
+        help="KV heads whose tokens are fetched ahead, a row for each (default: generate.py's)")
+    add("--checkpoint", help="its weights continue B prompts of S tokens")
+    add("--data", type=InputFile(),
+        help="with --checkpoint: text to cut prompts from (default: the built-in text)")
     args = parser.parse_args(words)
     if args.what == "offload" and args.data and not args.checkpoint:
         raise ValueError(f"data={args.data}: random weights have no use for text; give a "
@@ -729,8 +657,7 @@ def measure(args):
         newest_rows(args.what)  # it is ours
     for of_shape in BENCHES[args.what](args, device):
         rows += of_shape
-        if device != "cpu":
-            torch.cuda.empty_cache()
+        tidy(device)
         if saved:
             append_json_lines(path, of_shape)
     return rows

@@ -11,6 +11,7 @@ import hashlib
 import json
 import lzma
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -215,6 +216,8 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
     rows = [spread_queries(first, end, config.n_heads, device)  # within the context, and past it
             for first, end in ((context // 2, context), (context, longest)) if first < end]
+    if not ds.sparse_at(longest):
+        print(f"of {longest} tokens all are attended: the figures say nothing", file=sys.stderr)
     generator = torch.Generator().manual_seed(seed)
     widths = ds.widths(config.head_dim)
     everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])

@@ -115,16 +115,22 @@ def open_gguf(path: Path) -> tuple[_Metadata, dict]:
 
 
 def unpack_gguf(path: Path, made: Path) -> dict[str, GGUFTensor]:
-    """Writes the small files of a Hugging Face directory to `made`; returns its tensors by name."""
-    metadata, tensors = open_gguf(path)
-    config = gguf_config(metadata, tensors)
-    head_dim = ModelConfig.from_dict(config).head_dim
-    (made / "config.json").write_text(json.dumps(config, indent=2))
-    write_gguf_tokenizer(metadata, made)
-    tensors.pop("rope_freqs.weight", None)  # config.json has it
-    interleaved = head_dim if metadata["general.architecture"] == "llama" else None
-    return {name: found for tensor in tensors.values()
-            for name, found in _gguf_tensors(tensor, interleaved)}
+    """Writes the small files of a Hugging Face directory to `made`; returns its tensors by name.
+    Raises ValueError, naming the file, for one that is not a model that we know."""
+    try:
+        metadata, tensors = open_gguf(path)
+        config = gguf_config(metadata, tensors)
+        head_dim = ModelConfig.from_dict(config).head_dim
+        (made / "config.json").write_text(json.dumps(config, indent=2))
+        write_gguf_tokenizer(metadata, made)
+        tensors.pop("rope_freqs.weight", None)  # config.json has it
+        interleaved = head_dim if metadata["general.architecture"] == "llama" else None
+        return {name: found for tensor in tensors.values()
+                for name, found in _gguf_tensors(tensor, interleaved)}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: metadata of the wrong kind ({error!r})") from None
 
 
 def gguf_config(metadata: _Metadata, tensors: dict) -> dict:

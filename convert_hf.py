@@ -109,48 +109,47 @@ def open_shard(path):
     for name, tensor in shard.items():
         if tensor.is_meta or tensor.layout != torch.strided:
             raise ValueError(f"{path}: {name} is a {'meta' if tensor.is_meta else 'sparse'} "
-                             "tensor, which holds no weights as they are; save the model again "
-                             "with dense ones")
+                             "tensor: save the model again with dense ones")
     return shard
 
 
-def hf_pieces(config, fused_experts):
+def hf_pieces(config, found):
     """{our name: {Hugging Face name: shape}}: the pieces whose bytes, in turn, are our tensor's.
-
-    `fused_experts`: Mixtral as of transformers 5, all experts in one tensor, not as on the hub.
-    """
+    found: names of the source's tensors."""
     dim, ffn, E, D = config.dim, config.ffn_dim, config.n_experts, config.head_dim
     qkv_rows = {"q": config.n_heads * D, "k": config.n_kv_heads * D, "v": config.n_kv_heads * D}
+    layer = {
+        "attn_norm.weight": {"input_layernorm.weight": (dim,)},
+        "attn.wqkv.weight": {f"self_attn.{x}_proj.weight": (rows, dim)
+                             for x, rows in qkv_rows.items()},
+        "attn.wo.weight": {"self_attn.o_proj.weight": (dim, config.n_heads * D)},
+        "ffn_norm.weight": {"post_attention_layernorm.weight": (dim,)}}
+    if config.qkv_bias:
+        layer["attn.wqkv.bias"] = {f"self_attn.{x}_proj.bias": (rows,)
+                                   for x, rows in qkv_rows.items()}
+    if config.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            layer[f"attn.{norm}.weight"] = {f"self_attn.{norm}.weight": (D,)}
+    if E == 0:
+        layer["ffn.w13.weight"] = {f"mlp.{x}_proj.weight": (ffn, dim) for x in ("gate", "up")}
+        layer["ffn.w2.weight"] = {"mlp.down_proj.weight": (dim, ffn)}
+    elif any(name.endswith("mlp.experts.gate_up_proj") for name in found):
+        # as in transformers 5's memory, all experts in one tensor, not as on the hub
+        layer["ffn.router.weight"] = {"mlp.gate.weight": (E, dim)}
+        layer["ffn.w13.weight"] = {"mlp.experts.gate_up_proj": (E, 2 * ffn, dim)}
+        layer["ffn.w2.weight"] = {"mlp.experts.down_proj": (E, dim, ffn)}
+    else:
+        expert = "block_sparse_moe.experts.{}.{}.weight".format
+        layer["ffn.router.weight"] = {"block_sparse_moe.gate.weight": (E, dim)}
+        layer["ffn.w13.weight"] = {expert(e, w): (ffn, dim)
+                                   for e in range(E) for w in ("w1", "w3")}
+        layer["ffn.w2.weight"] = {expert(e, "w2"): (dim, ffn) for e in range(E)}
+
     pieces = {"embed.weight": {EMBEDDING: (config.vocab_size, dim)}}
     for i in range(config.n_layers):
-        ours, hf, attn = f"layers.{i}", f"model.layers.{i}", f"model.layers.{i}.self_attn"
-        pieces[f"{ours}.attn_norm.weight"] = {f"{hf}.input_layernorm.weight": (dim,)}
-        pieces[f"{ours}.attn.wqkv.weight"] = {f"{attn}.{x}_proj.weight": (rows, dim)
-                                              for x, rows in qkv_rows.items()}
-        if config.qkv_bias:
-            pieces[f"{ours}.attn.wqkv.bias"] = {f"{attn}.{x}_proj.bias": (rows,)
-                                                for x, rows in qkv_rows.items()}
-        if config.qk_norm:
-            for norm in ("q_norm", "k_norm"):
-                pieces[f"{ours}.attn.{norm}.weight"] = {f"{attn}.{norm}.weight": (D,)}
-        pieces[f"{ours}.attn.wo.weight"] = {f"{attn}.o_proj.weight": (dim, config.n_heads * D)}
-        pieces[f"{ours}.ffn_norm.weight"] = {f"{hf}.post_attention_layernorm.weight": (dim,)}
-        if E == 0:
-            pieces[f"{ours}.ffn.w13.weight"] = {f"{hf}.mlp.gate_proj.weight": (ffn, dim),
-                                                f"{hf}.mlp.up_proj.weight": (ffn, dim)}
-            pieces[f"{ours}.ffn.w2.weight"] = {f"{hf}.mlp.down_proj.weight": (dim, ffn)}
-        elif fused_experts:
-            pieces[f"{ours}.ffn.router.weight"] = {f"{hf}.mlp.gate.weight": (E, dim)}
-            pieces[f"{ours}.ffn.w13.weight"] = {
-                f"{hf}.mlp.experts.gate_up_proj": (E, 2 * ffn, dim)}
-            pieces[f"{ours}.ffn.w2.weight"] = {f"{hf}.mlp.experts.down_proj": (E, dim, ffn)}
-        else:
-            moe = f"{hf}.block_sparse_moe"
-            pieces[f"{ours}.ffn.router.weight"] = {f"{moe}.gate.weight": (E, dim)}
-            pieces[f"{ours}.ffn.w13.weight"] = {f"{moe}.experts.{e}.{w}.weight": (ffn, dim)
-                                                for e in range(E) for w in ("w1", "w3")}
-            pieces[f"{ours}.ffn.w2.weight"] = {f"{moe}.experts.{e}.w2.weight": (dim, ffn)
-                                               for e in range(E)}
+        for ours, theirs in layer.items():
+            pieces[f"layers.{i}.{ours}"] = {f"model.layers.{i}.{name}": shape
+                                            for name, shape in theirs.items()}
     pieces["norm.weight"] = {"model.norm.weight": (dim,)}
     if not config.tie_embeddings:
         pieces["head.weight"] = {HEAD: (config.vocab_size, dim)}
@@ -159,22 +158,18 @@ def hf_pieces(config, fused_experts):
 
 def check_tensors(found, wanted, config, source):
     """Raises ValueError unless `found`, {name: (shape, dtype)}, is as `wanted`, {name: shape}."""
-    harmless = {HEAD} if config.tie_embeddings else set()
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted and name not in harmless
-             and not name.endswith("rotary_emb.inv_freq")]
-    wrong_shape, wrong_dtype = [], []
-    for name in wanted.keys() & found.keys():
-        shape, dtype = found[name]
-        if shape != wanted[name]:
-            wrong_shape.append(f"{name} {list(shape)}, not {list(wanted[name])}")
-        if dtype not in DTYPES.values():
-            wrong_dtype.append(f"{name} {dtype}")
-    problems = {"missing": missing, "unexpected": extra, "of another shape": wrong_shape,
-                "not in float32, bfloat16 or float16": wrong_dtype}
-    if any(problems.values()):
-        parts = [listed(f"tensors {problem}", names)
-                 for problem, names in problems.items() if names]
+    unused = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    unused |= {HEAD} if config.tie_embeddings else set()
+    both = [(name, *found[name]) for name in wanted if name in found]
+    problems = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys() - unused,
+        "of another shape": [f"{name} {list(shape)}, not {list(wanted[name])}"
+                             for name, shape, _ in both if shape != wanted[name]],
+        "not in float32, bfloat16 or float16": [
+            f"{name} {dtype}" for name, _, dtype in both if dtype not in DTYPES.values()]}
+    parts = [listed(f"tensors {problem}", names) for problem, names in problems.items() if names]
+    if parts:
         raise ValueError(f"{source}: the weights are not what config.json says: {'; '.join(parts)}")
 
 
@@ -262,12 +257,7 @@ def convert(source, out_dir, dtype="auto"):
 
     if not Path(source).is_dir() and (Path(source).suffix == ".gguf" or Path(source).is_file()):
         with tempfile.TemporaryDirectory() as made:
-            try:
-                tensors = unpack_gguf(Path(source), Path(made))
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}") from None
-            except (TypeError, AttributeError, KeyError) as error:
-                raise ValueError(f"{source}: metadata of the wrong kind ({error!r})") from None
+            tensors = unpack_gguf(Path(source), Path(made))
             return convert_shards(source, Path(made), [lambda: tensors], out_dir, dtype)
 
     hf_dir = hf_dir_of(source, [*COPIED_FILES, "adapter_config.json"])
@@ -303,8 +293,7 @@ def convert_shards(source, hf_dir, shards, out_dir, dtype):
     if config.n_layers > len(found):  # said before layers without end are listed
         raise ValueError(f"{source}: the weights are not what config.json says: {len(found)} "
                          f"tensors for {config.n_layers} layers")
-    fused_experts = any(name.endswith("mlp.experts.gate_up_proj") for name in found)
-    pieces = hf_pieces(config, fused_experts)
+    pieces = hf_pieces(config, found)
     if list(tied) == [HEAD]:  # one of the two is enough
         pieces["embed.weight"] = {HEAD: pieces["embed.weight"][EMBEDDING]}
     wanted = {hf_name: shape for parts in pieces.values() for hf_name, shape in parts.items()}
@@ -350,9 +339,9 @@ def main():
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path,
                         help="the directory to make; must be absent or empty")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                        help="of the output; auto: as the source's config says, or float32 for a"
-                        " GGUF file with quantised tensors, since it alone holds their values:"
-                        " bfloat16 takes half (default: %(default)s)")
+                        help="of the output; auto: as the source's config says; of a GGUF file "
+                             "with quantised tensors float32, which alone holds their values "
+                             "(default: %(default)s)")
     args = parser.parse_args()
     print(f"wrote {convert(args.source, args.out_dir, args.dtype)}")
 

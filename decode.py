@@ -42,7 +42,7 @@ class HostEvent:
         return (end.time - self.time) * 1e3
 
 
-def now(device):
+def timestamp(device):
     """An event recorded now, at this place in the work given to the device."""
     event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostEvent()
     event.record()
@@ -186,7 +186,7 @@ def generate(step, prompts, max_new_tokens, start=0, on_token=None, progress=Non
     """
     model, cache, device = step.model, step.cache, step.model.device
     age_s = process_age_s()
-    began = now(device)
+    began = timestamp(device)
     model.prefill([prompt[:-1] for prompt in prompts], cache, start, progress=progress)
     lengths = [start + len(prompt) for prompt in prompts]  # live in the first step
     kinds = {cache.sparse_at(length)  # the extremes' hold all
@@ -221,7 +221,7 @@ def generate(step, prompts, max_new_tokens, start=0, on_token=None, progress=Non
         sparse.append(cache.sparse_at(max(lengths[b] for b in running(i)) + i))
         step.run(sparse[i])
         sampled[i].copy_(step.sampled, non_blocking=True)
-        done.append(now(device))
+        done.append(timestamp(device))
         # one step behind, so that the device has work; else once, at the end
         if i and (on_token or model.config.eos_ids):
             deliver()

@@ -132,7 +132,7 @@ class Routes(NamedTuple):
 
 @triton.jit
 def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scaled, B, N, K, E,
-                    launch_at, UP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+                    UP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
                     ALONE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr):
     """See `expert_products`. A program owns BLOCK_N of N outputs, all of K, each of its WARPS a
@@ -179,7 +179,7 @@ def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scale
                                eviction_policy="evict_first")
                 acc_2 = tl.dot(tile.to(inputs.dtype), inputs, acc_2)
             if PDL:
-                if k == launch_at and i == last - 1:
+                if k >= K - BLOCK_K and i == last - 1:
                     tl.extra.cuda.gdc_launch_dependents()
         if scale is not None:
             acc *= tl.load(scale + row)[:, None]
@@ -223,10 +223,9 @@ def expert_products(residual, x, experts, routes, next_gain=None, **tiles):
     else:
         grid, (out, gain) = (programs,), residual.sum_place(next_gain)
         residual.squares = residual.partial[:programs]
-    launch_at = max(0, triton.cdiv(K, tiles["BLOCK_K"]) - tiles.pop("AHEAD")) * tiles["BLOCK_K"]
     launch(_experts_kernel, grid, x, x=x, w=weight, scale=scale, shares=routes.shares,
            order=routes.order, rstds=routes.rstd, out=out, squares=residual.squares, gain=gain,
-           scaled=residual.scaled, B=B, N=N, K=K, E=E, launch_at=launch_at, UP=up,
+           scaled=residual.scaled, B=B, N=N, K=K, E=E, UP=up,
            BLOCK_B=max(8, triton.next_power_of_2(B)), WARPS=tiles["num_warps"], ALONE=B == 1,
            UPCAST=not x.is_cuda,  # the interpreter's dot takes bfloat16 for integers
            **tiles)
@@ -238,7 +237,6 @@ def expert_products(residual, x, experts, routes, next_gain=None, **tiles):
 def _tiles(up, B, itemsize):
     """Block sizes of `expert_products`, see those of linear.py; at most 16 KB of inputs."""
     int8 = itemsize == 1
-    return dict(BLOCK_N=16 if B <= 16 else 32, STAGES=4, AHEAD=0 if int8 else 2,
-                num_warps=2 if int8 and up else 4,
+    return dict(BLOCK_N=16 if B <= 16 else 32, STAGES=4, num_warps=2 if int8 and up else 4,
                 BLOCK_K=min(1024 if int8 and not up else 256,
                             8192 // max(8, triton.next_power_of_2(B))))

@@ -267,8 +267,8 @@ def parse_arguments():
                              "hide behind compute (default %(default)s)")
     parser.add_argument("--min_agreement", type=Number(float, 0, 1), default=MIN_AGREEMENT,
                         metavar="SHARE",
-                        help="with --offload: of layers where calibration foresaw a smaller share "
-                             "of the selection, nothing is predicted (default %(default)g)")
+                        help="with --offload: layers of whose selection calibration predicted a "
+                             "smaller share are not predicted (default %(default)g)")
     parser.add_argument("--no_pack", action="store_true",
                         help="with --offload: K and V of bfloat16 are not packed in host memory, "
                              "where they take 12 bits of 16, without loss")

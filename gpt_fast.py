@@ -92,8 +92,10 @@ def time_gpt_fast(model, B, S, steps):
     """(seconds per step, bytes of weights and of the allocated cache, which it reads whole).
 
     The cache has S tokens, a multiple of 8 as in gpt-fast. The better of two kinds of attention
-    counts.
+    counts. Raises ValueError for a model with expert layers.
     """
+    if model.config.n_experts:
+        raise ValueError("gpt_fast: does not know expert layers")
     device, all_steps = model.device, steps + 3 * WARM_UP
     size = -(-max(S, all_steps) // 8) * 8
     gpt_fast = GptFast(model, B, size)

@@ -124,8 +124,8 @@ class KVCache:
         for layer in self.layers:
             yield layer.row(b)
 
-    def foresee(self, i, x, blocks, cos, sin):
-        """Before layer i of a decode step, whose input is x [B, 1, dim]: for caches that foresee
+    def predict_next(self, i, x, blocks, cos, sin):
+        """Before layer i of a decode step, whose input is x [B, 1, dim]: for caches that predict
         what the next of `blocks` attends to. cos, sin [B, 1, 1, D / 2] of the new tokens."""
 
     def begin(self):
@@ -308,8 +308,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         # its random numbers, on the meta device, would bring torch.compile's modules: 7 s at first
-        table = torch.empty(config.vocab_size, config.dim)
-        self.embed = nn.Embedding(*table.shape, _weight=table if table.is_meta else None)
+        table, on_meta = (config.vocab_size, config.dim), torch.get_default_device().type == "meta"
+        self.embed = nn.Embedding(*table, _weight=torch.empty(table) if on_meta else None)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = (None if config.tie_embeddings
@@ -384,7 +384,7 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         cos, sin = self.rope(step.positions)
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers)):
-            cache.foresee(i, x, self.layers, cos, sin)
+            cache.predict_next(i, x, self.layers, cos, sin)
             x = layer(x, cos, sin, layer_cache, step)
         return x
 
@@ -445,7 +445,7 @@ class Transformer(nn.Module):
                 self.config.ranks, Residual.MAX_ROWS, self.config.dim, self.device))
         for i, (layer, layer_cache, next_gain) in enumerate(
                 zip(self.layers, cache.layers, gains[1:])):
-            cache.foresee(i, residual.x[:, None], self.layers,
+            cache.predict_next(i, residual.x[:, None], self.layers,
                           *(table[:, None, None] for table in residual.rope))
             layer.decode(residual, *residual.rope, layer_cache, cache.seq_lens, next_gain)
         if self.head is None:
@@ -491,21 +491,23 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     sampling = batch * config.vocab_size * (dtype.itemsize + 4 * 4)  # logits, and fp32 copies
     weights = widened = 0
     with torch.device("meta"):
-        modules = Transformer(config).modules()
-    for module in modules:
+        model = Transformer(config)
+    for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             weights += parameter.numel() * dtype.itemsize
             if quantize and isinstance(module, Linear) and name == "weight":
                 *_, rows, row = parameter.shape
                 weights += parameter.numel() // row * (row * (1 - dtype.itemsize) + 4)
-                # prefill makes fp32 of one at a time, and then 16 bits
-                widened = max(widened, rows * row * (4 + dtype.itemsize))
+                # prefill makes fp32 of one at a time, and then 16 bits; the head's are not needed
+                # there, and steps of few sequences read its int8
+                if module is not model.head or batch > Residual.MAX_ROWS:
+                    widened = max(widened, rows * row * (4 + dtype.itemsize))
     in_chunks = min(PREFILL_CHUNK, max_seq_length) * widest * dtype.itemsize
     return {"weights": weights, **cache.gpu_bytes(),
             "activations": in_chunks + between + sampling + widened, "runtime": RUNTIME_BYTES}
 
 
-def most(fits, low, high):
+def largest_that(fits, low, high):
     """The largest number in [low, high) that fits; low does."""
     while high - low > 1:
         middle = (low + high) // 2
@@ -532,9 +534,10 @@ def check_memory(free, config, batch, max_seq_length, dtype, ds=None, cache_type
     else:
         options = []
         if fits(batch, 1):
-            options.append(f"--max_seq_length {most(partial(fits, batch), 1, max_seq_length)}")
+            length = largest_that(partial(fits, batch), 1, max_seq_length)
+            options.append(f"--max_seq_length {length}")
         if batch > 1 and fits(1, max_seq_length):
-            rows = most(lambda rows: fits(rows, max_seq_length), 1, batch)
+            rows = largest_that(partial(fits, length=max_seq_length), 1, batch)
             options.append(f"a batch of {rows}")
         remedy = (f"{' or '.join(options)} would fit" if options
                   else "take a smaller batch and a shorter --max_seq_length")
@@ -586,8 +589,6 @@ def load_model(checkpoint, device, dtype, quantize=None, ranks=1):
     checkpoint = Path(checkpoint)
     whole = ModelConfig.from_file(checkpoint / "config.json")
     config = parallel.share(whole, ranks)
-    with torch.device("meta"):
-        model = Transformer(config)
     path = checkpoint / "model.safetensors"
     expected = parameter_shapes(whole)
     with open_tensors(path) as file:
@@ -598,19 +599,50 @@ def load_model(checkpoint, device, dtype, quantize=None, ranks=1):
             raise ValueError(f"{path}: {len(wrong)} tensors missing, unexpected or of another "
                              f"shape than config.json says, first {wrong[0]}; "
                              "convert the model again with convert_hf.py")
-        if quantize:
-            model.requires_grad_(False).quantize()
-        ours, tensors = model.state_dict(), {}
-        for name in expected:
-            tensors[name] = parallel.read(file, name, config).to(device, dtype)
-            if not tensors[name].isfinite().all():
+
+        def read(name):
+            tensor = parallel.read(file, name, config).to(device, dtype)
+            if not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name} has weights that are infinite or not a number")
-            scale = name.removesuffix("weight") + "scale"
-            if scale in ours:
-                magnitudes = parallel.whole_rows(largest(tensors[name]), name, config)
-                tensors[name], tensors[scale] = quantized(tensors[name], magnitudes)
-        model.load_state_dict(tensors, assign=True)
+            return tensor
+
+        return assemble(config, read, device, quantize)
+
+
+def assemble(config, read, device, quantize=None):
+    """A Transformer in eval mode whose weights are read(name) for each of parameter_shapes(config),
+    on `device`. quantize: as for load_model, one after the other: both kinds of all weights may not
+    fit."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    if quantize:
+        model.requires_grad_(False).quantize()
+    ours, tensors = model.state_dict(), {}
+    for name in parameter_shapes(config):
+        tensors[name] = read(name)
+        scale = name.removesuffix("weight") + "scale"
+        if scale in ours:
+            magnitudes = parallel.whole_rows(largest(tensors[name]), name, config)
+            tensors[name], tensors[scale] = quantized(tensors[name], magnitudes)
+    model.load_state_dict(tensors, assign=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def random_model(config, device, dtype, quantize=None):
+    """A Transformer with random weights, made where they stay; no end of text or sliding window.
+    quantize: as for load_model."""
+    config = replace(config, eos_ids=(), sliding_window=None)
+    alike, own = (torch.Generator(device).manual_seed(seed) for seed in (0, 1 + parallel.rank()))
+    shapes = parameter_shapes(config)
+
+    def weights(name):
+        if len(shapes[name]) == 1:
+            return torch.ones(shapes[name], device=device, dtype=dtype)
+        generator = own if parallel.split(name, config) else alike
+        return torch.empty(shapes[name], device=device, dtype=dtype).normal_(
+            0, 0.02, generator=generator)
+
+    return assemble(config, weights, device, quantize)
 
 
 MAP_TENSORS = ("channels", "mean", "std")  # of channels.safetensors

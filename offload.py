@@ -383,8 +383,8 @@ MIN_AGREEMENT = 0.7  # all of tiny's reach it but one predicted from embeddings 
 
 
 def predictable_layers(channels, min_agreement, mode):
-    """Numbers of the layers of whose selection calibrate.py foresaw that share at least; channels:
-    its file. Raises ValueError for the mode "predicted" if there are none."""
+    """Numbers of the layers of whose selection calibrate.py predicted that share at least;
+    channels: its file. Raises ValueError for the mode "predicted" if there are none."""
     with open_tensors(channels) as file:
         shares = file.get_tensor("agreement").tolist()
     found = [i for i, share in enumerate(shares) if i and share >= min_agreement]
@@ -427,7 +427,7 @@ class HostLayer(LayerCache):
 
 
 @dataclass
-class Foresight:
+class Prefetch:
     """What layers choose and fetch tokens ahead with. In the mode "exact" both streams are one: a
     third branch made some of a step's CUDA graphs slower by 4%."""
 
@@ -442,7 +442,7 @@ class OffloadedLayer(HostLayer):
     resident: Resident
     placed: Placement  # of what is selected: one of all layers
     attending: Workspace | None  # of attention, likewise
-    foresight: Foresight
+    prefetch: Prefetch
     placed_ahead: Placement  # of what is chosen ahead: one of even layers, one of odd ones
     workspace_ahead: Workspace | None  # of choosing it, likewise
     ahead: int  # KV heads, the first ones, whose tokens are chosen and fetched ahead
@@ -481,18 +481,18 @@ class OffloadedLayer(HostLayer):
                                         self.workspace_ahead, self.placed_ahead.rows.shape[2])
             self.resolve(self.placed_ahead, self.chosen, seq_lens, ahead=not self.predicted)
 
-        self.slots_known = self.foresight.choosing.run(choose)
+        self.slots_known = self.prefetch.choosing.run(choose)
 
     def fetch_ahead(self, seq_lens):
         """Fetches what was chosen, once the current stream has done what it was given."""
         indices = self.chosen[0]
-        self.rows_there = self.foresight.fetching.run(
+        self.rows_there = self.prefetch.fetching.run(
             lambda: self.fetch(self.placed_ahead, None, indices, seq_lens), after=self.slots_known)
 
     def decode(self, q, seq_lens):
         """As of any layer, over the tokens' rows; the next layer's may be chosen and fetched."""
-        foresight = self.foresight
-        foresight.choosing.wait(self.slots_known)
+        prefetch = self.prefetch
+        prefetch.choosing.wait(self.slots_known)
         if self.predicted:
             placed, chosen, indices = self.placed_ahead, self.chosen, None
             newest_k, position = self.newest[:, :, None, 0], (seq_lens - 1)[:, None]
@@ -507,7 +507,7 @@ class OffloadedLayer(HostLayer):
         following = self.following if self.following and self.following.predicted_from else None
         if following and not following.chosen:
             following.choose_ahead(seq_lens)
-        foresight.fetching.wait(self.rows_there)
+        prefetch.fetching.wait(self.rows_there)
         self.fetch(placed, self.newest, indices, seq_lens)
         self.forget_prediction()
         if following:  # before attention, which leaves no multiprocessor empty for it
@@ -630,7 +630,7 @@ class OffloadCache(KVCache):
         self.placed = Placement(B, HKV, capacity, device)
         fetching = SideStream(device)
         choosing = SideStream(device) if self.mode == "predicted" else fetching
-        self.foresight = Foresight(choosing, fetching, [None, None],
+        self.prefetch = Prefetch(choosing, fetching, [None, None],
                                    [Placement(B, self.ahead, ahead, device) for _ in range(2)])
         of_rows = partial(Workspace, B, config.n_heads, HKV, D, rows, device)
         self.attending = None if device.type == "cpu" else of_rows()
@@ -639,7 +639,7 @@ class OffloadCache(KVCache):
             even = Workspace(B, heads, self.ahead, D, S, device, ds)
             odd = copy(even)  # all but what comes out is scratch of one stream
             odd.counts = torch.empty_like(even.counts)
-            self.foresight.workspaces = [even, odd]
+            self.prefetch.workspaces = [even, odd]
 
     def make_layer(self, shape, dtype, device, settings):
         """As in KVCache; with K and V in host memory, unless it is one of the first, dense ones."""
@@ -654,9 +654,9 @@ class OffloadCache(KVCache):
             return StreamedLayer(**settings, streaming=self.streaming, number=number)
         ahead = self.ahead if number in self.predictable else 0
         layer = OffloadedLayer(
-            **settings, placed=self.placed, attending=self.attending, foresight=self.foresight,
-            placed_ahead=self.foresight.placements[number % 2],
-            workspace_ahead=self.foresight.workspaces[number % 2],
+            **settings, placed=self.placed, attending=self.attending, prefetch=self.prefetch,
+            placed_ahead=self.prefetch.placements[number % 2],
+            workspace_ahead=self.prefetch.workspaces[number % 2],
             resident=Resident(self.kv, S, self.slots, nth * self.slots, self.overflow[number % 2]),
             ahead=ahead, predicted=ahead > 0 and self.mode == "predicted")
         if number and isinstance(self.layers[-1], OffloadedLayer):
@@ -667,7 +667,7 @@ class OffloadCache(KVCache):
         """The same cache: a row that is to attend to everything does so by its threshold."""
         return self
 
-    def foresee(self, i, x, blocks, cos, sin):
+    def predict_next(self, i, x, blocks, cos, sin):
         """The next layer's tokens are chosen and fetched while layer i runs: once its own have
         been, or at once if it has none."""
         layer, following = self.layers[i], self.layers[i + 1] if i + 1 < len(self.layers) else None
@@ -686,7 +686,7 @@ class OffloadCache(KVCache):
     def begin(self):
         if self.ds is None:
             return
-        for side in (self.foresight.choosing, self.foresight.fetching):
+        for side in (self.prefetch.choosing, self.prefetch.fetching):
             side.join()  # a step that did not end may have left work, and predictions
         for layer in self.offloaded():
             layer.forget_prediction()
@@ -720,13 +720,13 @@ class OffloadCache(KVCache):
         return super().kv_bytes() + (self.kv.nbytes if self.ds else 0)
 
     def workspaces(self):
-        more = [self.attending, *self.foresight.workspaces] if self.ds else []
+        more = [self.attending, *self.prefetch.workspaces] if self.ds else []
         return super().workspaces() + [workspace for workspace in more if workspace]
 
     def slot_map_bytes(self):
         maps = [layer.resident.maps() for layer in self.offloaded()]
         if self.ds:
-            maps += [vars(placed) for placed in (self.placed, *self.foresight.placements)]
+            maps += [vars(placed) for placed in (self.placed, *self.prefetch.placements)]
         return (sum(host.map_bytes() for host in self.host)
                 + sum(x.nbytes for of_one in maps for x in of_one.values()))
 

@@ -102,8 +102,10 @@ def mode_name(r):
 
 
 def refusal(r):
-    """What a row says of why it has no time: the first sentence."""
-    return r["error"].partition(". ")[0]
+    """Why a row has no time, in a word or two; its error says which bytes or values."""
+    if r["error"].startswith("wrong"):
+        return "wrong"
+    return "does not fit" if "memory" in r["error"] else "refused"
 
 
 def model_name(r):

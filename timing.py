@@ -5,7 +5,7 @@ import statistics
 
 import torch
 
-from decode import now
+from decode import timestamp
 
 WARM_UP = 5  # calls before those that are timed
 
@@ -15,10 +15,10 @@ def median_s(call, repeats, device, warm=lambda: None):
     for _ in range(min(WARM_UP, repeats - 1)):
         call()
     warm()
-    events = [now(torch.device(device))]
+    events = [timestamp(torch.device(device))]
     for _ in range(repeats):
         call()
-        events.append(now(torch.device(device)))
+        events.append(timestamp(torch.device(device)))
     events[-1].synchronize()
     return statistics.median(a.elapsed_time(b) * 1e-3 for a, b in zip(events, events[1:]))
 
@@ -58,3 +58,9 @@ def copy_bandwidth(device):
     b = torch.empty_like(a)
     # not in a graph, where a copy engine, slower than a kernel, may do it
     return 2 * a.nbytes / median_s(lambda: b.copy_(a), 20, device)
+
+
+def host_bandwidth(host, device):
+    """Bytes per second of a copy of pinned memory to the GPU."""
+    to = torch.empty(host.shape, dtype=host.dtype, device=device)
+    return host.nbytes / median_s(lambda: to.copy_(host, non_blocking=True), 5, device)
