@@ -34,12 +34,12 @@ from cli import (
 )
 from config import PRESETS, ModelConfig
 from decode import DecodeStep, generate
-from ds_attention import DSConfig, LabelMap, Workspace, write_labels
+from ds_attention import DSConfig, Workspace, write_labels
 from generate import load, load_maps
 from gpt_fast import time_gpt_fast
 from host_memory import PinnedPool, fetch, packs
 from items import spread, text_windows, texts_of
-from model import KVCache, Transformer, check_memory, random_model
+from model import KVCache, Transformer, check_memory, label_map_of, random_model
 from offload import MIN_AGREEMENT, OffloadCache, Placement, idle_heads, predictable_layers
 from pages import RESULTS, TABLES, mode_name, newest_rows
 from timing import WARM_UP, copy_bandwidth, host_bandwidth, layer_us, median_s
@@ -67,9 +67,9 @@ def random_cache(c, B, size, config, device, dtype, cache_type=KVCache):
     """
     label_map = None
     if config is not None:
-        channels = torch.arange(config.channels(c.head_dim)).expand(c.n_kv_heads, -1)
+        channels = torch.arange(c.head_dim).expand(c.n_kv_heads, -1)
         zeros = torch.zeros(channels.shape)
-        label_map = LabelMap.from_statistics(channels, zeros, zeros + 1, config.widths(c.head_dim))
+        label_map = label_map_of(channels, zeros, zeros + 1, config.widths(c.head_dim))
     cache = cache_type(c, B, size, device, dtype, config, [label_map] * c.n_layers)
     generator = torch.Generator(device).manual_seed(parallel.rank())
     for b in range(B):
@@ -128,7 +128,7 @@ def dense_kernels(q, layer, seq_lens, workspace):
             return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=gqa)
 
     def ours():
-        return ds.dense_decode(q, k, v, seq_lens, workspace=workspace)[:, :, None]
+        return ds.ds_decode(q, k, v, None, None, seq_lens, None, workspace=workspace)[:, :, None]
 
     return {"sdpa": sdpa, "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION), "ours, all tokens": ours}
@@ -151,8 +151,8 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
     """Checks, then times one shape: the row of results/attention.jsonl. Raises ValueError if the
     kernels are wrong."""
     row = {"bench": "attention", "B": B, "S": S, "HQ": HQ, "HKV": HKV, "D": D,
-           "dtype": str(dtype).removeprefix("torch."), "label_channels": config.channels(D),
-           "label_bits": bits_of(config.widths(D)), "n_tokens": config.budget(S),
+           "dtype": str(dtype).removeprefix("torch."), "n_tokens": config.budget(S),
+           "label_channels": ds.dims_in(config.widths(D)), "label_bits": bits_of(config.widths(D)),
            "max_rel_err": 0.0}
     workspace = Workspace(B, HQ, HKV, D, S, torch.device(device), config)
     seq_lens = torch.full((B,), S, dtype=torch.int32, device=device)
@@ -165,7 +165,7 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
         ds.bracket(q, layer.labels, layer.label_map, seq_lens, config, None, workspace)
 
     def read_bytes(n):
-        return B * HKV * (S * config.words(D) * 4 + n * 2 * D * dtype.itemsize)
+        return B * HKV * (S * ds.words_in(config.widths(D)) * 4 + n * 2 * D * dtype.itemsize)
 
     def checked_calls(clustered):
         """So many that no inputs stay in the L2 cache; how many tokens each call attends to."""

@@ -24,10 +24,8 @@ from cli import (
     run_command, widths_name, writing
 )
 from config import ModelConfig
-from ds_attention import (
-    DSConfig, LabelMap, eligible_tokens, label_ref, pool_ref, score_ref, select_ref
-)
-from model import apply_rope, fingerprint, load_model
+from ds_attention import DSConfig, eligible_tokens, label_ref, score_ref, select_ref, words_in
+from model import apply_rope, fingerprint, label_map_of, load_model
 from tokenizer import Tokenizer, builtin_text, read_text
 
 METHODS = ("planes", "qk", "q", "k", "random")
@@ -135,6 +133,12 @@ def exact_logits(q, k, seq_lens, window):
     return logits.masked_fill_(hidden[:, None, None], float("-inf"))
 
 
+def pool(logits):
+    """exact_logits of a group's heads [..., G, S] -> one score per token [..., S]: the largest
+    logarithm of its softmax weights, as label scores are pooled."""
+    return (logits - logits.logsumexp(-1, keepdim=True)).amax(-2)
+
+
 def attention_on(chosen, logits):
     """Share of each row's attention that tokens hold, mean over heads, [R] fp32: chosen [R, HKV, S]
     bool, logits of exact_logits."""
@@ -149,7 +153,8 @@ def selection_figures(q, predicted_q, k, label_map, ds, seq_lens, window=None):
     q, predicted_q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens [rows]: of the queries."""
     k = k[:, :, : int(seq_lens.max())]
     _, HKV, S, D = k.shape
-    labels = torch.zeros(1, HKV, ds.words(D), S, dtype=torch.int32, device=k.device)
+    W = words_in(label_map.widths)
+    labels = torch.zeros(1, HKV, W, S, dtype=torch.int32, device=k.device)
     label_ref(k, torch.arange(S, device=k.device)[None], labels, label_map)
     labels = labels.expand(len(seq_lens), -1, -1, -1)
 
@@ -161,7 +166,7 @@ def selection_figures(q, predicted_q, k, label_map, ds, seq_lens, window=None):
     exact = exact_logits(q[0].transpose(0, 1)[seq_lens - 1], k[0], seq_lens, window)
     chosen = by_labels(q)
     kept = [attention_on(tokens, exact).mean().item()
-            for tokens in (chosen, select_ref(pool_ref(exact), seq_lens, ds, window))]
+            for tokens in (chosen, select_ref(pool(exact), seq_lens, ds, window))]
     if predicted_q is None:
         return [*kept, 0.0]
     position = torch.arange(S, device=k.device)
@@ -214,7 +219,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     if not ds.sparse_at(longest):
         print(f"of {longest} tokens all are attended: the figures say nothing", file=sys.stderr)
     generator = torch.Generator().manual_seed(seed)
-    widths, C = ds.widths(config.head_dim), ds.channels(config.head_dim)
+    widths = ds.widths(config.head_dim)
     everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])
     columns = "labels keep", "exact scores", f"past {context}: labels", "exact scores"
     print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)}"
@@ -231,7 +236,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(moments, method, generator) if ranking is None else ranking[i]
         ranges = [x.gather(1, channels).float() for x in key_ranges(moments, *everywhere)]
-        label_map = LabelMap.from_statistics(*(x[:, :C] for x in (channels, *ranges)), widths)
+        label_map = label_map_of(channels, *ranges, widths)
 
         predicted = None  # the first layer's queries are not
         if previous is not None:

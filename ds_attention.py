@@ -22,7 +22,6 @@ torch 2.13 / triton 3.9.
 import math
 import os
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 import triton
@@ -56,21 +55,16 @@ class DSConfig:
             if value is not None and value < low:
                 hint = "; use --sparsity 1 for dense" if name == "n_tokens" else ""
                 raise ValueError(f"{name}={value}: must be at least {low}{hint}")
-        if isinstance(self.label_bits, str):
+        if self.label_bits not in (None, 1, 2, 4, 8):
             parse_widths(self.label_bits)
-        elif self.label_bits not in (None, 1, 2, 4, 8):
-            raise ValueError(f"label_bits={self.label_bits}: must be 1, 2, 4, 8, or dims x bits of "
-                             "each width as 8x4,48x2")
         if self.impl not in ("auto", "torch", "triton"):
             raise ValueError(f"impl={self.impl}: must be one of auto, torch, triton")
 
     def budget(self, live):
         """N of rows with `live` eligible tokens: int, or int32 tensor; same type back."""
-        num, den = self.share()
         if isinstance(live, int):
-            n = self.n_tokens or max(self.min_tokens, -(-live * den // num))
-            return live if live < self.dense_below else min(n, live)
-        n = (live.long() * den + num - 1) // num
+            return self.budget(torch.tensor(live)).item()
+        n = (live.long() * self.share() + 2**30 - 1) >> 30
         n = torch.full_like(n, self.n_tokens) if self.n_tokens else n.clamp(min=self.min_tokens)
         return torch.where(live < self.dense_below, live, n.to(live.dtype)).minimum(live)
 
@@ -79,35 +73,24 @@ class DSConfig:
         return self.budget(live) < live
 
     def share(self):
-        """sparsity as a fraction (num, den) of small integers: all implementations round alike."""
-        fraction = Fraction(self.sparsity).limit_denominator(1000)
-        return fraction.numerator, fraction.denominator
+        """1/sparsity in units of 2**-30: by integers all implementations round alike."""
+        return int(2**30 / self.sparsity)
 
     def widths(self, D):
         """The label of head dim D: ((dims, bits), ...), its first and most important dims first, in
         whole 32-bit words."""
-        if isinstance(self.label_bits, str):
-            widths = parse_widths(self.label_bits)
-            if dims_in(widths) > D:
-                raise ValueError(f"label_bits={self.label_bits}: more label dims than the "
-                                 f"head's {D}")
-            return widths
         words = max(1, int(D * 16 / self.sparsity) // 32)  # 1/sparsity of a 16-bit K's bytes
-        if self.label_bits is None:
-            return default_widths(words, D)
-        dims = min(words, D * self.label_bits // 32) * (32 // self.label_bits)
-        if not dims:
-            raise ValueError(f"label_bits={self.label_bits}: the {D} dims of a head do not fill a "
-                             "32-bit word")
-        return ((dims, self.label_bits),)
-
-    def channels(self, D):
-        """Label dims C for head dim D."""
-        return dims_in(self.widths(D))
-
-    def words(self, D):
-        """32-bit words W of one token's label."""
-        return words_in(self.widths(D))
+        bits = self.label_bits
+        if bits is None:
+            widths = default_widths(32 * words, D)
+        elif isinstance(bits, int):
+            widths = ((min(words, D * bits // 32) * (32 // bits), bits),)
+        else:
+            widths = parse_widths(bits)
+        if not 0 < dims_in(widths) <= D:
+            raise ValueError(f"label_bits={bits}: makes {dims_in(widths)} label dims, in whole "
+                             f"32-bit words; must be at least 1, and at most the head's {D}")
+        return widths
 
     def use_triton(self, tensor):
         return self.impl == "triton" or (self.impl == "auto" and tensor.is_cuda)
@@ -116,16 +99,15 @@ class DSConfig:
 def parse_widths(text):
     """"8x4,48x2" -> ((8, 4), (48, 2)): label dims and bits of each, the most bits first."""
     try:
-        widths = tuple(tuple(map(int, part.split("x"))) for part in text.split(","))
+        widths = tuple(tuple(map(int, part.split("x"))) for part in str(text).split(","))
         right = all(dims > 0 and bits in (1, 2, 4, 8) and dims * bits % 8 == 0
                     for dims, bits in widths)
     except ValueError:
         right = False
     if (not right or sum(dims * bits for dims, bits in widths) % 32
             or any(a[1] <= b[1] for a, b in zip(widths, widths[1:]))):
-        raise ValueError(f"label_bits={text}: must be dims x bits, the most bits first, as "
-                         "8x4,48x2: of 1, 2, 4 or 8 bits, whole bytes of each and whole 32-bit "
-                         "words in all")
+        raise ValueError(f"label_bits={text}: must be 1, 2, 4, 8, or dims x bits, the most bits "
+                         "first, as 8x4,48x2: whole bytes of each and whole 32-bit words in all")
     return widths
 
 
@@ -141,17 +123,15 @@ def words_in(widths):
     return sum(dims * bits for dims, bits in widths) // 32
 
 
-def default_widths(words, D):
-    """The label of so many 32-bit words: many dims of few bits (see results/notes-quality.md).
+def default_widths(bits, D):
+    """The label of so many bits, 4 for each dim at most: many dims of few bits (see
+    results/notes-quality.md).
 
     From a bit per dim of the head on, a quarter of the bits makes dims of 4 and the rest of 2; from
     half a bit on, 5/8 make dims of 2 and the rest of 1; less is all dims of 1. Where that were more
     than D dims, they are D, and more of them wide.
     """
-    bits = min(32 * words, 4 * D // 32 * 32)
-    if not bits:
-        raise ValueError(f"head_dim={D}: a label is 32-bit words of at most 4 bits per dim, so "
-                         "a head needs 8 dims")
+    bits = min(bits, 4 * D // 32 * 32)
     wide, share = (4, 1 / 4) if bits >= D else (2, 5 / 8) if 2 * bits >= D else (1, 1)
     narrow = max(1, wide // 2)
     wide_bits = round(bits * share / 8) * 8
@@ -159,11 +139,6 @@ def default_widths(words, D):
         wide_bits = 2 * (bits - narrow * D)
     parts = (wide_bits, wide), (bits - wide_bits, narrow)
     return tuple((part // width, width) for part, width in parts if part)
-
-
-# Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a
-# Gaussian.
-CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
 
 
 @dataclass
@@ -178,31 +153,18 @@ class LabelMap:
     channels: torch.Tensor  # [HKV, C] int32, the most important ones first
     lo: torch.Tensor  # [HKV, C] fp32
     step: torch.Tensor  # [HKV, C] fp32
+    bits: torch.Tensor  # [C] int32, of each code
     widths: tuple  # ((dims, bits), ...), C dims in all: see DSConfig.widths
 
     def __post_init__(self):
-        assert self.channels.dtype == torch.int32
+        assert self.channels.dtype == self.bits.dtype == torch.int32
         assert all(t.is_contiguous() for t in self.tensors())
 
     def tensors(self):
-        return self.channels, self.lo, self.step
-
-    @staticmethod
-    def from_statistics(channels, mean, std, widths):
-        """channels, mean, std [HKV, C]: their numbers, and what each one's range is about and
-        follows."""
-        clip = per_dim(widths, CLIP.get, std.device)
-        lo = (mean - clip * std).float().contiguous()
-        step = per_dim(widths, lambda bits: 2 * CLIP[bits] / (2**bits - 1), std.device) * std
-        step = step.float().clamp(min=1e-12).contiguous()
-        return LabelMap(channels.int().contiguous(), lo, step, widths)
+        return self.channels, self.lo, self.step, self.bits
 
     def to(self, device):
         return LabelMap(*(t.to(device) for t in self.tensors()), self.widths)
-
-    def first(self, heads):
-        """That of the first so many KV heads."""
-        return LabelMap(*(t[:heads] for t in self.tensors()), self.widths)
 
     def query_codes(self, q):
         """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is codes . label codes,
@@ -213,7 +175,8 @@ class LabelMap:
         """
         B, _, D = q.shape
         grouped = q.float().view(B, len(self.channels), -1, D)
-        products = take_channels(grouped, self.channels) * self.step[:, None]  # [B, HKV, G, C]
+        chosen = grouped.take_along_dim(self.channels[None, :, None].long(), 3)  # [B, HKV, G, C]
+        products = chosen * self.step[:, None]
         largest = products.abs().amax((2, 3))  # [B, HKV]
         # one rounding, as in the kernel: a number over a tensor would be two
         scale = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)
@@ -221,40 +184,28 @@ class LabelMap:
         return codes, largest * (1 / 127 / math.sqrt(D))
 
 
-def take_channels(x, channels):
-    """x [B, HKV, any, D], channels [HKV, C] -> [B, HKV, any, C] fp32."""
-    return x.gather(3, channels.long()[:, None].expand(*x.shape[:3], -1)).float()
-
-
 # ---------------------------------------------------------------- the specification: label
 
 
-def per_dim(widths, value, device):
-    """value(bits) of each label dim: [C]."""
-    return torch.cat([torch.full((dims,), value(bits), device=device) for dims, bits in widths])
-
-
-def places(widths, device):
-    """(word, shift) of each label dim: [C] int64 each. Dims lie one behind the other, in each word
-    lowest bits first."""
-    bits = per_dim(widths, int, device)
+def places(bits):
+    """(word, shift) of each label dim, of so many bits: [C] int64 each. Dims lie one behind the
+    other, in each word lowest bits first."""
     first = bits.cumsum(0) - bits
     return first // 32, first % 32
 
 
-def pack(codes, widths):
+def pack(codes, label_map):
     """codes [..., C] integers of their dims' bits -> [..., W] int32."""
-    word, shift = places(widths, codes.device)
-    words = codes.new_zeros(*codes.shape[:-1], words_in(widths), dtype=torch.int64)
+    word, shift = places(label_map.bits)
+    words = codes.new_zeros(*codes.shape[:-1], words_in(label_map.widths), dtype=torch.int64)
     words.index_add_(-1, word, codes.long() << shift)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def unpack(words, widths):
+def unpack(words, label_map):
     """words [..., W] int32 -> codes [..., C] int32: the inverse of `pack`."""
-    word, shift = places(widths, words.device)
-    largest = per_dim(widths, lambda bits: 2**bits - 1, words.device).int()
-    return (words[..., word] >> shift.int()) & largest
+    word, shift = places(label_map.bits)
+    return (words[..., word] >> shift.int()) & ((1 << label_map.bits) - 1)
 
 
 def label_ref(k, positions, labels, label_map):
@@ -263,11 +214,11 @@ def label_ref(k, positions, labels, label_map):
     k [B, HKV, T, D] post-RoPE; positions [B, T] integer; labels [B, HKV, W, S] int32.
     """
     m = label_map
-    chosen = take_channels(k, m.channels)  # [B, HKV, T, C]
+    chosen = k.take_along_dim(m.channels[None, :, None].long(), 3).float()  # [B, HKV, T, C]
     codes = torch.floor((chosen - m.lo[:, None]) / m.step[:, None] + 0.5)
-    codes = codes.clamp(min=0).minimum(per_dim(m.widths, lambda bits: 2.0**bits - 1, k.device))
+    codes = codes.clamp(min=0).minimum(((1 << m.bits) - 1).float())
     rows = torch.arange(len(k), device=k.device)[:, None]
-    labels.permute(0, 3, 1, 2)[rows, positions] = pack(codes, m.widths).transpose(1, 2)
+    labels.permute(0, 3, 1, 2)[rows, positions] = pack(codes, m).transpose(1, 2)
 
 
 def label_newest_ref(k, seq_lens, labels, label_map):
@@ -306,24 +257,10 @@ def sample_ref(seq_lens, window=None):
     """
     start, live = (x[:, None].long() for x in live_range(seq_lens, window))
     i = torch.arange(SAMPLE, device=seq_lens.device)
-    run, runs, spread = i // RUN, SAMPLE // RUN, live.clamp(min=SAMPLE)
-    first = (start + run * (spread // runs) + run * (spread % runs) // runs) // RUN * RUN
+    first = (start + i // RUN * live.clamp(min=SAMPLE) // (SAMPLE // RUN)) // RUN * RUN
     position = first + i % RUN
-    return position, (position >= start) & (position < start + live)
-
-
-def at_sample(scores, position):
-    """scores [B, ..., S] at positions [B, SAMPLE]: [B, ..., SAMPLE]."""
-    index = position.clamp(max=scores.shape[-1] - 1)
-    index = index.view(len(index), *(1,) * (scores.ndim - 2), -1)
-    return scores.gather(-1, index.expand(*scores.shape[:-1], -1))
-
-
-def pool_ref(scores):
-    """Scores of a group's heads [..., G, S], in the units of q . k / sqrt(D), -inf where not
-    eligible -> one per token [..., S]: the largest logarithm of its softmax weights. Label scores
-    are pooled alike, but by weights among sampled tokens but the newest (see log_weight_ref)."""
-    return (scores - scores.logsumexp(-1, keepdim=True)).amax(-2)
+    eligible = (position >= start) & (position < start + live)
+    return position.minimum(start + live - 1), eligible
 
 
 def log_weight_ref(scores, seq_lens, unit, sink, window=None):
@@ -336,7 +273,7 @@ def log_weight_ref(scores, seq_lens, unit, sink, window=None):
     """
     position, counted = sample_ref(seq_lens, window)
     counted = (counted & (position < seq_lens[:, None] - 1))[:, None, None]
-    sampled = at_sample(scores, position)
+    sampled = scores.take_along_dim(position[:, None, None], -1)
     top = sampled.masked_fill(~counted, -(2.0**30)).amax(-1, keepdim=True)
     powers = (unit * math.log2(math.e))[..., None, None]
     lower = ((top - sampled) * powers).masked_fill(~counted, 0.0)
@@ -355,16 +292,16 @@ def log_weight_ref(scores, seq_lens, unit, sink, window=None):
 def score_ref(q, labels, label_map, seq_lens, config, window=None):
     """Label scores of all cached tokens: [B, HKV, S], integers as fp32, -inf where not eligible.
 
-    In a group each head's scores are less by its log_weight_ref, and the largest counts, as in
-    pool_ref. q [B, HQ, D]; labels [B, HKV, W, S] int32; seq_lens [B] int32.
+    In a group each head's scores are less by its log_weight_ref, and the largest counts: about
+    the largest logarithm of a token's softmax weights. q [B, HQ, D]; labels [B, HKV, W, S] int32;
+    seq_lens [B] int32.
     """
     S = labels.shape[-1]
-    shared = labels[:1] if labels.stride(0) == 0 else labels  # of one cache: unpack it once
-    codes = unpack(shared.transpose(2, 3), label_map.widths).float()  # [B or 1, HKV, S, C]
+    if labels.stride(0) == 0:
+        labels = labels[:1]  # rows of one cache: it is unpacked once
+    codes = unpack(labels.transpose(2, 3), label_map).float()  # [B or 1, HKV, S, C]
     q_codes, unit = label_map.query_codes(q)  # [B, HKV, G, C], [B, HKV]
-    operand = codes[0] if len(codes) < len(q) else codes
-    dims = "hsc" if operand.ndim == 3 else "bhsc"
-    scores = torch.einsum(f"bhgc,{dims}->bhgs", q_codes, operand)
+    scores = torch.einsum("bhgc,bhsc->bhgs", q_codes, codes)
     if scores.shape[2] > 1:
         scores -= log_weight_ref(scores, seq_lens, unit, config.sink, window)[..., None]
     return scores.amax(2).masked_fill(~eligible_tokens(seq_lens, S, window)[:, None], float("-inf"))
@@ -373,39 +310,31 @@ def score_ref(q, labels, label_map, seq_lens, config, window=None):
 # ---------------------------------------------------------------- the specification: select, attend
 
 
-def threshold_ref(scores, seq_lens, config, window=None):
-    """The score from which on tokens are attended to, [B, HKV]: N of a row's are expected to reach
-    it, or to be among those always attended; -inf where N is all of them.
-
-    Of `rest` eligible tokens that are not always attended, N less the others shall be chosen; so
-    the threshold is the score that this share of the sampled ones reaches. Shapes as in select_ref.
-    """
-    start, live = live_range(seq_lens, window)
-    budget = config.budget(live)
-    sinks = (seq_lens - config.recent).clamp(max=config.sink) - start
-    forced = live.clamp(max=config.recent) + sinks.clamp(min=0)
-    position, counted = sample_ref(seq_lens, window)
-    counted &= (position >= config.sink) & (position < seq_lens[:, None] - config.recent)
-
-    rest = (live - forced).clamp(min=1).long()
-    wanted = ((budget - forced) * counted.sum(1) + rest // 2) // rest  # [B]
-    sampled = at_sample(scores, position).masked_fill(~counted[:, None], float("-inf"))
-    best = sampled.sort(dim=-1, descending=True).values
-    nth = (wanted - 1).clamp(min=0, max=SAMPLE - 1)[:, None, None].expand(*scores.shape[:2], 1)
-    threshold = best.gather(2, nth)[..., 0].masked_fill((wanted < 1)[:, None], float("inf"))
-    return threshold.masked_fill((budget == live)[:, None], float("-inf"))
-
-
 def select_ref(scores, seq_lens, config, window=None):
-    """Which tokens are attended to, [B, HKV, S] bool: those whose score reaches threshold_ref, the
-    newest `recent` and the first `sink`.
+    """Which tokens are attended to, [B, HKV, S] bool: the newest `recent`, the first `sink`, and
+    those whose score reaches a threshold, by which N of a row's tokens are expected to be chosen.
 
+    Of the eligible tokens that are not always attended, N less the others shall be chosen; so the
+    threshold is the score that this share of the sampled ones reaches; -inf where N is all of them.
     scores [B, HKV, S] fp32, -inf where not eligible; seq_lens [B] int32.
     """
-    position, end = torch.arange(scores.shape[2], device=scores.device), seq_lens[:, None]
-    forced = (position < config.sink) | (position >= end - config.recent)
-    reached = scores >= threshold_ref(scores, seq_lens, config, window)[..., None]
-    return (reached | forced[:, None]) & eligible_tokens(seq_lens, scores.shape[2], window)[:, None]
+    S, end = scores.shape[2], seq_lens[:, None]
+    position, eligible = torch.arange(S, device=scores.device), eligible_tokens(seq_lens, S, window)
+    forced = eligible & ((position < config.sink) | (position >= end - config.recent))
+    live, always = eligible.sum(1), forced.sum(1)  # [B]
+    budget = config.budget(live)
+
+    position, counted = sample_ref(seq_lens, window)
+    counted &= (position >= config.sink) & (position < end - config.recent)
+    rest = (live - always).clamp(min=1)
+    wanted = ((budget - always) * counted.sum(1) + rest // 2) // rest
+    sampled = scores.take_along_dim(position[:, None], 2)
+    best = sampled.masked_fill(~counted[:, None], float("-inf")).sort(descending=True).values
+    nth = (wanted - 1).clamp(min=0, max=SAMPLE - 1)[:, None, None]
+    threshold = best.take_along_dim(nth, 2)  # [B, HKV, 1]
+    threshold = threshold.masked_fill((wanted < 1)[:, None, None], float("inf"))
+    threshold = threshold.masked_fill((budget == live)[:, None, None], float("-inf"))
+    return (forced[:, None] | (scores >= threshold)) & eligible[:, None]
 
 
 def attend_ref(q, k, v, seq_lens, chosen=None, window=None):
@@ -418,13 +347,12 @@ def attend_ref(q, k, v, seq_lens, chosen=None, window=None):
     HKV, S = k.shape[1:3]
     if chosen is None:
         chosen = eligible_tokens(seq_lens, S, window)[:, None]
-    dims = "bhsd"
-    if k.stride(0) == 0:  # rows of one shared cache: no copies of it
-        k, v, dims = k[0], v[0], "hsd"
+    if k.stride(0) == 0:
+        k, v = k[:1], v[:1]  # rows of one shared cache: no copies of it
     grouped = q.float().view(B, HKV, HQ // HKV, D)
-    logits = torch.einsum(f"bhgd,{dims}->bhgs", grouped, k.float()) / math.sqrt(D)
+    logits = torch.einsum("bhgd,bhsd->bhgs", grouped, k.float()) / math.sqrt(D)
     weights = logits.masked_fill(~chosen[:, :, None], float("-inf")).softmax(-1)
-    return torch.einsum(f"bhgs,{dims}->bhgd", weights, v.float()).reshape(B, HQ, D).to(q.dtype)
+    return torch.einsum("bhgs,bhsd->bhgd", weights, v.float()).reshape(B, HQ, D).to(q.dtype)
 
 
 # ---------------------------------------------------------------- kernels: label
@@ -434,22 +362,10 @@ PTX = tl.constexpr(not INTERPRETED.value and torch.version.cuda is not None)
 
 
 @triton.jit
-def _dim_places(dim, WIDTHS: tl.constexpr):
-    """(first bit in the label, bits) of label dims; those past the last begin past its words.
-    WIDTHS: ((dims, bits), ...)."""
-    first, bits = tl.zeros_like(dim), tl.zeros_like(dim)
-    for i in tl.static_range(len(WIDTHS)):
-        bits = tl.where(dim >= 0, WIDTHS[i][1], bits)
-        first += tl.maximum(tl.minimum(dim, WIDTHS[i][0]), 0) * WIDTHS[i][1]
-        dim -= WIDTHS[i][0]
-    return first, bits
-
-
-@triton.jit
 def _label(k, nth, position, mask, b, h, labels, label_map, k_strides, label_strides,
            WIDTHS: tl.constexpr):
     """Writes the labels of a row's and KV head's nth keys in k [T] at positions [T]."""
-    channels, lo, step = label_map
+    channels, lo, step, bits = label_map
     k_sb, k_sh, k_ss = k_strides
     l_sb, l_sh, l_sw = label_strides
     C: tl.constexpr = dims_in(WIDTHS)
@@ -457,17 +373,18 @@ def _label(k, nth, position, mask, b, h, labels, label_map, k_strides, label_str
     channel = tl.load(channels + h * C + offs_c, mask=offs_c < C, other=0)
     lows = tl.load(lo + h * C + offs_c, mask=offs_c < C, other=0.0)
     steps = tl.load(step + h * C + offs_c, mask=offs_c < C, other=1.0)
+    bits = tl.load(bits + offs_c, mask=offs_c < C, other=0)
     keys = k + b * k_sb + h * k_sh + nth * k_ss
     inside = mask[:, None] & (offs_c < C)[None, :]
     chosen = tl.load(keys[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
 
-    bit, bits = _dim_places(offs_c, WIDTHS)
+    first = tl.cumsum(bits, 0) - bits
     codes = tl.floor(tl.div_rn(chosen - lows[None, :], steps[None, :]) + 0.5)
     codes = tl.minimum(tl.maximum(codes, 0.0), ((1 << bits) - 1).to(tl.float32)[None, :])
-    codes = codes.to(tl.int32) << (bit % 32)[None, :]
+    codes = codes.to(tl.int32) << (first % 32)[None, :]
     labels += b * l_sb + h * l_sh + position
     for w in tl.static_range(words_in(WIDTHS)):
-        word = tl.sum(tl.where((bit // 32 == w)[None, :], codes, 0), 1)
+        word = tl.sum(tl.where((first // 32 == w)[None, :], codes, 0), 1)
         tl.store(labels + w * l_sw, word, mask=mask)
 
 
@@ -489,15 +406,10 @@ M_RUN = tl.constexpr(RUN)
 
 
 @triton.constexpr_function
-def slices_in(widths):
-    """SLICES: byte-wise slices of a label word, in each of which a byte has one dim at most."""
-    return 8 // widths[-1][1]
-
-
-@triton.constexpr_function
 def query_words(widths):
-    """Words of a query head in `query`: its codes, then what its scores are less by."""
-    return words_in(widths) * slices_in(widths) + 1
+    """Words of a query head in `query`: its codes, one for each slice of a label, then what its
+    scores are less by. A label word has as many slices as a byte has of the narrowest dims."""
+    return words_in(widths) * (8 // widths[-1][1]) + 1
 
 
 @triton.constexpr_function
@@ -552,7 +464,7 @@ def _scores(words, codes, less, WIDTHS: tl.constexpr):
     words: W tensors [tokens] or [1, tokens]; codes: a word for each slice of a label word, of a
     head or of [heads, 1]; less: likewise.
     """
-    SLICES: tl.constexpr = slices_in(WIDTHS)
+    SLICES: tl.constexpr = 8 // WIDTHS[-1][1]
     SUMS: tl.constexpr = max(1, SLICES // 2)  # slices 4 bits apart are summed alike
     zeros = tl.zeros_like(words[0] + less)
     score = zeros - less
@@ -568,28 +480,6 @@ def _scores(words, codes, less, WIDTHS: tl.constexpr):
 
 
 # ---------------------------------------------------------------- kernels: bracket
-
-
-@triton.jit
-def _write_codes(q, query, channel, steps, offs_c, G: tl.constexpr, D: tl.constexpr,
-                 WIDTHS: tl.constexpr):
-    """Writes a group's LabelMap.query_codes, laid out as label words are sliced: byte b of word
-    (w, t) is of the dim that begins there in slice t of label word w; where none does the byte is
-    not written, and meets a zero of the slice. Returns the largest product."""
-    offs_g = tl.arange(0, triton.next_power_of_2(G))
-    mask = (offs_g < G)[:, None] & (offs_c < dims_in(WIDTHS))[None, :]
-    products = tl.load(q + offs_g[:, None] * D + channel[None, :], mask=mask, other=0.0)
-    products = products.to(tl.float32) * steps[None, :]
-    largest = tl.max(tl.abs(products))
-    scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
-    codes = tl.floor(products * scale + 0.5).to(tl.int8)  # in [-127, 127]
-
-    bit, _ = _dim_places(offs_c, WIDTHS)
-    word = bit // 32 * slices_in(WIDTHS) + bit % 8 // WIDTHS[-1][1]
-    of_heads = query.to(tl.pointer_type(tl.int8), bitcast=True)
-    of_heads += offs_g * (4 * query_words(WIDTHS))
-    tl.store(of_heads[:, None] + (word * 4 + bit // 8 % 4)[None, :], codes, mask=mask)
-    return largest
 
 
 @triton.jit
@@ -628,37 +518,39 @@ def _nth_best(keys, low, high, n):
 def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_strides, forced, budget,
                     unit, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                     WIDTHS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
-    """A row's and KV head's query codes, what each head's scores are less by, and threshold_ref.
+    """A row's and KV head's query codes, what each head's scores are less by, and the
+    threshold of select_ref.
 
     unit: of the scores, over the largest of the query's products. EARLY: the kernel before has
     written no label that counts here, nor seq_lens, which may be read while it still runs.
     """
     if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
-    channels, _, step = label_map
+    channels, _, step, bits = label_map
     l_sb, l_sh, l_sw = label_strides
     sink, recent, window = forced
-    n_tokens, min_tokens, share_num, share_den, dense_below = budget
+    n_tokens, min_tokens, share, dense_below = budget
     row = tl.program_id(0)
     b, h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     C: tl.constexpr = dims_in(WIDTHS)
     offs_c = tl.arange(0, triton.next_power_of_2(C))
     channel = tl.load(channels + h * C + offs_c, mask=offs_c < C, other=0)
     steps = tl.load(step + h * C + offs_c, mask=offs_c < C, other=1.0)
+    bits = tl.load(bits + offs_c, mask=offs_c < C, other=0)
+    bit = tl.cumsum(bits, 0) - bits
 
     # sample_ref
     seq_len = tl.load(seq_lens + b)
     start = tl.maximum(seq_len - window, 0)
     live = seq_len - start
-    RUNS: tl.constexpr = M // M_RUN
-    run, spread = tl.arange(0, M) // M_RUN, tl.maximum(live, M)
-    first = start + run * (spread // RUNS) + run * (spread % RUNS) // RUNS
-    sampled = first // M_RUN * M_RUN + tl.arange(0, M) % M_RUN
+    offs_m, spread = tl.arange(0, M), tl.maximum(live, M)
+    first = start + offs_m // M_RUN * spread // (M // M_RUN)
+    sampled = first // M_RUN * M_RUN + offs_m % M_RUN
     inside = (sampled < seq_len) & (sampled >= start)
     words = _load_words(labels + b * l_sb + h * l_sh, sampled, seq_len, l_sw, WIDTHS)
 
-    # how many sampled tokens threshold_ref wants; DSConfig.budget first
-    wanted = ((live.to(tl.int64) * share_den + share_num - 1) // share_num).to(tl.int32)
+    # how many sampled tokens select_ref wants; DSConfig.budget first
+    wanted = ((live.to(tl.int64) * share + 2**30 - 1) >> 30).to(tl.int32)
     wanted = tl.where(n_tokens > 0, n_tokens, tl.maximum(wanted, min_tokens))
     wanted = tl.minimum(tl.where(live < dense_below, live, wanted), live)
     always = tl.minimum(live, recent) + tl.maximum(tl.minimum(sink, seq_len - recent) - start, 0)
@@ -669,10 +561,24 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
         tl.extra.cuda.gdc_wait()  # for the query: what comes before does not need it
         tl.extra.cuda.gdc_launch_dependents()
 
-    # the query's codes: written in one order, read back in another
+    # LabelMap.query_codes, laid out as label words are sliced: byte b of word (w, t) is of the dim
+    # that begins there in slice t of label word w; where none does, the slice is zero
+    NARROW: tl.constexpr = WIDTHS[-1][1]
     WORDS: tl.constexpr = query_words(WIDTHS)
+    offs_g = tl.arange(0, triton.next_power_of_2(G))
+    mask = (offs_g < G)[:, None] & (offs_c < C)[None, :]
+    q += row.to(tl.int64) * G * D
+    products = tl.load(q + offs_g[:, None] * D + channel[None, :], mask=mask, other=0.0)
+    products = products.to(tl.float32) * steps[None, :]
+    largest = tl.max(tl.abs(products))
+    scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
+    codes = tl.floor(products * scale + 0.5).to(tl.int8)  # in [-127, 127]
     query += row.to(tl.int64) * G * WORDS
-    largest = _write_codes(q + (b * HKV + h) * G * D, query, channel, steps, offs_c, G, D, WIDTHS)
+    place = (bit // 32 * (8 // NARROW) + bit % 8 // NARROW) * 4 + bit // 8 % 4
+    of_heads = query.to(tl.pointer_type(tl.int8), bitcast=True) + offs_g * (4 * WORDS)
+    tl.store(of_heads[:, None] + place[None, :], codes, mask=mask)
+
+    # scores of the sample: the codes were written in one order and are read back in another
     tl.debug_barrier()
     if G > 1:
         weighed = inside & (sampled < seq_len - 1)
@@ -680,8 +586,8 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
         share = tl.where(sampled < sink, sink_share, 2.0**18)
         for w in tl.static_range(words_in(WIDTHS)):
             words = words[1:] + (words[0][None, :],)
-        nth = tl.arange(0, triton.next_power_of_2(G))
-        heads, less = query + tl.minimum(nth, G - 1) * WORDS, tl.zeros_like(nth)  # the last repeats
+        heads = query + tl.minimum(offs_g, G - 1) * WORDS  # the last repeats
+        less = tl.zeros_like(offs_g)
         scores = _scores(words, _load_each(heads[:, None], WORDS - 1), less[:, None], WIDTHS)
         less = _log_weight(scores, weighed[None, :], share[None, :], largest * unit)
         tl.store(heads + WORDS - 1, less)
@@ -900,26 +806,6 @@ def _attend_kernel(q, k, v, seq_lens, labels, label_map, query, threshold, lists
         _combine(part, n, row, split, parts, attended, out, G, D, SPLITS, BLOCK_N)
 
 
-@triton.jit
-def _gather_kernel(lists, counts, attended, indices, n_tokens, room, capacity, SPLITS: tl.constexpr,
-                   BLOCK: tl.constexpr):
-    """Copies a row's lists one behind the other."""
-    row, split = tl.program_id(0), tl.program_id(1)
-    offs = tl.arange(0, SPLITS)
-    count = tl.load(counts + row * SPLITS + offs)
-    begin = tl.sum(tl.where(offs < split, count, 0))
-    n = tl.sum(tl.where(offs == split, count, 0))
-    lists += (row.to(tl.int64) * SPLITS + split) * room
-    indices += row.to(tl.int64) * capacity
-    for i in range(0, n, BLOCK):
-        nth = i + tl.arange(0, BLOCK)
-        token = tl.load(lists + nth, mask=nth < n, other=0)
-        tl.store(indices + begin + nth, token, mask=(nth < n) & (begin + nth < capacity))
-    if split == SPLITS - 1:
-        tl.store(n_tokens + row, tl.minimum(begin + n, capacity))
-        tl.store(attended + row, tl.load(attended + row) + tl.minimum(begin + n, capacity))
-
-
 # ---------------------------------------------------------------- launches
 
 NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cache
@@ -982,7 +868,7 @@ def bracket(q, labels, label_map, seq_lens, config, window, workspace, label_new
            seq_lens=seq_lens, query=workspace.query, threshold=workspace.threshold,
            label_strides=labels.stride()[:3],
            forced=(config.sink, config.recent, window or NO_WINDOW),
-           budget=(config.n_tokens or 0, config.min_tokens, *config.share(), config.dense_below),
+           budget=(config.n_tokens or 0, config.min_tokens, config.share(), config.dense_below),
            unit=1 / 127 / math.sqrt(D), HKV=HKV, G=HQ // HKV, D=D, WIDTHS=label_map.widths,
            EARLY=label_newest, num_warps=4 if HQ == HKV else 8,  # a group needs more registers
            enable_fp_fusion=False)  # codes round as the reference's do: ties between two are common
@@ -993,7 +879,8 @@ def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=
     """Attention of one query per row over lists of tokens, or with config over those that a
     `bracket` chooses first, or over all eligible ones (dense decode). Shapes as in attend_ref.
 
-    indices [B, HKV, any] int32 and counts [B, HKV, splits] of select_tokens. labels and label_map:
+    indices [B, HKV, any] int32, counts [B, HKV, splits]: a program's tokens come after those of
+    the program before it, as the workspace's lists one behind the other. labels and label_map:
     the label of each row's newest key, k's at seq_lens - 1, is written, unless not label_newest.
     v: None to have the lists and counts of chosen tokens in the workspace, and no attention.
     """
@@ -1046,72 +933,32 @@ def write_labels(k, positions, labels, label_map, config):
         label_strides=labels.stride()[:3], WIDTHS=label_map.widths, BLOCK_T=BLOCK_T)
 
 
-def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, workspace=None,
-                  capacity=None):
-    """The tokens that ds_decode attends to, for who attends to them elsewhere; writes the labels of
-    the newest keys: newest [B, HKV, S, D], read at seq_lens - 1, or None to write none.
-
-    Returns (indices [B, HKV, capacity] int32, n_tokens [B, HKV] int32, counts [B, HKV, splits]
-    int32). The first n_tokens of the indices count, in the order and, by counts, in the parts in
-    which ds_decode attends to them. More than `capacity`, by default S, are cut off.
-    """
-    (B, HQ, D), (HKV, _, S) = q.shape, labels.shape[1:]
-    capacity = min(capacity or S, S)
-    if config.use_triton(q):
-        ws = workspace or Workspace(B, HQ, HKV, D, S, q.device, config)
-        attend(q, labels if newest is None else newest, None, seq_lens, window=window, workspace=ws,
-               labels=labels, label_map=label_map, config=config, label_newest=newest is not None)
-        indices = torch.empty(B, HKV, capacity, dtype=torch.int32, device=q.device)
-        n_tokens = torch.empty(B, HKV, dtype=torch.int32, device=q.device)
-        _gather_kernel[(B * HKV, ws.splits)](
-            lists=ws.lists, counts=ws.counts, attended=ws.attended, indices=indices,
-            n_tokens=n_tokens, room=ws.room, capacity=capacity, SPLITS=ws.splits, BLOCK=128)
-        return indices, n_tokens, ws.counts
-    if newest is not None:
-        label_newest_ref(newest, seq_lens, labels, label_map)
-    scores = score_ref(q, labels, label_map, seq_lens, config, window)
-    chosen = select_ref(scores, seq_lens, config, window)
-    total = chosen.sum(2, dtype=torch.int32)
-    indices = chosen.int().argsort(dim=2, descending=True, stable=True)[..., :capacity].int()
-    return indices, total.clamp(max=capacity), total[..., None]
-
-
-def dense_decode(q, k, v, seq_lens, window=None, impl="auto", workspace=None, labels=None,
-                 label_map=None):
-    """One query per row over all its eligible tokens; cost follows seq_lens, not S. Shapes as in
-    attend_ref.
-
-    labels and label_map: if given, the label of each row's newest key is written, for sparse steps
-    to come.
-    """
-    if impl == "triton" or (impl == "auto" and q.is_cuda):
-        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels,
-                      label_map=label_map)
-    if labels is not None:
-        label_newest_ref(k, seq_lens, labels, label_map)
-    live = int(seq_lens.max())
-    return attend_ref(q, k[:, :, :live], v[:, :, :live], seq_lens, window=window)
-
-
 def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspace=None,
-              label_newest=True):
-    """One query per row over the tokens that its label scores select.
+              all_tokens=False):
+    """One query per row over the tokens that its label scores select; without config, or with
+    all_tokens, over all eligible ones. Cost follows seq_lens, not S.
 
-    q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32; label_map: LabelMap of
-    this layer; seq_lens [B] int32, at least 1, newest token included; window: sliding window in
-    tokens or None; workspace: scratch of this shape, so that nothing but the output is allocated;
-    label_newest: write the label of each row's newest key; on a GPU seq_lens must then not come
-    from the kernel launched just before. Returns [B, HQ, D]. Rows may share one cache, k, v and
-    labels expanded along B, if its labels are there: without label_newest.
+    q [B, HQ, D] post-RoPE; k, v [B, HKV, S, D]; labels [B, HKV, W, S] int32 and label_map, this
+    layer's LabelMap, None without config; seq_lens [B] int32, at least 1, newest token included;
+    window: sliding window in tokens or None; workspace: scratch of this shape, so that nothing but
+    the output is allocated. Returns [B, HQ, D].
+
+    Writes the label of each row's newest key: on a GPU seq_lens must then not come from the kernel
+    launched just before. Rows may share one cache, k, v and labels expanded along B, if its labels
+    are there: none are written.
     """
-    shared = labels.stride(0) == 0 and len(q) > 1
-    assert not (label_newest and shared), "rows that share a cache would overwrite others' labels"
-    if config.use_triton(q):
+    shared = labels is not None and labels.stride(0) == 0 and len(q) > 1
+    label_newest = labels is not None and not shared
+    sparse = config is not None and not all_tokens
+    if config.use_triton(q) if config else q.is_cuda:
         return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels,
-                      label_map=label_map, config=config, label_newest=label_newest)
+                      label_map=label_map, config=config if sparse else None,
+                      label_newest=label_newest)
     if label_newest:
         label_newest_ref(k, seq_lens, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
-    k, v, labels = k[:, :, :S], v[:, :, :S], labels[..., :S]
-    scores = score_ref(q, labels, label_map, seq_lens, config, window)
-    return attend_ref(q, k, v, seq_lens, select_ref(scores, seq_lens, config, window))
+    k, v, chosen = k[:, :, :S], v[:, :, :S], None
+    if sparse:
+        scores = score_ref(q, labels[..., :S], label_map, seq_lens, config, window)
+        chosen = select_ref(scores, seq_lens, config, window)
+    return attend_ref(q, k, v, seq_lens, chosen, window)

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import calibrate
-from ds_attention import (
-    Workspace, attend, attend_ref, eligible_tokens, pool_ref, score_ref, select_ref, select_tokens
-)
+from ds_attention import Workspace, attend, attend_ref, eligible_tokens, score_ref, select_ref
 from model import LayerCache
+from offload import select_tokens
 
 
 class Sparse(LayerCache):
@@ -116,7 +115,7 @@ class ExactTopK(Sparse):
     """By q . k / sqrt(D) itself, pooled as label scores are: what labels can reach."""
 
     def scores(self, q, seq_lens):
-        return pool_ref(self.logits(q, seq_lens, int(seq_lens.max())))
+        return calibrate.pool(self.logits(q, seq_lens, int(seq_lens.max())))
 
 
 class Streaming(Sparse):
@@ -150,7 +149,7 @@ class Quest(Sparse):
                  + torch.einsum("rhgd,hpd->rhgp", q.clamp(max=0), low))
         eligible = F.pad(eligible_tokens(seq_lens, S, self.window), (0, short))
         eligible = eligible.unflatten(1, (-1, self.PAGE)).any(2)[:, None, None]
-        scores = pool_ref(bound.masked_fill(~eligible, float("-inf")))
+        scores = calibrate.pool(bound.masked_fill(~eligible, float("-inf")))
         return scores.repeat_interleave(self.PAGE, -1)[..., :S]
 
 

@@ -24,7 +24,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 import parallel
 from config import ModelConfig, rope_frequencies
-from ds_attention import DSConfig, LabelMap, Workspace, dense_decode, ds_decode, write_labels
+from ds_attention import DSConfig, LabelMap, Workspace, ds_decode, words_in, write_labels
 from experts import Experts, MoEFeedForward
 from linear import Linear, Residual, largest, quantized
 
@@ -75,16 +75,10 @@ class LayerCache:
         """q [R, HQ, D], one query per row; seq_lens [R]. R = B, and the newest keys' labels are
         written, or R over the one sequence of a B = 1 cache."""
         k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
-        own = len(q) == len(self.kv)
-        workspace = self.workspace if own else None
-        if self.ds is None:
-            return dense_decode(q, k, v, seq_lens, self.window, workspace=workspace)
-        if self.all_tokens:
-            newest = dict(labels=self.labels, label_map=self.label_map) if own else {}
-            return dense_decode(q, k, v, seq_lens, self.window, self.ds.impl, workspace, **newest)
-        labels = self.labels.expand(len(q), -1, -1, -1)
+        labels = None if self.labels is None else self.labels.expand(len(q), -1, -1, -1)
+        workspace = self.workspace if len(q) == len(self.kv) else None
         return ds_decode(q, k, v, labels, self.label_map, seq_lens, self.ds, self.window, workspace,
-                         own)
+                         self.all_tokens)
 
 
 class KVCache:
@@ -104,8 +98,8 @@ class KVCache:
             settings = dict(window=config.window(i), workspace=workspace)
             if ds is not None and i >= ds.dense_layers:
                 padded = -(-S // 16) * 16  # each row starts aligned: four words are loaded at once
-                labels = torch.zeros(B, HKV, ds.words(D), padded, dtype=torch.int32,
-                                     device=device)[..., :S]
+                labels = torch.zeros(B, HKV, words_in(ds.widths(D)), padded,
+                                     dtype=torch.int32, device=device)[..., :S]
                 settings |= dict(ds=ds, label_map=label_maps[i].to(device), labels=labels)
             self.layers.append(self.make_layer((B, HKV, S, 2, D), dtype, device, settings))
 
@@ -485,8 +479,7 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     meta = partial(torch.empty, device="meta")
     maps = None
     if ds is not None:
-        of_channels = meta(HKV, ds.channels(D))
-        maps = [LabelMap.from_statistics(*(of_channels,) * 3, ds.widths(D))] * config.n_layers
+        maps = [label_map_of(*(meta(HKV, D),) * 3, ds.widths(D))] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE
@@ -655,6 +648,24 @@ def random_model(config, device, dtype, quantize=None):
 MAP_TENSORS = ("channels", "mean", "std")  # of channels.safetensors
 
 
+# Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a
+# Gaussian.
+CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
+
+
+def label_map_of(channels, mean, std, widths):
+    """The LabelMap of a layer; channels, mean, std [HKV, C or more]: their numbers, and what each
+    one's range is about and follows; the first C count."""
+    bits = [bits for dims, bits in widths for _ in range(dims)]
+    steps = [2 * CLIP[b] / (2**b - 1) for b in bits]
+    clip, step = (torch.tensor(x, device=std.device) for x in ([CLIP[b] for b in bits], steps))
+    channels, mean, std = (x[:, : len(bits)] for x in (channels, mean, std))
+    lo = (mean - clip * std).float().contiguous()
+    step = (step * std).float().clamp(min=1e-12).contiguous()
+    bits = torch.tensor(bits, dtype=torch.int32, device=std.device)
+    return LabelMap(channels.int().contiguous(), lo, step, bits, widths)
+
+
 def load_label_maps(checkpoint, config, ds, path=None):
     """A checkpoint's channels.safetensors, or file `path` -> one LabelMap per layer, fit for `ds`.
 
@@ -677,12 +688,11 @@ def load_label_maps(checkpoint, config, ds, path=None):
             raise ValueError(f"{path}: made for {shape} layers, KV heads, head_dim; the model has "
                              f"{config.n_layers}, {HKV}, {D}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        tensors = {name: file.get_tensor(name)[:, heads, : ds.channels(D)] for name in MAP_TENSORS
+        tensors = {name: file.get_tensor(name)[:, heads] for name in MAP_TENSORS
                    if name in file.keys() and file.get_slice(name).get_shape() == shape}
         channels = tensors.get("channels", torch.tensor(-1))
         if len(tensors) < 3 or channels.min() < 0 or channels.max() >= D or not all(
                 tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{path}: its label maps are damaged; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-    return [LabelMap.from_statistics(*of_layer, ds.widths(D))
-            for of_layer in zip(*tensors.values())]
+    return [label_map_of(*of_layer, ds.widths(D)) for of_layer in zip(*tensors.values())]

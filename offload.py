@@ -33,14 +33,17 @@ Without a DSConfig all K and V, as they are or packed, are streamed through two 
 attention, as FlexGen does: the baseline.
 """
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
-from ds_attention import Workspace, attend, attend_ref, dense_decode, select_tokens, write_labels
+from ds_attention import (
+    Workspace, attend, attend_ref, ds_decode, label_newest_ref, score_ref, select_ref,
+    write_labels
+)
 from host_memory import (
     PACKED, HostRows, fetch, fetch_ref, host_layers, offloaded_layers, packs
 )
@@ -77,6 +80,58 @@ class SideStream:
         """What the current stream is given from now on comes after every `run`."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
+
+
+# ---------------------------------------------------------------- which tokens a step attends to
+
+
+@triton.jit
+def _gather_kernel(lists, counts, indices, n_tokens, room, capacity, SPLITS: tl.constexpr,
+                   BLOCK: tl.constexpr):
+    """Copies a row's lists one behind the other."""
+    row, split = tl.program_id(0), tl.program_id(1)
+    offs = tl.arange(0, SPLITS)
+    count = tl.load(counts + row * SPLITS + offs)
+    begin = tl.sum(tl.where(offs < split, count, 0))
+    n = tl.sum(tl.where(offs == split, count, 0))
+    lists += (row.to(tl.int64) * SPLITS + split) * room
+    indices += row.to(tl.int64) * capacity
+    for i in range(0, n, BLOCK):
+        nth = i + tl.arange(0, BLOCK)
+        token = tl.load(lists + nth, mask=nth < n, other=0)
+        tl.store(indices + begin + nth, token, mask=(nth < n) & (begin + nth < capacity))
+    if split == SPLITS - 1:
+        tl.store(n_tokens + row, tl.minimum(begin + n, capacity))
+
+
+def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, workspace=None,
+                  capacity=None):
+    """The tokens that ds_decode attends to, for who attends to them elsewhere; writes the labels of
+    the newest keys: newest [B, HKV, S, D], read at seq_lens - 1, or None to write none.
+
+    Returns (indices [B, HKV, capacity] int32, n_tokens [B, HKV] int32, counts [B, HKV, splits]
+    int32). The first n_tokens of the indices count, in the order and, by counts, in the parts in
+    which ds_decode attends to them. More than `capacity`, by default S, are cut off.
+    """
+    (B, HQ, D), (HKV, _, S) = q.shape, labels.shape[1:]
+    capacity = min(capacity or S, S)
+    if config.use_triton(q):
+        ws = workspace or Workspace(B, HQ, HKV, D, S, q.device, config)
+        attend(q, labels if newest is None else newest, None, seq_lens, window=window, workspace=ws,
+               labels=labels, label_map=label_map, config=config, label_newest=newest is not None)
+        indices = torch.empty(B, HKV, capacity, dtype=torch.int32, device=q.device)
+        n_tokens = torch.empty(B, HKV, dtype=torch.int32, device=q.device)
+        _gather_kernel[(B * HKV, ws.splits)](
+            lists=ws.lists, counts=ws.counts, indices=indices, n_tokens=n_tokens, room=ws.room,
+            capacity=capacity, SPLITS=ws.splits, BLOCK=128)
+        return indices, n_tokens, ws.counts
+    if newest is not None:
+        label_newest_ref(newest, seq_lens, labels, label_map)
+    scores = score_ref(q, labels, label_map, seq_lens, config, window)
+    chosen = select_ref(scores, seq_lens, config, window)
+    total = chosen.sum(2, dtype=torch.int32)
+    indices = chosen.int().argsort(dim=2, descending=True, stable=True)[..., :capacity].int()
+    return indices, total.clamp(max=capacity), total[..., None]
 
 
 # ---------------------------------------------------------------- resident tokens
@@ -419,7 +474,9 @@ class OffloadedLayer(HostLayer):
 
         def choose():
             q = block.attn.queries(x, cos, sin, self.ahead).squeeze(2)  # [B, HQ of these heads, D]
-            labels, label_map = self.labels[:, : self.ahead], self.label_map.first(self.ahead)
+            labels, m = self.labels[:, : self.ahead], self.label_map
+            label_map = replace(m, **{name: getattr(m, name)[: self.ahead]
+                                      for name in ("channels", "lo", "step")})
             self.chosen = select_tokens(q, None, labels, label_map, seq_lens, self.ds, self.window,
                                         self.workspace_ahead, self.placed_ahead.rows.shape[2])
             self.resolve(self.placed_ahead, self.chosen, seq_lens, ahead=not self.predicted)
@@ -511,7 +568,7 @@ class StreamedLayer(HostLayer):
         run = fetch if q.is_cuda else fetch_ref
         run(kv, stream.placed, self.host, self.newest, None, seq_lens)
         self.host.append(self.newest, seq_lens, q.is_cuda)
-        out = dense_decode(q, *kv.unbind(3), seq_lens, self.window, workspace=self.workspace)
+        out = ds_decode(q, *kv.unbind(3), None, None, seq_lens, None, self.window, self.workspace)
         stream.begin(self.number + 2)
         return out
 

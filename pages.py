@@ -16,7 +16,7 @@ import sys
 from importlib.util import find_spec
 
 from cli import HERE, ArgumentParser, bits_of, read_json_lines, run_command, writing
-from ds_attention import DSConfig
+from ds_attention import DSConfig, dims_in
 
 RESULTS = HERE / "results"
 
@@ -291,7 +291,8 @@ def results(name):
 def default_attention():
     """The attention rows of 128 channels a head and the default's budget and labels."""
     config, D = DSConfig(dense_below=0), 128
-    labels = dict(D=D, label_channels=config.channels(D), label_bits=bits_of(config.widths(D)))
+    labels = dict(D=D, label_channels=dims_in(config.widths(D)),
+                  label_bits=bits_of(config.widths(D)))
     return [row for row in results("attention") if labels.items() <= row.items()
             and row["n_tokens"] == config.budget(row["S"])]
 

@@ -53,12 +53,12 @@ import offload
 import pages
 import plan
 from config import PRESETS, ModelConfig
-from ds_attention import DSConfig, LabelMap
+from ds_attention import DSConfig
 from gpt_fast import GptFast
 from linear import Linear, Residual, choose_likeliest
 from model import (
-    Attention, KVCache, MoEFeedForward, Transformer, apply_rope, check_memory, load_label_maps,
-    load_model, memory_need, parameter_shapes
+    Attention, KVCache, MoEFeedForward, Transformer, apply_rope, check_memory, label_map_of,
+    load_label_maps, load_model, memory_need, parameter_shapes
 )
 from offload import OffloadCache
 from tokenizer import Tokenizer, builtin_text
@@ -155,15 +155,15 @@ class Problem:
         config = dict(sparsity=8, min_tokens=8, sink=2, recent=4, dense_below=0) | config
         widths = self.bits if isinstance(self.bits, str) else f"{self.C}x{self.bits}"
         self.config = DSConfig(**config, label_bits=widths)
-        self.widths, self.C = self.config.widths(self.D), self.config.channels(self.D)
+        self.widths = self.config.widths(self.D)
         self.q = normal(self.B, self.HQ, self.D).to(self.dtype)
         self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
         self.k, self.v = self.kv.unbind(3)
-        channels = torch.stack([torch.randperm(self.D, generator=generator)[: self.C]
+        channels = torch.stack([torch.randperm(self.D, generator=generator)
                                 for _ in range(self.HKV)])
-        mean, std = 0.1 * torch.ones(2, self.HKV, self.C) * torch.tensor([1, 9])[:, None, None]
-        self.map = LabelMap.from_statistics(channels, mean, std, self.widths).to(DEVICE)
-        allocated = self.B, self.HKV, self.config.words(self.D), -(-self.S // self.pad) * self.pad
+        mean, std = 0.1 * torch.ones(2, self.HKV, self.D) * torch.tensor([1, 9])[:, None, None]
+        self.map = label_map_of(channels, mean, std, self.widths).to(DEVICE)
+        allocated = self.B, self.HKV, ds.words_in(self.widths), -(-self.S // self.pad) * self.pad
         self.labels = torch.full(allocated, -1, dtype=torch.int32, device=DEVICE)[..., : self.S]
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).repeat(self.B, 1)
         ds.label_ref(self.k, self.positions, self.labels, self.map)
@@ -181,8 +181,8 @@ class Problem:
         return ds.select_ref(self.scores(), self.seq_lens, self.config, self.window)
 
     def select(self, impl="triton", newest=None, **more):
-        return ds.select_tokens(self.q, newest, self.labels, self.map, self.seq_lens,
-                                replace(self.config, impl=impl), self.window, **more)
+        return offload.select_tokens(self.q, newest, self.labels, self.map, self.seq_lens,
+                                     replace(self.config, impl=impl), self.window, **more)
 
     def decode(self, impl="triton", **more):
         return ds.ds_decode(self.q, self.k, self.v, self.labels, self.map, self.seq_lens,
@@ -192,7 +192,7 @@ class Problem:
 def first_channels(HKV, C, widths):
     """A LabelMap of the first C channels, for keys of unit variance."""
     channels, zeros = torch.arange(C).expand(HKV, -1), torch.zeros(HKV, C)
-    return LabelMap.from_statistics(channels, zeros, zeros + 1, widths).to(DEVICE)
+    return label_map_of(channels, zeros, zeros + 1, widths).to(DEVICE)
 
 
 def mask_of(indices, n_tokens, S):
@@ -207,9 +207,10 @@ def mask_of(indices, n_tokens, S):
 def test_label_words_by_hand():
     """Dims one behind the other, lowest bits first: 8 + 4 + 4, then 2 bits eight times."""
     codes, widths = torch.tensor([0x12, 0x3, 0x4, 1, 2, 3, 0, 0, 0, 0, 3]), ((1, 8), (2, 4), (8, 2))
-    words = ds.pack(codes, widths)
+    label_map = first_channels(1, 11, widths).to("cpu")
+    words = ds.pack(codes, label_map)
     assert words.tolist() == [0x4312 + ((1 + 2 * 4 + 3 * 16) << 16) + (3 << 30) - 2**32]
-    assert torch.equal(ds.unpack(words, widths), codes.int())
+    assert torch.equal(ds.unpack(words, label_map), codes.int())
 
 
 @cases
@@ -225,8 +226,8 @@ def test_label_kernel_equals_reference(case):
 @pytest.mark.parametrize("S, window", [(900, None), (900, 500), (6000, None)],
                          ids=["whole", "window", "sampled"])
 def test_a_group_is_pooled_by_softmax_weight(S, window):
-    """With labels that tell nearly all of q . k, scores are pool_ref's; a head of large logits does
-    not choose for others."""
+    """With labels that tell nearly all of q . k, scores are calibrate.pool's; a head of large
+    logits does not choose for others."""
     p = Problem(shapes(B=1, HQ=6, HKV=2, S=S, bits=8, C=64, window=window))
     p.q[:, ::3] *= 4
     unit = p.q[:, ::3] / p.q[:, ::3].norm(dim=-1, keepdim=True)
@@ -236,7 +237,7 @@ def test_a_group_is_pooled_by_softmax_weight(S, window):
     exact = torch.einsum("bhgd,bhsd->bhgs", p.q.unflatten(1, (2, 3)), p.k) / 8
     live = ds.eligible_tokens(p.seq_lens, S, window)
     exact = exact.masked_fill(~live[:, None, None], float("-inf"))
-    scores, want = p.scores() * p.map.query_codes(p.q)[1][..., None], ds.pool_ref(exact)
+    scores, want = p.scores() * p.map.query_codes(p.q)[1][..., None], calibrate.pool(exact)
     assert torch.equal(scores.isfinite(), live[:, None].expand_as(scores))
     error = (scores - want)[..., live[0]]
     error -= error.mean(-1, keepdim=True)  # the logarithm of a mean, and of a sum
@@ -298,7 +299,7 @@ def test_kernels_choose_the_reference_s_tokens_of_adversarial_scores(crowd, wind
     p = Problem(shapes(HQ=2, HKV=1, S=6000, C=8, window=window), seq_lens=[6000, 4801])
     codes = torch.zeros(6000, 8)
     codes[:, 0], codes[:, 1] = CROWDS[crowd](torch.arange(6000))
-    p.labels[:] = ds.pack(codes, p.widths).T.to(DEVICE)
+    p.labels[:] = ds.pack(codes.to(DEVICE), p.map).T
     p.map.step = torch.ones_like(p.map.step)
     p.q = torch.zeros_like(p.q)
     p.q[:, 0, p.map.channels[0, :2]] = torch.tensor([127.0, 8.0], device=DEVICE)
@@ -317,9 +318,8 @@ def test_each_row_decides_whether_it_is_sparse(more):
 
     workspace = p.workspace()
     torch.testing.assert_close(p.decode(workspace=workspace), p.decode("torch"), atol=1e-5, rtol=0)
-    p.select(workspace=workspace)
-    ds.dense_decode(p.q, p.k, p.v, p.seq_lens, impl="triton", workspace=workspace)
-    assert torch.equal(workspace.attended, 2 * n)
+    p.decode(workspace=workspace, all_tokens=True)
+    assert torch.equal(workspace.attended, n)
 
 
 def test_a_row_has_the_same_bits_alone_and_in_a_batch():
@@ -356,15 +356,16 @@ def test_decode_step_by_kernels_equals_reference(case):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_the_newest_keys_labels_are_written(impl):
-    """And nothing else is; nothing at all without label_newest or newest."""
+    """And nothing else is; nothing at all where rows share a cache, or without newest."""
     p = Problem(shapes(HQ=1, HKV=1, S=333, window=100, C=8))
     newest = (p.seq_lens - 1).long()[:, None, None, None]
     want, without = p.labels.clone(), p.labels.scatter(3, newest, 0)
-    dense = partial(ds.dense_decode, p.q, p.k, p.v, p.seq_lens, p.window, impl, label_map=p.map)
+    shared = copy.copy(p)
+    shared.labels = p.labels[:1].expand(2, -1, -1, -1)
     for step, written in [
-            (lambda: p.decode(impl), True), (lambda: p.decode(impl, label_newest=False), False),
-            (lambda: p.select(impl, newest=p.k), True), (lambda: p.select(impl), False),
-            (lambda: dense(labels=p.labels), True)]:
+            (lambda: p.decode(impl), True), (lambda: p.decode(impl, all_tokens=True), True),
+            (lambda: shared.decode(impl), False),
+            (lambda: p.select(impl, newest=p.k), True), (lambda: p.select(impl), False)]:
         p.labels.copy_(without)
         step()
         assert torch.equal(p.labels, want if written else without)
@@ -392,12 +393,11 @@ def test_attend_kernel_equals_reference_given_the_same_tokens(case):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_capacity_cuts_lists(impl, monkeypatch):
-    """Those longer than it, behind; what is cut off is neither attended to nor counted."""
+    """Those longer than it, behind; what is cut off is not attended to."""
     monkeypatch.setattr(ds, "WARPS", 1024)  # programs of two warps
     p = Problem(shapes(HQ=2, HKV=1, S=700, C=8), seq_lens=[700, 60])
     workspace = p.workspace(splits=2 if impl == "triton" else 1)
     whole, n_whole, _ = p.select(impl, workspace=workspace)
-    workspace.attended.zero_()
     indices, n_tokens, counts = p.select(impl, workspace=workspace, capacity=40)
     assert n_whole[0].min() > 40 > n_whole[1].max() and indices.shape == (2, 1, 40)
     assert torch.equal(n_tokens, n_whole.clamp(max=40))
@@ -406,7 +406,6 @@ def test_capacity_cuts_lists(impl, monkeypatch):
     got = ds.attend(p.q, p.k, p.v, p.seq_lens, indices, counts, workspace=workspace)
     want = ds.attend_ref(p.q, p.k, p.v, p.seq_lens, cut)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    assert impl == "torch" or torch.equal(workspace.attended, n_tokens.long())
 @pytest.mark.skipif(GPU, reason="the interpreter tells what is read")
 @pytest.mark.parametrize("pad", [1, 16])
 def test_labels_are_not_read_past_their_memory(pad, monkeypatch):
@@ -469,7 +468,7 @@ def test_dense_decode_equals_sdpa():
     sdpa = torch.nn.functional.scaled_dot_product_attention
     want = sdpa(p.q[:, :, None], p.k, p.v, enable_gqa=True)
     for impl in ("torch", "triton"):
-        got = ds.dense_decode(p.q, p.k, p.v, p.seq_lens, impl=impl)
+        got = p.decode(impl, all_tokens=True)
         torch.testing.assert_close(got, want[:, :, 0], atol=2e-6, rtol=0)
 
 
@@ -484,14 +483,14 @@ def test_budget_of_ints_and_tensors_agree():
 
 def test_label_bytes_follow_from_sparsity():
     """1/sparsity of a 16-bit K's: whole words of any head's, and no more dims than it has."""
-    assert [DSConfig(sparsity=s, label_bits=bits).channels(128)
+    assert [ds.dims_in(DSConfig(sparsity=s, label_bits=bits).widths(128))
             for s, bits in ((16, 4), (16, 2), (8, 4), (32, 4), (16, 8))] == [32, 64, 64, 16, 16]
     assert [cli.widths_name(DSConfig(sparsity=s).widths(128)) for s in (4, 8, 16, 32, 64)] == [
         "128 x 4", "16 x 4, 96 x 2", "8 x 4, 48 x 2", "20 x 2, 24 x 1", "32 x 1"]
     for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 80, 96, 100, 128)):
-        config = DSConfig(sparsity=sparsity)
-        assert config.channels(D) <= D and config.words(D) * 32 <= max(32, 16 * D / sparsity)
-        assert ds.parse_widths(cli.widths_name(config.widths(D))) == config.widths(D)
+        widths = DSConfig(sparsity=sparsity).widths(D)
+        assert ds.dims_in(widths) <= D and ds.words_in(widths) * 32 <= max(32, 16 * D / sparsity)
+        assert ds.parse_widths(cli.widths_name(widths)) == widths
 
 
 @pytest.mark.parametrize("more, message", [
@@ -500,16 +499,16 @@ def test_label_bytes_follow_from_sparsity():
     (dict(sink=-1), "sink=-1: must be at least 0"),
     (dict(recent=0), "recent=0: must be at least 1"),
     (dict(impl="cuda"), "impl=cuda: must be one of auto, torch, triton"),
-    (dict(label_bits="512x4"), "label_bits=512x4: more label dims than the head's 64"),
-    *((dict(label_bits=bits), f"label_bits={bits}: must be dims x bits, the most bits first, as "
-       "8x4,48x2: of 1, 2, 4 or 8 bits, whole bytes of each and whole 32-bit words in all")
-      for bits in ("8x4,48", "48x2,8x4", "0x4", "8x3", "3x4,10x2", "8x4,4x2", "4x4,4x4", "8x")),
-    (dict(label_bits=16), "must be 1, 2, 4, 8, or dims x bits"),
-    (dict(label_bits="8x4,96x2"), "more label dims than the head's 64")], ids=str)
+    (dict(label_bits="512x4"), "label_bits=512x4: makes 512 label dims, in whole 32-bit words; "
+                               "must be at least 1, and at most the head's 64"),
+    *((dict(label_bits=bits), f"label_bits={bits}: must be 1, 2, 4, 8, or dims x bits, the most "
+       "bits first, as 8x4,48x2: whole bytes of each and whole 32-bit words in all")
+      for bits in (16, "8x4,48", "48x2,8x4", "0x4", "8x3", "3x4,10x2", "8x4,4x2", "4x4,4x4", "8x")),
+    (dict(label_bits="8x4,96x2"), "makes 104 label dims, in whole 32-bit words; must")], ids=str)
 def test_settings_that_cannot_be_are_refused(more, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         DSConfig(**more).widths(64)
-    with pytest.raises(ValueError, match="head_dim=6: .* needs 8 dims"):
+    with pytest.raises(ValueError, match="makes 0 label dims, .* the head's 6"):
         DSConfig().widths(6)
 
 
@@ -541,7 +540,7 @@ def random_model(seed=0, **more):
                       sink=1, recent=2)
     channels = torch.randperm(16)[:8].expand(model.config.n_kv_heads, -1)
     zeros = torch.zeros(channels.shape)
-    label_map = LabelMap.from_statistics(channels, zeros, zeros + 1, ((8, 4),))
+    label_map = label_map_of(channels, zeros, zeros + 1, ((8, 4),))
     return model, [label_map] * 3, config
 
 
@@ -977,7 +976,7 @@ def test_short_sequences_are_decoded_dense_and_leave_labels():
     positions = torch.arange(100, device=DEVICE, dtype=torch.int32)[None]
     written = torch.zeros_like(layer.labels)
     ds.label_ref(layer.kv[..., 0, :], positions, written, layer.label_map)
-    labels, wanted = (ds.unpack(x.transpose(2, 3), layer.label_map.widths)[:, :, :live]
+    labels, wanted = (ds.unpack(x.transpose(2, 3), layer.label_map)[:, :, :live]
                       for x in (layer.labels, written))
     assert live == 20 + 59 and (labels != wanted).float().mean() < 0.01, "labels are missing"
 
@@ -1690,7 +1689,7 @@ def test_methods_by_kernels_equal_the_reference(method, monkeypatch):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
     if method == "ds":
         k, v, labels = (x.expand(3, *x.shape[1:]) for x in (p.k, p.v, layer.labels))
-        decoded = ds.ds_decode(q[:3], k, v, labels, p.map, lens[:3], config, label_newest=False)
+        decoded = ds.ds_decode(q[:3], k, v, labels, p.map, lens[:3], config)
         assert torch.equal(outs[0], decoded)
 
 
@@ -2053,7 +2052,7 @@ def test_bench_checks_its_attention_on_a_cpu(monkeypatch):
     assert row["max_rel_err"] < 1e-4 and row["ds_us"] > 0 and "speedup" not in row
     assert row["clustered_us"] > 0 and row["dense_us"] <= row["ours, all tokens_us"]
     monkeypatch.setattr(ds, "ds_decode", lambda q, k, v, labels, label_map, seq_lens, *_, **more:
-                        ds.dense_decode(q, k, v, seq_lens))
+                        ds.attend_ref(q, k, v, seq_lens))
     with pytest.raises(ValueError, match="the kernels are wrong: error 0.[1-9]"):
         bench.attention_row(*shape, config, "cpu")
 
