@@ -153,8 +153,7 @@ def selection_figures(q, predicted_q, k, label_map, ds, seq_lens, window=None):
     q, predicted_q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens [rows]: of the queries."""
     k = k[:, :, : int(seq_lens.max())]
     _, HKV, S, D = k.shape
-    W = words_in(label_map.widths)
-    labels = torch.zeros(1, HKV, W, S, dtype=torch.int32, device=k.device)
+    labels = torch.zeros(1, HKV, words_in(label_map.widths), S, dtype=torch.int32, device=k.device)
     label_ref(k, torch.arange(S, device=k.device)[None], labels, label_map)
     labels = labels.expand(len(seq_lens), -1, -1, -1)
 
