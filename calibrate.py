@@ -28,7 +28,7 @@ from ds_attention import DSConfig, eligible_tokens, label_ref, score_ref, select
 from model import apply_rope, fingerprint, label_map_of, load_model
 from tokenizer import Tokenizer, builtin_text, read_text
 
-METHODS = ("planes", "qk", "q", "k", "random")
+METHODS = ("planes", "covariance", "qk", "q", "k", "random")
 CONTEXT = 8192  # tokens of a window, if the model has as many
 
 
@@ -62,9 +62,43 @@ def both_halves(x):
     return x.unflatten(-1, (2, -1)).sum(-2)
 
 
-def rank_channels(moments, method, generator):
-    """Channels of each KV head, most important first: [HKV, D] int64; by "planes" the pairs
-    c, c + D / 2 side by side."""
+def plane_covariance(q, k, ds, seq_lens, window=None):
+    """How what planes add to a query's scores varies together from token to token: covariances
+    over those of its past that are not always attended, sums over queries, each by the share of
+    its attention that these tokens hold: [HKV, D / 2, D / 2] fp32.
+
+    q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens: a list, of the queries.
+    """
+    total, scaled = 0.0, k[0].float() / math.sqrt(k.shape[3])
+    for seq_len in seq_lens:  # one at a time: less memory
+        row = q[0, :, seq_len - 1].float()
+        logits = exact_logits(row[None], k[0], torch.tensor([seq_len], device=k.device), window)[0]
+        free = slice(max(ds.sink, seq_len - (window or seq_len)), seq_len - ds.recent)
+        mass = logits.softmax(-1)[..., free].sum(-1)  # [HKV, G], of logits [HKV, G, T]
+        added = both_halves(row.unflatten(0, (len(scaled), -1))[:, :, None] * scaled[:, None, free])
+        added = added - added.mean(2, keepdim=True)  # [HKV, G, tokens, D / 2]
+        total = total + (added.mT @ added * mass[..., None, None]).sum(1) / added.shape[2]
+    return total
+
+
+def planes_by_covariance(covariance):
+    """covariance [HKV, planes, planes] -> planes, most important first: [HKV, planes] int64.
+
+    They are left out one by one, each time the one by which the sum of all those left out varies
+    least: planes that cancel go together, and of those that are alike the last one stays.
+    """
+    added, left_out = covariance.diagonal(dim1=1, dim2=2).clone(), []
+    heads = torch.arange(len(covariance), device=covariance.device)
+    for _ in range(covariance.shape[1]):
+        left_out.append(added.argmin(1))
+        added += 2 * covariance[heads, left_out[-1]]
+        added[heads, left_out[-1]] = float("inf")
+    return torch.stack(left_out[::-1], 1)
+
+
+def rank_channels(moments, method, generator, covariance=None):
+    """Channels of each KV head, most important first: [HKV, D] int64; of planes the pairs
+    c, c + D / 2 side by side. covariance: of plane_covariance, which that method ranks by."""
     importance = {
         "planes": both_halves(moments.abs_qk),
         "qk": moments.abs_qk,  # the paper's: mean |q_c k_c|
@@ -72,9 +106,12 @@ def rank_channels(moments, method, generator):
         "k": moments.abs_k,
         "random": torch.rand(moments.kk.shape, generator=generator,
                              dtype=torch.float64).to(moments.kk.device),
-    }[method]
-    ranked = importance.sort(dim=-1, descending=True, stable=True).indices
-    if method == "planes":
+    }
+    if method == "covariance":
+        ranked = planes_by_covariance(covariance)
+    else:
+        ranked = importance[method].sort(dim=-1, descending=True, stable=True).indices
+    if method in ("planes", "covariance"):
         ranked = torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1)
     return ranked
 
@@ -215,6 +252,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
     rows = [spread_queries(first, end, config.n_heads, device)  # within the context, and past it
             for first, end in ((context // 2, context), (context, longest)) if first < end]
+    queries = torch.linspace(max(64, context // 8), context, 32).int().tolist()  # of covariances
     if not ds.sparse_at(longest):
         print(f"of {longest} tokens all are attended: the figures say nothing", file=sys.stderr)
     generator = torch.Generator().manual_seed(seed)
@@ -227,13 +265,16 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     figures, of_file = [], []
     previous = None  # what the layer before got of the text held out
     for i, layer in enumerate(tqdm(model.layers, desc="calibrating", unit="layer", leave=False)):
-        moments, own, window = Moments(), hidden[-1], layer.attn.window
+        moments, own, window, covariance = Moments(), hidden[-1], layer.attn.window, 0.0
         for j, (x, rope) in enumerate(zip(hidden, ropes)):
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
                 moments.add(q, k, *rope)
+                if method == "covariance":
+                    covariance = covariance + plane_covariance(q, k, ds, queries, window)
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
-        channels = rank_channels(moments, method, generator) if ranking is None else ranking[i]
+        channels = (rank_channels(moments, method, generator, covariance) if ranking is None
+                    else ranking[i])
         ranges = [x.gather(1, channels).float() for x in key_ranges(moments, *everywhere)]
         label_map = label_map_of(channels, *ranges, widths)
 
@@ -272,8 +313,9 @@ def main():
     add("--data", type=InputFile(),
         help="UTF-8 text to calibrate on (default: the Python language reference)")
     how.add_argument("--method", choices=METHODS, default="planes",
-                     help="by mean |q_c k_c|: planes (pairs that RoPE turns), qk (single channels);"
-                          " q, k: by their mean size; random (default %(default)s)")
+                     help="planes (pairs that RoPE turns) by mean |q_c k_c|, or by covariance: "
+                          "what left-out ones miss of the scores' differences; qk: single "
+                          "channels; q, k: by their mean size; random (default %(default)s)")
     how.add_argument("--from_json", type=InputFile(),
                      help="rankings in the authors' JSON format; text sets ranges")
     add("--samples", type=Number(int, 2), default=4,

@@ -664,9 +664,8 @@ def test_normed_heads_of_any_size_are_decoded(monkeypatch):
     model.decode(torch.tensor([1]), cache)
 
 
-@pytest.mark.parametrize("tiles", [
-    dict(BLOCK_N=16, BLOCK_K=32), dict(BLOCK_N=64, BLOCK_K=64, STAGES=2)
-], ids=["small", "large"])
+@pytest.mark.parametrize("tiles", [dict(BLOCK_N=16, BLOCK_K=32),
+                                   dict(BLOCK_N=64, BLOCK_K=64, STAGES=2)], ids=["small", "large"])
 def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
     generator = torch.Generator().manual_seed(0)
 
@@ -1051,18 +1050,15 @@ def moments(seed, tokens=300, into=None):
 def test_every_calibration_sample_counts():
     """The paper's release overwrote its sums, so that only the last block of text counted."""
     first, last, both = moments(0), moments(1), moments(1, into=moments(0))
-    for name in ("tokens", "abs_qk", "abs_q", "abs_k", "kk", "unturned"):
-        sums = getattr(first, name) + getattr(last, name)
-        torch.testing.assert_close(getattr(both, name), sums)
+    for name, total in vars(both).items():
+        torch.testing.assert_close(total, getattr(first, name) + getattr(last, name))
 
 
 def test_rankings_follow_their_statistics():
     m = moments(4)
     for method, values in {"q": m.abs_q, "k": m.abs_k, "qk": m.abs_qk}.items():
-        ranked = values.gather(1, calibrate.rank_channels(m, method, None))
-        assert (ranked.diff() <= 0).all()
-    draws = [calibrate.rank_channels(m, "random", torch.Generator().manual_seed(seed))
-             for seed in (0, 0, 1)]
+        assert (values.gather(1, calibrate.rank_channels(m, method, None)).diff() <= 0).all()
+    draws = [calibrate.rank_channels(m, "random", torch.manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -1078,6 +1074,11 @@ def test_planes_are_pairs_that_rope_turns_together():
     k[..., 3] = 100.0
     constant.add(q, k, *(torch.full((1, 1, 50, 8), value) for value in (1.0, 0.0)))
     assert (calibrate.rank_channels(constant, "planes", None)[:, :2] == torch.tensor([3, 11])).all()
+
+
+def test_planes_that_cancel_are_left_out_together():
+    covariance = torch.block_diag(torch.tensor([[0.9, -1.2], [-1.2, 1.8]]), torch.eye(6))
+    assert calibrate.planes_by_covariance(covariance[None])[0, -2:].tolist() == [1, 0]
 
 
 def test_ranges_hold_at_all_positions():
@@ -1100,7 +1101,7 @@ def test_calibration_of_the_tiny_model(tiny_copy, capsys):
     """On text that it was not fitted to, and past its context, labels hold nearly the attention of
     exact scores, and more than random channels."""
     held = {}
-    for method in ("planes", "random"):
+    for method in ("planes", "covariance", "random"):
         calibrate.calibrate(tiny_copy, method=method, samples=2, context=600)
         told = capsys.readouterr().out.splitlines()
         assert "past 600" in told[1] and "held out" in told[-1] and "1200 tokens" in told[-1]
