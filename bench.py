@@ -87,7 +87,7 @@ SHAPES = [(1, 16384, 32, 32), (1, 131072, 32, 32), (4, 16384, 32, 32), (4, 65536
           (16, 16384, 32, 32), (32, 16384, 32, 32), (16, 65536, 32, 8), (4, 131072, 32, 8),
           (1, 131072, 32, 8)]
 UNIFORM = 4  # the paper's bits per label dim; all shapes are timed with them, too, in as many bytes
-MORE_LABELS = ["48x2", "20x2,24x1", "32x2", "8x4", "32x1"]  # further ones, at (16, 16384)
+MORE_LABELS = [((48, 2),), ((20, 2), (24, 1)), ((32, 2),), ((8, 4),), ((32, 1),)]  # at (16, 16384)
 L2_BYTES = 128e6  # twice an H200's: inputs that a step touches are cycled through at least as much
 CLUSTERED = 0.08  # share of the positions, in bands, that hold most of what clustered inputs select
 

@@ -162,17 +162,30 @@ def default_dtype(device):
 
 
 def label_bits(text):
-    """DSConfig.label_bits of a command line's text."""
-    return int(text) if text.isdigit() else text
+    """DSConfig.label_bits of a command line's text: 4, or of "8x4,48x2" ((8, 4), (48, 2))."""
+    if text in ("1", "2", "4", "8"):
+        return int(text)
+    try:
+        widths = tuple(tuple(map(int, part.split("x"))) for part in text.split(","))
+        right = all(dims > 0 and bits in (1, 2, 4, 8) and dims * bits % 8 == 0
+                    for dims, bits in widths)
+    except ValueError:
+        right = False
+    if (not right or sum(dims * bits for dims, bits in widths) % 32
+            or any(a[1] <= b[1] for a, b in zip(widths, widths[1:]))):
+        raise argparse.ArgumentTypeError(
+            f"label_bits={text}: must be 1, 2, 4, 8, or dims x bits, the most bits first, as "
+            "8x4,48x2: whole bytes of each and whole 32-bit words in all")
+    return widths
 
 
 def widths_name(widths):
-    """((8, 4), (48, 2)) -> "8 x 4, 48 x 2", which parse_widths reads, too."""
+    """((8, 4), (48, 2)) -> "8 x 4, 48 x 2", which label_bits reads, too."""
     return ", ".join(f"{dims} x {bits}" for dims, bits in widths)
 
 
 def bits_of(widths):
-    """A label_bits for these widths."""
+    """--label_bits of these widths, as rows have it."""
     return widths[0][1] if len(widths) == 1 else widths_name(widths)
 
 

@@ -35,9 +35,9 @@ class DSConfig:
     sparsity: float = 16.0  # attend to 1/sparsity of the live tokens; labels take that of K
     n_tokens: int | None = None  # a fixed number of attended tokens instead of a share
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
-    # dims x bits of each width, as "8x4,48x2", or bits of as many dims as 1/sparsity of K holds;
+    # ((dims, bits), ...), the most bits first, or bits of as many dims as 1/sparsity of K holds;
     # None: default_widths
-    label_bits: int | str | None = None
+    label_bits: int | tuple | None = None
     dense_layers: int = 2  # the first layers attend to everything; the caller sees to that
     dense_below: int = 3072  # so do rows of fewer live tokens: sparse is no faster there
     # always attended, counted inside N, which is no less
@@ -46,17 +46,11 @@ class DSConfig:
     impl: str = "auto"  # "triton", "torch" (the reference), or "auto": triton on a GPU
 
     def __post_init__(self):
-        if not (math.isfinite(self.sparsity) and self.sparsity > 1):
-            raise ValueError(f"sparsity={self.sparsity:g}: must be above 1; "
-                             "use --sparsity 1 for dense")
-        for name, low in [("n_tokens", 1), ("min_tokens", 1), ("sink", 0), ("recent", 1),
-                          ("dense_layers", 0), ("dense_below", 0)]:
+        for name, low in [("sparsity", 1), ("n_tokens", 1), ("min_tokens", 1), ("sink", 0),
+                          ("recent", 1), ("dense_layers", 0), ("dense_below", 0)]:
             value = getattr(self, name)
-            if value is not None and value < low:
-                hint = "; use --sparsity 1 for dense" if name == "n_tokens" else ""
-                raise ValueError(f"{name}={value}: must be at least {low}{hint}")
-        if self.label_bits not in (None, 1, 2, 4, 8):
-            parse_widths(self.label_bits)
+            if value is not None and not low <= value < math.inf:
+                raise ValueError(f"{name}={value}: must be at least {low}, and finite")
         if self.impl not in ("auto", "torch", "triton"):
             raise ValueError(f"impl={self.impl}: must be one of auto, torch, triton")
 
@@ -80,35 +74,16 @@ class DSConfig:
         """The label of head dim D: ((dims, bits), ...), its first and most important dims first, in
         whole 32-bit words."""
         words = max(1, int(D * 16 / self.sparsity) // 32)  # 1/sparsity of a 16-bit K's bytes
-        bits = self.label_bits
-        if bits is None:
-            widths = default_widths(32 * words, D)
-        elif isinstance(bits, int):
-            widths = ((min(words, D * bits // 32) * (32 // bits), bits),)
-        else:
-            widths = parse_widths(bits)
+        widths = self.label_bits or default_widths(32 * words, D)
+        if isinstance(widths, int):
+            widths = ((min(words, D * widths // 32) * (32 // widths), widths),)
         if not 0 < dims_in(widths) <= D:
-            raise ValueError(f"label_bits={bits}: makes {dims_in(widths)} label dims, in whole "
-                             f"32-bit words; must be at least 1, and at most the head's {D}")
+            raise ValueError(f"label_bits={self.label_bits}: makes {dims_in(widths)} label dims, in "
+                             f"whole 32-bit words; must be at least 1, and at most the head's {D}")
         return widths
 
     def use_triton(self, tensor):
         return self.impl == "triton" or (self.impl == "auto" and tensor.is_cuda)
-
-
-def parse_widths(text):
-    """"8x4,48x2" -> ((8, 4), (48, 2)): label dims and bits of each, the most bits first."""
-    try:
-        widths = tuple(tuple(map(int, part.split("x"))) for part in str(text).split(","))
-        right = all(dims > 0 and bits in (1, 2, 4, 8) and dims * bits % 8 == 0
-                    for dims, bits in widths)
-    except ValueError:
-        right = False
-    if (not right or sum(dims * bits for dims, bits in widths) % 32
-            or any(a[1] <= b[1] for a, b in zip(widths, widths[1:]))):
-        raise ValueError(f"label_bits={text}: must be 1, 2, 4, 8, or dims x bits, the most bits "
-                         "first, as 8x4,48x2: whole bytes of each and whole 32-bit words in all")
-    return widths
 
 
 @triton.constexpr_function
@@ -618,9 +593,8 @@ def _choose(tokens, labels, query, threshold, split, seq_len, l_sw, forced, G: t
     sink, recent, window = forced
     STEP: tl.constexpr = SPLITS * BLOCK_S
     WORDS: tl.constexpr = query_words(WIDTHS)
-    offs, offs_4 = tl.arange(0, BLOCK_S), 4 * tl.arange(0, BLOCK_S // 4)
+    offs = tl.arange(0, BLOCK_S)
     at = offs // STRIPE * (SPLITS * STRIPE) + split * STRIPE + offs % STRIPE
-    at_4 = offs_4 // STRIPE * (SPLITS * STRIPE) + split * STRIPE + offs_4 % STRIPE
     start = tl.maximum(seq_len - window, 0)
     first = start // STEP * STEP
 
@@ -644,18 +618,9 @@ def _choose(tokens, labels, query, threshold, split, seq_len, l_sw, forced, G: t
             keys = tl.where((token >= seq_len - recent) | (token < sink), FORCED, keys)
             keys = tl.where((token >= start) & (token < seq_len), keys, DEAD)
 
-        # a thread holds four tokens in a row: count them, place the fours, list them one by one
-        even, odd = tl.split(tl.reshape((keys >= lowest).to(tl.int32), [BLOCK_S // 4, 2, 2]))
-        keep_0, keep_2 = tl.split(even)
-        keep_1, keep_3 = tl.split(odd)
-        count = keep_0 + keep_1 + keep_2 + keep_3
-        slot = tokens + total + tl.cumsum(count, 0) - count
-        token = s + at_4
-        tl.store(slot, token, mask=keep_0 > 0)
-        tl.store(slot + keep_0, token + 1, mask=keep_1 > 0)
-        tl.store(slot + (keep_0 + keep_1), token + 2, mask=keep_2 > 0)
-        tl.store(slot + (keep_0 + keep_1 + keep_2), token + 3, mask=keep_3 > 0)
-        total += tl.sum(count, 0)
+        keep = (keys >= lowest).to(tl.int32)
+        tl.store(tokens + total + tl.cumsum(keep, 0) - keep, s + at, mask=keep > 0)
+        total += tl.sum(keep, 0)
     return total
 
 

@@ -19,6 +19,7 @@ Usage: python eval.py      a short tour on this machine: perplexity and retrieva
        python eval.py lm_eval --tasks mmlu,longbench_triviaqa --limit 18 --context 8000
        python eval.py table               of results/quality.jsonl, as in results/README.md
 """
+import argparse
 import contextlib
 import hashlib
 import json
@@ -60,7 +61,7 @@ def parse_method(text):
     None for the configuration's).
     """
     name, _, calibration = text.partition("/")[0].partition(":")
-    bits = text.partition("/")[2]
+    bits = text.partition("/")[2] or None
     if name not in METHODS or (name != "ds" and name != text) or text[-1] in ":/":
         raise ValueError(f"methods={text}: must be one of {', '.join(METHODS)}; "
                          "ds:CALIBRATION/BITS is ds with other labels")
@@ -69,11 +70,11 @@ def parse_method(text):
                          f"{', '.join(calibrate.METHODS)}")
     if bits:
         try:
-            DSConfig(label_bits=label_bits(bits))
-        except ValueError as error:
+            bits = label_bits(bits)
+        except argparse.ArgumentTypeError as error:
             raise ValueError(f"methods={text}: {error}") from None
     method = METHODS[name]
-    return method, calibration or method.calibration, label_bits(bits) if bits else method.bits
+    return method, calibration or method.calibration, bits or method.bits
 
 
 def parse_budget(text, ds):
@@ -88,7 +89,7 @@ def parse_budget(text, ds):
             value = int(value) if name == "n=" else float(value)
         except ValueError:
             raise ValueError(f"budgets={text}: {value or 'nothing'} is not a number") from None
-        check_value("budgets", value, Number(int, 1) if name == "n=" else Number(float, 1))
+        check_value("budgets", value, Number(int, 1) if name == "n=" else Number(float, 1.01))
         more = {"n_tokens": value} if name == "n=" else {"sparsity": value, "n_tokens": None}
         ds = replace(ds, **more)
     return ds
@@ -370,8 +371,8 @@ class Evaluation:
             channels = labels_file(self.checkpoint, calibration, data, self.device)
         maps = load_maps(self.checkpoint, self.model.config, ds, self.device, channels)
         widths = ds.widths(self.model.config.head_dim)
-        given = {} if ds.label_bits else {"label_bits": bits_of(widths)}  # the default may change
-        fields = {"budget": budget_name(ds), "config": asdict(ds) | given, "calibration": None}
+        config = asdict(ds) | {"label_bits": bits_of(widths)}  # the default may change
+        fields = {"budget": budget_name(ds), "config": config, "calibration": None}
         if method_class.labelled:
             path = channels or self.checkpoint / "channels.safetensors"
             fields |= {"labels": f"{widths_name(widths)} bit", "calibration": calibration_of(path),

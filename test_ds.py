@@ -5,6 +5,7 @@ What is held against what: kernels against the reference, the reference against 
 definitions, the decode step against prefill, offload against the GPU's cache.
     pip install -r requirements.txt pytest transformers protobuf gguf && python -m pytest -q
 """
+import argparse
 import contextlib
 import copy
 import gzip
@@ -154,7 +155,7 @@ class Problem:
 
         config = dict(sparsity=8, min_tokens=8, sink=2, recent=4, dense_below=0) | config
         widths = self.bits if isinstance(self.bits, str) else f"{self.C}x{self.bits}"
-        self.config = DSConfig(**config, label_bits=widths)
+        self.config = DSConfig(**config, label_bits=cli.label_bits(widths))
         self.widths = self.config.widths(self.D)
         self.q = normal(self.B, self.HQ, self.D).to(self.dtype)
         self.kv = normal(self.B, self.HKV, self.S, 2, self.D).to(self.dtype)
@@ -490,26 +491,26 @@ def test_label_bytes_follow_from_sparsity():
     for sparsity, D in itertools.product((2, 3, 7, 16, 21.3, 50, 128), (32, 64, 80, 96, 100, 128)):
         widths = DSConfig(sparsity=sparsity).widths(D)
         assert ds.dims_in(widths) <= D and ds.words_in(widths) * 32 <= max(32, 16 * D / sparsity)
-        assert ds.parse_widths(cli.widths_name(widths)) == widths
+        assert cli.label_bits(cli.widths_name(widths)) == widths
 
 
 @pytest.mark.parametrize("more, message", [
-    (dict(sparsity=1), "sparsity=1: must be above 1; use --sparsity 1 for dense"),
+    (dict(sparsity=0.5), "sparsity=0.5: must be at least 1, and finite"),
+    (dict(sparsity=math.inf), "sparsity=inf: must be at least 1, and finite"),
     (dict(n_tokens=0), "n_tokens=0: must be at least 1"),
     (dict(sink=-1), "sink=-1: must be at least 0"),
     (dict(recent=0), "recent=0: must be at least 1"),
     (dict(impl="cuda"), "impl=cuda: must be one of auto, torch, triton"),
-    (dict(label_bits="512x4"), "label_bits=512x4: makes 512 label dims, in whole 32-bit words; "
-                               "must be at least 1, and at most the head's 64"),
-    *((dict(label_bits=bits), f"label_bits={bits}: must be 1, 2, 4, 8, or dims x bits, the most "
-       "bits first, as 8x4,48x2: whole bytes of each and whole 32-bit words in all")
-      for bits in (16, "8x4,48", "48x2,8x4", "0x4", "8x3", "3x4,10x2", "8x4,4x2", "4x4,4x4", "8x")),
-    (dict(label_bits="8x4,96x2"), "makes 104 label dims, in whole 32-bit words; must")], ids=str)
+    (dict(label_bits=((8, 4), (96, 2))), "label_bits=((8, 4), (96, 2)): makes 104 label dims, in "
+     "whole 32-bit words; must be at least 1, and at most the head's 64")], ids=str)
 def test_settings_that_cannot_be_are_refused(more, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         DSConfig(**more).widths(64)
     with pytest.raises(ValueError, match="makes 0 label dims, .* the head's 6"):
         DSConfig().widths(6)
+    for bits in "16 8x4,48 48x2,8x4 0x4 8x3 3x4,10x2 8x4,4x2 4x4,4x4 8x".split():
+        with pytest.raises(argparse.ArgumentTypeError, match=f"label_bits={bits}: must be 1, 2, 4"):
+            cli.label_bits(bits)
 
 
 # ---------------------------------------------------------------- model
@@ -536,7 +537,7 @@ def random_model(seed=0, **more):
             parameter.normal_(0, 0.3)
         elif ".attn." in name:  # biases, and norms of q and k
             parameter.normal_(1, 0.3)
-    config = DSConfig(sparsity=4, min_tokens=4, label_bits="8x4", dense_layers=1, dense_below=0,
+    config = DSConfig(sparsity=4, min_tokens=4, label_bits=((8, 4),), dense_layers=1, dense_below=0,
                       sink=1, recent=2)
     channels = torch.randperm(16)[:8].expand(model.config.n_kv_heads, -1)
     zeros = torch.zeros(channels.shape)
@@ -1576,7 +1577,7 @@ def test_tiny_perplexity(tiny):
 
 def test_tiny_retrieval_is_kept_at_a_sixteenth_and_breaks_with_too_little(tiny):
     items = asked.generated_items(tiny[1], asked.kv_document, [3000], 2)
-    few = DSConfig(n_tokens=16, label_bits="8x4", recent=4)
+    few = DSConfig(n_tokens=16, label_bits=((8, 4),), recent=4)
     found = measured(tiny, items, (DSConfig(), "ds"), (few, "ds"))
     assert [row["score"] for row in found[:2]] == [100, 100] and found[2]["score"] <= 50
 

@@ -136,7 +136,7 @@ def test_models_equal_hugging_face_s(config, positions, tmp_path):
     want = hf(prompt).logits
     torch.testing.assert_close(model(prompt), want, atol=1e-4, rtol=1e-4)
 
-    every = DSConfig(n_tokens=100, label_bits="8x4", dense_layers=0, impl="torch")
+    every = DSConfig(n_tokens=100, label_bits=((8, 4),), dense_layers=0, impl="torch")
     maps = [first_channels(heads, 8, ((8, 4),)).to("cpu")] * layers
     for settings in ((), (every, maps)):
         cache = KVCache(ours, 1, 41, "cpu", torch.float32, *settings)
