@@ -16,8 +16,7 @@ one token's label. In a decode call q has no T: its rows are one token each.
 The plain torch functions named _ref are the specification. The Triton kernels choose the same
 tokens with fewer bytes, in two launches: `bracket` (the query's codes, and the threshold) and
 `attend` (scores, and attention to what reaches it). They run on a GPU and, with TRITON_INTERPRET=1
-set before triton is imported, on a CPU. Last run on: H200 with torch 2.11 / triton 3.6; CPU with
-torch 2.13 / triton 3.9.
+set before triton is imported, on a CPU.
 """
 import math
 import os
@@ -35,8 +34,7 @@ class DSConfig:
     sparsity: float = 16.0  # attend to 1/sparsity of the live tokens; labels take that of K
     n_tokens: int | None = None  # a fixed number of attended tokens instead of a share
     min_tokens: int = 128  # floor of the share: below it a share of a short context is too few
-    # ((dims, bits), ...), the most bits first, or bits of as many dims as 1/sparsity of K holds;
-    # None: default_widths
+    # ((dims, bits), ...), the most bits first; or bits of as many dims as fit; None: default_widths
     label_bits: int | tuple | None = None
     dense_layers: int = 2  # the first layers attend to everything; the caller sees to that
     dense_below: int = 3072  # so do rows of fewer live tokens: sparse is no faster there
@@ -46,8 +44,7 @@ class DSConfig:
     impl: str = "auto"  # "triton", "torch" (the reference), or "auto": triton on a GPU
 
     def __post_init__(self):
-        for name, low in [("sparsity", 1), ("n_tokens", 1), ("min_tokens", 1), ("sink", 0),
-                          ("recent", 1), ("dense_layers", 0), ("dense_below", 0)]:
+        for name, low in [("sparsity", 1), ("n_tokens", 1), ("sink", 0), ("recent", 1)]:
             value = getattr(self, name)
             if value is not None and not low <= value < math.inf:
                 raise ValueError(f"{name}={value}: must be at least {low}, and finite")
@@ -99,12 +96,9 @@ def words_in(widths):
 
 
 def default_widths(bits, D):
-    """The label of so many bits, 4 for each dim at most: many dims of few bits (see
-    results/notes-quality.md).
-
-    From a bit per dim of the head on, a quarter of the bits makes dims of 4 and the rest of 2; from
-    half a bit on, 5/8 make dims of 2 and the rest of 1; less is all dims of 1. Where that were more
-    than D dims, they are D, and more of them wide.
+    """The label of so many bits: many dims of few (see results/notes-quality.md). From a bit per
+    dim of the head on a quarter of the bits makes dims of 4 and the rest of 2; from half a bit on
+    5/8 make dims of 2 and the rest of 1; else all are of 1. Of D dims at most, then more are wide.
     """
     bits = min(bits, 4 * D // 32 * 32)
     wide, share = (4, 1 / 4) if bits >= D else (2, 5 / 8) if 2 * bits >= D else (1, 1)
@@ -131,15 +125,8 @@ class LabelMap:
     bits: torch.Tensor  # [C] int32, of each code
     widths: tuple  # ((dims, bits), ...), C dims in all: see DSConfig.widths
 
-    def __post_init__(self):
-        assert self.channels.dtype == self.bits.dtype == torch.int32
-        assert all(t.is_contiguous() for t in self.tensors())
-
     def tensors(self):
         return self.channels, self.lo, self.step, self.bits
-
-    def to(self, device):
-        return LabelMap(*(t.to(device) for t in self.tensors()), self.widths)
 
     def query_codes(self, q):
         """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is codes . label codes,
@@ -162,25 +149,19 @@ class LabelMap:
 # ---------------------------------------------------------------- the specification: label
 
 
-def places(bits):
-    """(word, shift) of each label dim, of so many bits: [C] int64 each. Dims lie one behind the
-    other, in each word lowest bits first."""
-    first = bits.cumsum(0) - bits
-    return first // 32, first % 32
-
-
 def pack(codes, label_map):
-    """codes [..., C] integers of their dims' bits -> [..., W] int32."""
-    word, shift = places(label_map.bits)
+    """codes [..., C] integers of their dims' bits -> [..., W] int32. Dims lie one behind the other,
+    in each word lowest bits first."""
+    first = label_map.bits.cumsum(0) - label_map.bits
     words = codes.new_zeros(*codes.shape[:-1], words_in(label_map.widths), dtype=torch.int64)
-    words.index_add_(-1, word, codes.long() << shift)
+    words.index_add_(-1, first // 32, codes.long() << first % 32)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def unpack(words, label_map):
     """words [..., W] int32 -> codes [..., C] int32: the inverse of `pack`."""
-    word, shift = places(label_map.bits)
-    return (words[..., word] >> shift.int()) & ((1 << label_map.bits) - 1)
+    first = label_map.bits.cumsum(0) - label_map.bits
+    return (words[..., first // 32] >> (first % 32).int()) & ((1 << label_map.bits) - 1)
 
 
 def label_ref(k, positions, labels, label_map):
@@ -194,14 +175,6 @@ def label_ref(k, positions, labels, label_map):
     codes = codes.clamp(min=0).minimum(((1 << m.bits) - 1).float())
     rows = torch.arange(len(k), device=k.device)[:, None]
     labels.permute(0, 3, 1, 2)[rows, positions] = pack(codes, m).transpose(1, 2)
-
-
-def label_newest_ref(k, seq_lens, labels, label_map):
-    """Writes the label of each row's newest key; k [B, HKV, S, D], seq_lens [B],
-    labels [B, HKV, W, S]."""
-    newest = (seq_lens - 1)[:, None]
-    rows = newest.long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-    label_ref(k.gather(2, rows), newest, labels, label_map)
 
 
 # ---------------------------------------------------------------- the specification: score
@@ -271,7 +244,7 @@ def score_ref(q, labels, label_map, seq_lens, config, window=None):
     the largest logarithm of a token's softmax weights. q [B, HQ, D]; labels [B, HKV, W, S] int32;
     seq_lens [B] int32.
     """
-    S = labels.shape[-1]
+    eligible = eligible_tokens(seq_lens, labels.shape[3], window)[:, None]
     if labels.stride(0) == 0:
         labels = labels[:1]  # rows of one cache: it is unpacked once
     codes = unpack(labels.transpose(2, 3), label_map).float()  # [B or 1, HKV, S, C]
@@ -279,7 +252,7 @@ def score_ref(q, labels, label_map, seq_lens, config, window=None):
     scores = torch.einsum("bhgc,bhsc->bhgs", q_codes, codes)
     if scores.shape[2] > 1:
         scores -= log_weight_ref(scores, seq_lens, unit, config.sink, window)[..., None]
-    return scores.amax(2).masked_fill(~eligible_tokens(seq_lens, S, window)[:, None], float("-inf"))
+    return scores.amax(2).masked_fill(~eligible, float("-inf"))
 
 
 # ---------------------------------------------------------------- the specification: select, attend
@@ -401,22 +374,11 @@ def slice_mask(widths, i):
 
 
 @triton.jit
-def _load_words(labels, token, end, l_sw, WIDTHS: tl.constexpr):
-    """Label words of tokens of one row and KV head: W tensors. Those up to the next multiple of 16
-    after `end` are read if the row goes on: loads then take four words at a time."""
-    mask = token < tl.minimum(tl.cdiv(end, 16) * 16, l_sw)
-    words = ()
-    for w in tl.static_range(words_in(WIDTHS)):
-        words += (tl.load(labels + w * l_sw + token, mask=mask, other=0),)
-    return words
-
-
-@triton.jit
-def _load_each(pointer, N: tl.constexpr):
-    """The N values from the pointer on, or from each of a tensor of pointers on."""
+def _load_each(pointer, step, N: tl.constexpr, mask=None):
+    """N values, `step` apart, from the pointer on, or from each of a tensor of pointers on."""
     values = ()
     for i in tl.static_range(N):
-        values += (tl.load(pointer + i),)
+        values += (tl.load(pointer + i * step, mask=mask),)
     return values
 
 
@@ -492,15 +454,13 @@ def _nth_best(keys, low, high, n):
 @triton.jit
 def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_strides, forced, budget,
                     unit, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                    WIDTHS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
+                    WIDTHS: tl.constexpr, PDL: tl.constexpr):
     """A row's and KV head's query codes, what each head's scores are less by, and the
     threshold of select_ref.
 
-    unit: of the scores, over the largest of the query's products. EARLY: the kernel before has
-    written no label that counts here, nor seq_lens, which may be read while it still runs.
+    unit: of the scores, over the largest of the query's products. PDL: labels and seq_lens are read
+    while the kernel before still runs.
     """
-    if PDL and not EARLY:
-        tl.extra.cuda.gdc_wait()
     channels, _, step, bits = label_map
     l_sb, l_sh, l_sw = label_strides
     sink, recent, window = forced
@@ -522,7 +482,8 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
     first = start + offs_m // M_RUN * spread // (M // M_RUN)
     sampled = first // M_RUN * M_RUN + offs_m % M_RUN
     inside = (sampled < seq_len) & (sampled >= start)
-    words = _load_words(labels + b * l_sb + h * l_sh, sampled, seq_len, l_sw, WIDTHS)
+    mask = sampled < tl.minimum(tl.cdiv(seq_len, 16) * 16, l_sw)  # so that loads take four words
+    words = _load_each(labels + b * l_sb + h * l_sh + sampled, l_sw, words_in(WIDTHS), mask)
 
     # how many sampled tokens select_ref wants; DSConfig.budget first
     wanted = ((live.to(tl.int64) * share + 2**30 - 1) >> 30).to(tl.int32)
@@ -563,13 +524,13 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
             words = words[1:] + (words[0][None, :],)
         heads = query + tl.minimum(offs_g, G - 1) * WORDS  # the last repeats
         less = tl.zeros_like(offs_g)
-        scores = _scores(words, _load_each(heads[:, None], WORDS - 1), less[:, None], WIDTHS)
+        scores = _scores(words, _load_each(heads[:, None], 1, WORDS - 1), less[:, None], WIDTHS)
         less = _log_weight(scores, weighed[None, :], share[None, :], largest * unit)
         tl.store(heads + WORDS - 1, less)
         keys = tl.max(scores - less[:, None], 0)
     else:
         tl.store(query + WORDS - 1, 0)
-        keys = _scores(words, _load_each(query, WORDS - 1), 0, WIDTHS)
+        keys = _scores(words, _load_each(query, 1, WORDS - 1), 0, WIDTHS)
 
     if wanted == live:
         tl.store(threshold + row, DEAD + 1)
@@ -593,21 +554,23 @@ def _choose(tokens, labels, query, threshold, split, seq_len, l_sw, forced, G: t
     sink, recent, window = forced
     STEP: tl.constexpr = SPLITS * BLOCK_S
     WORDS: tl.constexpr = query_words(WIDTHS)
-    offs = tl.arange(0, BLOCK_S)
+    offs, offs_4 = tl.arange(0, BLOCK_S), 4 * tl.arange(0, BLOCK_S // 4)
     at = offs // STRIPE * (SPLITS * STRIPE) + split * STRIPE + offs % STRIPE
+    at_4 = offs_4 // STRIPE * (SPLITS * STRIPE) + split * STRIPE + offs_4 % STRIPE
     start = tl.maximum(seq_len - window, 0)
     first = start // STEP * STEP
+    end = tl.minimum(tl.cdiv(seq_len, 16) * 16, l_sw)  # so that loads take four words at a time
 
     codes, lowest, total = (), 0, 0
     for _ in tl.static_range(G * WORDS):  # what a loop sets is there before it
         codes += (0,)
     for s in tl.range(first, seq_len, STEP, num_stages=3):
-        words = _load_words(labels, s + at, seq_len, l_sw, WIDTHS)
+        words = _load_each(labels + (s + at), l_sw, words_in(WIDTHS), s + at < end)
         # what the bracket writes, when labels of three blocks are on their way; a row has a token
         if s == first:
             if PDL:
                 tl.extra.cuda.gdc_wait()
-            codes = _load_each(query, G * WORDS)
+            codes = _load_each(query, 1, G * WORDS)
             lowest = tl.load(threshold)
         keys = _scores(words, codes, codes[WORDS - 1], WIDTHS)
         for g in tl.static_range(1, G):
@@ -618,9 +581,18 @@ def _choose(tokens, labels, query, threshold, split, seq_len, l_sw, forced, G: t
             keys = tl.where((token >= seq_len - recent) | (token < sink), FORCED, keys)
             keys = tl.where((token >= start) & (token < seq_len), keys, DEAD)
 
-        keep = (keys >= lowest).to(tl.int32)
-        tl.store(tokens + total + tl.cumsum(keep, 0) - keep, s + at, mask=keep > 0)
-        total += tl.sum(keep, 0)
+        # a thread holds four tokens in a row: one scan of fours, 4 to 9% of a step
+        even, odd = tl.split(tl.reshape((keys >= lowest).to(tl.int32), [BLOCK_S // 4, 2, 2]))
+        keep_0, keep_2 = tl.split(even)
+        keep_1, keep_3 = tl.split(odd)
+        count = keep_0 + keep_1 + keep_2 + keep_3
+        slot = tokens + total + tl.cumsum(count, 0) - count
+        token = s + at_4
+        tl.store(slot, token, mask=keep_0 > 0)
+        tl.store(slot + keep_0, token + 1, mask=keep_1 > 0)
+        tl.store(slot + (keep_0 + keep_1), token + 2, mask=keep_2 > 0)
+        tl.store(slot + (keep_0 + keep_1 + keep_2), token + 3, mask=keep_3 > 0)
+        total += tl.sum(count, 0)
     return total
 
 
@@ -727,8 +699,6 @@ def _attend_kernel(q, k, v, seq_lens, labels, label_map, query, threshold, lists
     seq_len = tl.load(seq_lens + b)
     if LABEL:
         if split == SPLITS:
-            if PDL:
-                tl.extra.cuda.gdc_wait()
             # who reads this label in this step overrides the token's key with FORCED
             newest = (seq_len - 1).to(tl.int64) + tl.arange(0, 1)
             _label(k, newest, newest, newest >= 0, b, h, labels, label_map, k_strides,
@@ -765,9 +735,8 @@ def _attend_kernel(q, k, v, seq_lens, labels, label_map, query, threshold, lists
     if v is not None:
         part = _attend(group, k + b * k_sb + h * k_sh, v + b * k_sb + h * k_sh, lists, begin, end,
                        k_ss, scale_log2, D, BLOCK_N)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    if v is not None:
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
         _combine(part, n, row, split, parts, attended, out, G, D, SPLITS, BLOCK_N)
 
 
@@ -777,10 +746,10 @@ NO_WINDOW = 2**30  # "window" of a kernel call without one: longer than any cach
 WARPS = 1024  # that fill the GPU: programs of so many in all share fewer rows
 
 
-def launch(kernel, grid, tensor, **arguments):
+def launch(kernel, grid, tensor, early=True, **arguments):
     """Runs a kernel that takes PDL: whether it may start while the one before it ends (programmatic
-    dependent launch). tensor: one of the device."""
-    PDL = (tensor.is_cuda and torch.version.cuda is not None
+    dependent launch), if that is new enough a GPU. tensor: one of the device."""
+    PDL = (early and tensor.is_cuda and torch.version.cuda is not None
            and torch.cuda.get_device_capability(tensor.device)[0] >= 9)
     kernel[grid](**arguments, PDL=PDL, **(dict(launch_pdl=True) if PDL else {}))
 
@@ -829,13 +798,13 @@ def bracket(q, labels, label_map, seq_lens, config, window, workspace, label_new
     (B, HQ, D), HKV = q.shape, labels.shape[1]
     assert q.is_contiguous() and labels.stride(3) == 1
     assert label_map.widths == config.widths(D) == workspace.widths, "labels of other widths"
-    launch(_bracket_kernel, (B * HKV,), q, q=q, labels=labels, label_map=label_map.tensors(),
-           seq_lens=seq_lens, query=workspace.query, threshold=workspace.threshold,
+    launch(_bracket_kernel, (B * HKV,), q, label_newest, q=q, labels=labels,
+           label_map=label_map.tensors(), seq_lens=seq_lens, query=workspace.query, threshold=workspace.threshold,
            label_strides=labels.stride()[:3],
            forced=(config.sink, config.recent, window or NO_WINDOW),
            budget=(config.n_tokens or 0, config.min_tokens, config.share(), config.dense_below),
            unit=1 / 127 / math.sqrt(D), HKV=HKV, G=HQ // HKV, D=D, WIDTHS=label_map.widths,
-           EARLY=label_newest, num_warps=4 if HQ == HKV else 8,  # a group needs more registers
+           num_warps=4 if HQ == HKV else 8,  # a group needs more registers
            enable_fp_fusion=False)  # codes round as the reference's do: ties between two are common
 
 
@@ -912,18 +881,18 @@ def ds_decode(q, k, v, labels, label_map, seq_lens, config, window=None, workspa
     launched just before. Rows may share one cache, k, v and labels expanded along B, if its labels
     are there: none are written.
     """
-    shared = labels is not None and labels.stride(0) == 0 and len(q) > 1
-    label_newest = labels is not None and not shared
-    sparse = config is not None and not all_tokens
+    label_newest = labels is not None and (labels.stride(0) > 0 or len(q) == 1)
+    selection = None if all_tokens else config
     if config.use_triton(q) if config else q.is_cuda:
-        return attend(q, k, v, seq_lens, window=window, workspace=workspace, labels=labels,
-                      label_map=label_map, config=config if sparse else None,
-                      label_newest=label_newest)
+        return attend(q, k, v, seq_lens, None, None, window, workspace, labels, label_map,
+                      selection, label_newest)
     if label_newest:
-        label_newest_ref(k, seq_lens, labels, label_map)
+        newest = (seq_lens - 1)[:, None]
+        keys = k.take_along_dim(newest.long()[:, None, :, None], 2)
+        label_ref(keys, newest, labels, label_map)
     S = int(seq_lens.max())  # the reference's cost, too, follows the live length
     k, v, chosen = k[:, :, :S], v[:, :, :S], None
-    if sparse:
+    if selection:
         scores = score_ref(q, labels[..., :S], label_map, seq_lens, config, window)
         chosen = select_ref(scores, seq_lens, config, window)
     return attend_ref(q, k, v, seq_lens, chosen, window)

@@ -100,7 +100,9 @@ class KVCache:
                 padded = -(-S // 16) * 16  # each row starts aligned: four words are loaded at once
                 labels = torch.zeros(B, HKV, words_in(ds.widths(D)), padded,
                                      dtype=torch.int32, device=device)[..., :S]
-                settings |= dict(ds=ds, label_map=label_maps[i].to(device), labels=labels)
+                ours = [t.to(device) for t in label_maps[i].tensors()]
+                settings |= dict(ds=ds, label_map=LabelMap(*ours, label_maps[i].widths),
+                                 labels=labels)
             self.layers.append(self.make_layer((B, HKV, S, 2, D), dtype, device, settings))
 
     def make_layer(self, shape, dtype, device, settings):

@@ -41,8 +41,7 @@ import triton
 import triton.language as tl
 
 from ds_attention import (
-    Workspace, attend, attend_ref, ds_decode, label_newest_ref, score_ref, select_ref,
-    write_labels
+    Workspace, attend, attend_ref, ds_decode, label_ref, score_ref, select_ref, write_labels
 )
 from host_memory import (
     PACKED, HostRows, fetch, fetch_ref, host_layers, offloaded_layers, packs
@@ -126,7 +125,9 @@ def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, w
             capacity=capacity, SPLITS=ws.splits, BLOCK=128)
         return indices, n_tokens, ws.counts
     if newest is not None:
-        label_newest_ref(newest, seq_lens, labels, label_map)
+        position = (seq_lens - 1)[:, None]
+        keys = newest.take_along_dim(position.long()[:, None, :, None], 2)
+        label_ref(keys, position, labels, label_map)
     scores = score_ref(q, labels, label_map, seq_lens, config, window)
     chosen = select_ref(scores, seq_lens, config, window)
     total = chosen.sum(2, dtype=torch.int32)

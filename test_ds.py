@@ -163,7 +163,7 @@ class Problem:
         channels = torch.stack([torch.randperm(self.D, generator=generator)
                                 for _ in range(self.HKV)])
         mean, std = 0.1 * torch.ones(2, self.HKV, self.D) * torch.tensor([1, 9])[:, None, None]
-        self.map = label_map_of(channels, mean, std, self.widths).to(DEVICE)
+        self.map = label_map_of(*(x.to(DEVICE) for x in (channels, mean, std)), self.widths)
         allocated = self.B, self.HKV, ds.words_in(self.widths), -(-self.S // self.pad) * self.pad
         self.labels = torch.full(allocated, -1, dtype=torch.int32, device=DEVICE)[..., : self.S]
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).repeat(self.B, 1)
@@ -190,10 +190,10 @@ class Problem:
                             replace(self.config, impl=impl), self.window, **more)
 
 
-def first_channels(HKV, C, widths):
+def first_channels(HKV, C, widths, device=DEVICE):
     """A LabelMap of the first C channels, for keys of unit variance."""
-    channels, zeros = torch.arange(C).expand(HKV, -1), torch.zeros(HKV, C)
-    return label_map_of(channels, zeros, zeros + 1, widths).to(DEVICE)
+    channels, zeros = torch.arange(C).expand(HKV, -1).to(device), torch.zeros(HKV, C, device=device)
+    return label_map_of(channels, zeros, zeros + 1, widths)
 
 
 def mask_of(indices, n_tokens, S):
@@ -208,7 +208,7 @@ def mask_of(indices, n_tokens, S):
 def test_label_words_by_hand():
     """Dims one behind the other, lowest bits first: 8 + 4 + 4, then 2 bits eight times."""
     codes, widths = torch.tensor([0x12, 0x3, 0x4, 1, 2, 3, 0, 0, 0, 0, 3]), ((1, 8), (2, 4), (8, 2))
-    label_map = first_channels(1, 11, widths).to("cpu")
+    label_map = first_channels(1, 11, widths, "cpu")
     words = ds.pack(codes, label_map)
     assert words.tolist() == [0x4312 + ((1 + 2 * 4 + 3 * 16) << 16) + (3 << 30) - 2**32]
     assert torch.equal(ds.unpack(words, label_map), codes.int())
@@ -495,7 +495,6 @@ def test_label_bytes_follow_from_sparsity():
 
 
 @pytest.mark.parametrize("more, message", [
-    (dict(sparsity=0.5), "sparsity=0.5: must be at least 1, and finite"),
     (dict(sparsity=math.inf), "sparsity=inf: must be at least 1, and finite"),
     (dict(n_tokens=0), "n_tokens=0: must be at least 1"),
     (dict(sink=-1), "sink=-1: must be at least 0"),
