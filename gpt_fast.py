@@ -9,10 +9,18 @@ from model import apply_rope
 from timing import WARM_UP, captured, median_s
 
 
+ATTENTION = {  # kinds that gpt-fast has had, of which the fastest counts: the context of each
+    "inductor": lambda: sdpa_kernel(SDPBackend.MATH),  # SDPA by Inductor, as in its own loop
+    "sdpa": contextlib.nullcontext,  # by the kernel that SDPA chooses
+    "flex": contextlib.nullcontext}  # by FlexAttention, as in its later versions
+
+
 class GptFast:
     """A decode step as gpt-fast has it, of a Transformer's weights: K and V of the allocated
-    length, all attended under a boolean causal mask, repeated for grouped queries, RoPE from a
-    table, gate and up apart. Greedy, as our steps are.
+    length, RoPE from a table, gate and up apart. Greedy, as our steps are.
+
+    SDPA attends to all of the cache under a boolean causal mask, K and V repeated for grouped
+    queries; FlexAttention to live blocks of it.
     """
 
     def __init__(self, model, batch, max_seq_length):
@@ -23,27 +31,40 @@ class GptFast:
                        for _ in range(c.n_layers)]  # K and V
         positions = torch.arange(max_seq_length, device=device)
         self.rope = [table[0, 0].to(dtype) for table in model.rope(positions[None])]  # [S, D / 2]
-        everything = (max_seq_length, max_seq_length)
-        self.mask = torch.ones(everything, dtype=torch.bool, device=device).tril_()
+        self.position = torch.zeros((), dtype=torch.long, device=device)
+
+    def attend_by(self, attention):
+        """Takes one of ATTENTION: its mask."""
+        S, device = len(self.rope[0]), self.model.device
+        self.attention, self.mask = attention, None  # the mask before makes room
+        self.mask = (self._block_mask(S, dict(dtype=torch.int32, device=device))
+                     if attention == "flex" else
+                     torch.ones(S, S, dtype=torch.bool, device=device).tril_())
+
+    def _block_mask(self, S, place):
+        """A BlockMask of one query, at self.position: blocks that it attends to whole, and one."""
+        from torch.nn.attention.flex_attention import BlockMask  # here: it takes seconds
+
+        blocks = torch.arange(-(-S // 128), **place).expand(1, 1, 1, -1).contiguous()
+        self.whole, self.last = torch.zeros(1, 1, 1, **place), torch.zeros_like(blocks)
+        return BlockMask.from_kv_blocks(
+            torch.ones_like(self.whole), self.last, self.whole, blocks, BLOCK_SIZE=128,
+            mask_mod=lambda b, h, q, kv: kv <= self.position, seq_lengths=(1, S))
 
     @contextlib.contextmanager
-    def compiled(self, backend):
+    def compiled(self, attention):
         """Within, a step is what gpt-fast compiles as a whole, in a sixth of the time: layers are
         alike, so one of them is compiled. It begins with the sum that ends the layer before, so
-        that the kernels are those of the whole.
-
-        backend: of SDPA. MATH leaves attention to Inductor, as gpt-fast's own loop does; with None
-        SDPA chooses a kernel, which for several sequences is faster.
-        """
+        that the kernels are those of the whole."""
         import torch._functorch.config as functorch_config  # here: they take seconds
         import torch._inductor.config as inductor_config
 
         tuned = inductor_config.patch(coordinate_descent_tuning=True)  # as gpt-fast has it
         # a cache that takes the two kinds of attention for one
         uncached = functorch_config.patch(enable_autograd_cache=False)
-        attention = sdpa_kernel(backend) if backend else contextlib.nullcontext()
+        self.attend_by(attention)
         try:
-            with torch.no_grad(), tuned, uncached, attention:
+            with torch.no_grad(), tuned, uncached, ATTENTION[attention]():
                 self.layer, self.head = (torch.compile(f, fullgraph=True)
                                          for f in (self._layer, self._head))
                 yield
@@ -68,8 +89,12 @@ class GptFast:
         q, new_k = (apply_rope(a, cos[position], sin[position]) for a in (q, new_k))
         k[:, :, position] = new_k
         v[:, :, position] = new_v
-        k, v = (a.repeat_interleave(attn.heads[0] // attn.heads[1], 1) for a in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None, position])
+        if torch.is_tensor(mask):
+            k, v = (a.repeat_interleave(attn.heads[0] // attn.heads[1], 1) for a in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None, position])
+        else:
+            y = torch.nn.attention.flex_attention.flex_attention(q, k, v, block_mask=mask,
+                                                                 enable_gqa=True)
         x = x + attn.wo(y.transpose(1, 2).flatten(2))
         gate, up = (F.linear(norm(x, layer.ffn_norm), w) for w in ffn.w13.weight.chunk(2))
         return x, ffn.w2(F.silu(gate) * up)
@@ -82,6 +107,10 @@ class GptFast:
         """tokens [B, 1], position [1] int64, the same for all -> the next tokens [B, 1]."""
         x = self.model.embed(tokens)
         more = torch.zeros_like(x)
+        if self.attention == "flex":
+            self.position.copy_(position[0])
+            self.whole.copy_(self.position // 128)
+            self.last[..., 0] = self.position // 128
         for layer, cache in zip(self.model.layers, self.caches):
             x, more = self.layer(layer, x, more, *cache, *self.rope, self.mask, position)
         head = self.model.head or self.model.embed
@@ -91,8 +120,8 @@ class GptFast:
 def time_gpt_fast(model, B, S, steps):
     """(seconds per step, bytes of weights and of the allocated cache, which it reads whole).
 
-    The cache has S tokens, a multiple of 8 as in gpt-fast. The better of two kinds of attention
-    counts. Raises ValueError for a model with expert layers.
+    The cache has S tokens, a multiple of 8 as in gpt-fast. The best kind of ATTENTION counts.
+    Raises ValueError for a model with expert layers.
     """
     if model.config.n_experts:
         raise ValueError("gpt_fast: does not know expert layers")
@@ -107,9 +136,9 @@ def time_gpt_fast(model, B, S, steps):
         position.add_(1)
 
     times = []
-    for backend in (SDPBackend.MATH, None):
+    for attention in ATTENTION:
         position.fill_(size - all_steps)
-        with gpt_fast.compiled(backend):
+        with gpt_fast.compiled(attention):
             times.append(median_s(captured(step, device.type), steps, device))
     kv_bytes = sum(kept.nbytes for cache in gpt_fast.caches for kept in cache)
     return min(times), model.weight_bytes(B) + kv_bytes

@@ -2058,10 +2058,12 @@ def test_bench_checks_its_attention_on_a_cpu(monkeypatch):
         bench.attention_row(*shape, config, "cpu")
 
 
-def test_gpt_fast_s_way_gives_what_dense_decoding_gives():
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_gpt_fast_s_way_gives_what_dense_decoding_gives(attention):
     model = bench.random_model(replace(bench.CPU_MODEL, n_kv_heads=2), DEVICE, torch.float32)
-    S, size, c, dtype = 20, 30, model.config, model.dtype
+    S, size, c, dtype = 120, 140, model.config, model.dtype
     theirs, cache = GptFast(model, 2, size), bench.random_cache(c, 2, size, None, DEVICE, dtype)
+    theirs.attend_by(attention)
     for cached, layer in zip(theirs.caches, cache.layers):
         for kept, mine in zip(cached, layer.past(size)):
             kept.copy_(mine)
