@@ -1,16 +1,14 @@
 """Offline calibration: checkpoint + text -> channels.safetensors (arXiv 2408.07092, section 3.1).
 
-For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they add to
+For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they tell of
 q . k, and measures the statistic that sets each one's static quantisation range. For each layer
 also how much of its selection could be predicted, one layer ahead (see offload.py).
 Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method planes]
 """
-import dataclasses
 import datetime
 import hashlib
 import json
 import lzma
-import math
 import sys
 from pathlib import Path
 
@@ -24,37 +22,24 @@ from cli import (
     run_command, widths_name, writing
 )
 from config import ModelConfig
-from ds_attention import DSConfig, eligible_tokens, label_ref, score_ref, select_ref, words_in
+from ds_attention import DSConfig, label_ref, score_ref, select_ref, words_in
+from methods import attention_on, exact_logits, pool
 from model import apply_rope, fingerprint, label_map_of, load_model
 from tokenizer import Tokenizer, builtin_text, read_text
 
-METHODS = ("planes", "covariance", "qk", "q", "k", "random")
+METHODS = ("planes", "qk", "q", "k", "random")
 CONTEXT = 8192  # tokens of a window, if the model has as many
 
 
-@dataclasses.dataclass
-class Moments:
-    """Sums over one layer's tokens, [HKV, D] fp64, those of queries the means over their groups."""
-
-    tokens: int = 0
-    abs_qk: torch.Tensor | float = 0.0  # |q_c k_c| at one position
-    abs_q: torch.Tensor | float = 0.0  # |q_c|
-    abs_k: torch.Tensor | float = 0.0  # |k_c|
-    kk: torch.Tensor | float = 0.0  # k_c^2
-    unturned: torch.Tensor | float = 0.0  # k_c before RoPE
-
-    def add(self, q, k, cos, sin):
-        """q [1, HQ, T, D], k [1, HKV, T, D], both after RoPE with cos, sin [1, 1, T, D / 2]."""
-        self.unturned = self.unturned + apply_rope(k.float(), cos, -sin)[0].sum(
-            1, dtype=torch.float64)
-        k = k[0].float()  # [HKV, T, D]
-        q = q[0].float().unflatten(0, (len(k), -1))  # [HKV, G, T, D]
-        G, double = q.shape[1], torch.float64
-        self.tokens += k.shape[1]
-        self.abs_qk = self.abs_qk + (q * k[:, None]).abs().sum((1, 2), dtype=double) / G
-        self.abs_q = self.abs_q + q.abs().sum((1, 2), dtype=double) / G
-        self.abs_k = self.abs_k + k.abs().sum(1, dtype=double)
-        self.kk = self.kk + k.square().sum(1, dtype=double)
+def channel_sums(q, k, cos, sin):
+    """Sums over a window's tokens, of queries the means over their groups: {name: [HKV, D] fp64}.
+    q [1, HQ, T, D], k [1, HKV, T, D], both after RoPE with cos, sin [1, 1, T, D / 2]."""
+    before_rope = apply_rope(k.float(), cos, -sin)[0]
+    k = k[0].float()  # [HKV, T, D]
+    q = q[0].float().unflatten(0, (len(k), -1))  # [HKV, G, T, D]
+    values = {"qk": (q * k[:, None]).abs().mean(1), "q": q.abs().mean(1), "k": k.abs(),
+              "kk": k.square(), "before_rope": before_rope, "tokens": torch.ones_like(k)}
+    return {name: x.sum(1, dtype=torch.float64) for name, x in values.items()}
 
 
 def both_halves(x):
@@ -63,21 +48,26 @@ def both_halves(x):
 
 
 def plane_covariance(q, k, ds, seq_lens, window=None):
-    """How what planes add to a query's scores varies together from token to token: covariances
-    over those of its past that are not always attended, sums over queries, each by the share of
-    its attention that these tokens hold: [HKV, D / 2, D / 2] fp32.
+    """How what planes add to q . k varies together from token to token, [HKV, D / 2, D / 2] fp32:
+    sums over queries and heads of covariances over the tokens that are not always attended.
+
+    Each covariance is scaled to a trace of the squared share of attention that these tokens hold:
+    a group's heads choose together, however large their scores are, and where the tokens that are
+    always attended hold nearly all there is nothing to choose.
 
     q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens: a list, of the queries.
     """
-    total, scaled = 0.0, k[0].float() / math.sqrt(k.shape[3])
+    total, k = 0.0, k[0].float()
     for seq_len in seq_lens:  # one at a time: less memory
-        row = q[0, :, seq_len - 1].float()
-        logits = exact_logits(row[None], k[0], torch.tensor([seq_len], device=k.device), window)[0]
+        row, past = q[:, :, seq_len - 1].float(), k[:, :seq_len]
+        logits = exact_logits(row, past, torch.tensor([seq_len], device=k.device), window)[0]
         free = slice(max(ds.sink, seq_len - (window or seq_len)), seq_len - ds.recent)
-        mass = logits.softmax(-1)[..., free].sum(-1)  # [HKV, G], of logits [HKV, G, T]
-        added = both_halves(row.unflatten(0, (len(scaled), -1))[:, :, None] * scaled[:, None, free])
+        mass = logits.softmax(-1)[..., free].sum(-1)  # [HKV, G], of logits [HKV, G, seq_len]
+        added = both_halves(row[0].unflatten(0, (len(k), -1))[:, :, None] * past[:, None, free])
         added = added - added.mean(2, keepdim=True)  # [HKV, G, tokens, D / 2]
-        total = total + (added.mT @ added * mass[..., None, None]).sum(1) / added.shape[2]
+        covariance = added.mT @ added
+        scale = mass.square() / covariance.diagonal(dim1=2, dim2=3).sum(-1).clamp(min=1e-12)
+        total = total + (covariance * scale[..., None, None]).sum(1)
     return total
 
 
@@ -85,8 +75,7 @@ def planes_by_covariance(covariance):
     """covariance [HKV, planes, planes] -> planes, most important first: [HKV, planes] int64.
 
     They are left out one by one, each time the one by which the sum of all those left out varies
-    least: planes that cancel go together, and of those that are alike the last one stays.
-    """
+    least: planes that cancel go together, and of those that are alike the last one stays."""
     added, left_out = covariance.diagonal(dim1=1, dim2=2).clone(), []
     heads = torch.arange(len(covariance), device=covariance.device)
     for _ in range(covariance.shape[1]):
@@ -96,36 +85,27 @@ def planes_by_covariance(covariance):
     return torch.stack(left_out[::-1], 1)
 
 
-def rank_channels(moments, method, generator, covariance=None):
-    """Channels of each KV head, most important first: [HKV, D] int64; of planes the pairs
-    c, c + D / 2 side by side. covariance: of plane_covariance, which that method ranks by."""
-    importance = {
-        "planes": both_halves(moments.abs_qk),
-        "qk": moments.abs_qk,  # the paper's: mean |q_c k_c|
-        "q": moments.abs_q,
-        "k": moments.abs_k,
-        "random": torch.rand(moments.kk.shape, generator=generator,
-                             dtype=torch.float64).to(moments.kk.device),
-    }
-    if method == "covariance":
-        ranked = planes_by_covariance(covariance)
-    else:
-        ranked = importance[method].sort(dim=-1, descending=True, stable=True).indices
-    if method in ("planes", "covariance"):
-        ranked = torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1)
-    return ranked
+def rank_channels(sums, method, generator):
+    """Channels of each KV head, most important first: [HKV, D] int64; of planes the pairs c,
+    c + D / 2 side by side. sums: of channel_sums, and as "planes" of plane_covariance."""
+    if method == "planes":
+        ranked = planes_by_covariance(sums["planes"])
+        return torch.stack([ranked, ranked + ranked.shape[1]], 2).flatten(1)
+    values = (torch.rand(sums["k"].shape, generator=generator).to(sums["k"].device)
+              if method == "random" else sums[method])  # qk is the paper's
+    return values.sort(dim=-1, descending=True, stable=True).indices
 
 
-def key_ranges(moments, cos, sin):
+def key_ranges(sums, cos, sin):
     """(mean, std) of each channel's keys at all positions: [HKV, D] each.
 
     cos, sin [1, 1, positions, D / 2]: of those positions. RoPE turns the constant part of a plane's
     keys: in fast planes its mean is zero, slow ones keep some of it. Both of a plane's channels
     have one std, since what turns is now in the one, now in the other.
     """
-    constant = (moments.unturned / moments.tokens)[None, :, None]
+    constant = (sums["before_rope"] / sums["tokens"])[None, :, None]
     mean = apply_rope(constant, cos.mean(2, keepdim=True), sin.mean(2, keepdim=True))[0, :, 0]
-    variance = both_halves(moments.kk / moments.tokens - mean.square()).clamp(min=0) / 2
+    variance = both_halves(sums["kk"] / sums["tokens"] - mean.square()).clamp(min=0) / 2
     return mean, variance.sqrt().repeat(1, 2)
 
 
@@ -159,27 +139,6 @@ def spread_queries(first, end, heads, device):
     fewer where the scores of all heads would take more than half a GB."""
     count = max(1, min(256, end - first, 2**27 // (heads * end)))
     return torch.linspace(first, end - 1, count, device=device).int() + 1
-
-
-def exact_logits(q, k, seq_lens, window):
-    """q . k / sqrt(D) of rows of one sequence, -inf where a row may not look: q [R, HQ, D],
-    k [HKV, S, D], seq_lens [R] -> [R, HKV, G, S] fp32."""
-    grouped = q.float().unflatten(1, (len(k), -1))
-    logits = torch.einsum("rhgd,hsd->rhgs", grouped, k.float() / math.sqrt(q.shape[2]))
-    hidden = ~eligible_tokens(seq_lens, k.shape[1], window)
-    return logits.masked_fill_(hidden[:, None, None], float("-inf"))
-
-
-def pool(logits):
-    """exact_logits of a group's heads [..., G, S] -> one score per token [..., S]: the largest
-    logarithm of its softmax weights, as label scores are pooled."""
-    return (logits - logits.logsumexp(-1, keepdim=True)).amax(-2)
-
-
-def attention_on(chosen, logits):
-    """Share of each row's attention that tokens hold, mean over heads, [R] fp32: chosen [R, HKV, S]
-    bool, logits of exact_logits."""
-    return torch.einsum("rhgs,rhs->rhg", logits.softmax(-1), chosen.float()).mean((1, 2))
 
 
 def selection_figures(q, predicted_q, k, label_map, ds, seq_lens, window=None):
@@ -230,7 +189,7 @@ def calibration_windows(tokenizer, text, samples, context, longest):
 
 
 @torch.inference_mode()
-def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, seed=0, ranking=None,
+def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, ranking=None,
               device="cpu", dtype=torch.float32, out=None):
     """Writes channels.safetensors for a checkpoint directory, prints layers' figures; its path.
 
@@ -255,7 +214,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     queries = torch.linspace(max(64, context // 8), context, 32).int().tolist()  # of covariances
     if not ds.sparse_at(longest):
         print(f"of {longest} tokens all are attended: the figures say nothing", file=sys.stderr)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     widths = ds.widths(config.head_dim)
     everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])
     columns = "labels keep", "exact scores", f"past {context}: labels", "exact scores"
@@ -265,17 +224,16 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     figures, of_file = [], []
     previous = None  # what the layer before got of the text held out
     for i, layer in enumerate(tqdm(model.layers, desc="calibrating", unit="layer", leave=False)):
-        moments, own, window, covariance = Moments(), hidden[-1], layer.attn.window, 0.0
+        sums, own, window = {}, hidden[-1], layer.attn.window
         for j, (x, rope) in enumerate(zip(hidden, ropes)):
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
-                moments.add(q, k, *rope)
-                if method == "covariance":
-                    covariance = covariance + plane_covariance(q, k, ds, queries, window)
+                of_window = channel_sums(q, k, *rope)
+                of_window["planes"] = plane_covariance(q, k, ds, queries, window)
+                sums = {name: x + sums.get(name, 0) for name, x in of_window.items()}
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
-        channels = (rank_channels(moments, method, generator, covariance) if ranking is None
-                    else ranking[i])
-        ranges = [x.gather(1, channels).float() for x in key_ranges(moments, *everywhere)]
+        channels = rank_channels(sums, method, generator) if ranking is None else ranking[i]
+        ranges = [x.gather(1, channels).float() for x in key_ranges(sums, *everywhere)]
         label_map = label_map_of(channels, *ranges, widths)
 
         predicted = None  # the first layer's queries are not
@@ -292,14 +250,14 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, s
     print(" mean" + "".join(f"{x:20.3f}" for x in mean) + f"   (of {longest} tokens, held out)")
 
     provenance = {"checkpoint": fingerprint(checkpoint / "model.safetensors"), "method": method,
-                  "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "seed": str(seed),
+                  "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
                   "samples": str(len(windows)), "tokens": str(len(windows) * context),
                   "context": str(context), "date": datetime.date.today().isoformat()}
-    names = "channels", "mean", "std", "agreement"
-    tensors = dict(zip(names, map(torch.stack, zip(*of_file))))
+    tensors = map(torch.stack, zip(*of_file))
     try:
         with writing(out) as temporary:
-            save_file(tensors, temporary, provenance)
+            save_file(dict(zip(("channels", "mean", "std", "agreement"), tensors)), temporary,
+                      provenance)
     except SafetensorError as error:
         raise OSError(f"{out}: cannot be written ({error})") from None
     return out
@@ -313,16 +271,15 @@ def main():
     add("--data", type=InputFile(),
         help="UTF-8 text to calibrate on (default: the Python language reference)")
     how.add_argument("--method", choices=METHODS, default="planes",
-                     help="planes (pairs that RoPE turns) by mean |q_c k_c|, or by covariance: "
-                          "what left-out ones miss of the scores' differences; qk: single "
-                          "channels; q, k: by their mean size; random (default %(default)s)")
+                     help="planes (pairs that RoPE turns) by how scores vary; qk: single "
+                          "channels by mean |q_c k_c|, the paper's; q, k: by their mean size; "
+                          "random (default %(default)s)")
     how.add_argument("--from_json", type=InputFile(),
                      help="rankings in the authors' JSON format; text sets ranges")
     add("--samples", type=Number(int, 2), default=4,
         help="windows of text to calibrate on, one more is for the figures (default %(default)s)")
     add("--context", type=Number(int, 64),
         help=f"tokens each (default: the model's length, at most {CONTEXT})")
-    add("--seed", type=Number(int, 0, 2**63 - 1), default=0, help="of --method random")
     add("--out", type=OutputFile(),
         help="output file (default: channels.safetensors in the checkpoint)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
@@ -334,8 +291,8 @@ def main():
         ranking = load_rankings(args.from_json, config).to(device)
         method = f"json:{Path(args.from_json).name}"
     text = read_text(args.data) if args.data else None
-    out = calibrate(args.checkpoint, text, method, args.samples, args.context, args.seed, ranking,
-                    device, default_dtype(device), args.out)
+    out = calibrate(args.checkpoint, text, method, args.samples, args.context, ranking, device,
+                    default_dtype(device), args.out)
     print(f"wrote {out}")
 
 

@@ -75,8 +75,8 @@ class DSConfig:
         if isinstance(widths, int):
             widths = ((min(words, D * widths // 32) * (32 // widths), widths),)
         if not 0 < dims_in(widths) <= D:
-            raise ValueError(f"label_bits={self.label_bits}: makes {dims_in(widths)} label dims, in "
-                             f"whole 32-bit words; must be at least 1, and at most the head's {D}")
+            raise ValueError(f"label_bits={self.label_bits}: makes {dims_in(widths)} label dims, "
+                             f"in whole words; must be at least 1, and at most the head's {D}")
         return widths
 
     def use_triton(self, tensor):
@@ -180,7 +180,9 @@ def label_ref(k, positions, labels, label_map):
 # ---------------------------------------------------------------- the specification: score
 
 SAMPLE = 2048  # tokens that the threshold comes from; of rows with no more than that it is exact
-RUN = 16  # of them side by side: the 64 bytes that memory gives at a time
+# RUN of them side by side, and so no wide gaps; in rows of fewer than LONG twice as many: the 64
+# bytes that memory gives at a time
+RUN, LONG = 8, 2**15
 
 
 def live_range(seq_lens, window):
@@ -200,13 +202,14 @@ def eligible_tokens(seq_lens, S, window):
 def sample_ref(seq_lens, window=None):
     """The tokens that scores are sampled at: positions [B, SAMPLE] int64, and which are eligible.
 
-    Aligned runs of RUN tokens, spread over the eligible ones: all, where there are no more than
-    SAMPLE (but up to RUN - 1 of the newest, where a window begins inside a run).
+    Aligned runs of tokens, spread over the eligible ones: all, where there are no more than SAMPLE
+    (but up to 15 of the newest, where a window begins inside a run).
     """
     start, live = (x[:, None].long() for x in live_range(seq_lens, window))
     i = torch.arange(SAMPLE, device=seq_lens.device)
-    first = (start + i // RUN * live.clamp(min=SAMPLE) // (SAMPLE // RUN)) // RUN * RUN
-    position = first + i % RUN
+    run = torch.where(live < LONG, 2 * RUN, RUN)
+    first = (start + i // run * live.clamp(min=SAMPLE) // (SAMPLE // run)) // run * run
+    position = first + i % run
     eligible = (position >= start) & (position < start + live)
     return position.minimum(start + live - 1), eligible
 
@@ -349,8 +352,7 @@ def _label_kernel(k, positions, labels, label_map, T, positions_stride, k_stride
 
 FORCED = tl.constexpr(2**30)  # key of a token that is always attended: above all scores
 DEAD = tl.constexpr(-(2**31) + 1)  # key of a token that is not eligible: below all scores
-M = tl.constexpr(SAMPLE)
-M_RUN = tl.constexpr(RUN)
+M, M_RUN, M_RUNS, M_LONG = map(tl.constexpr, (SAMPLE, RUN, SAMPLE // RUN, LONG))
 
 
 @triton.constexpr_function
@@ -459,8 +461,7 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
     threshold of select_ref.
 
     unit: of the scores, over the largest of the query's products. PDL: labels and seq_lens are read
-    while the kernel before still runs.
-    """
+    while the kernel before still runs."""
     channels, _, step, bits = label_map
     l_sb, l_sh, l_sw = label_strides
     sink, recent, window = forced
@@ -479,8 +480,9 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
     start = tl.maximum(seq_len - window, 0)
     live = seq_len - start
     offs_m, spread = tl.arange(0, M), tl.maximum(live, M)
-    first = start + offs_m // M_RUN * spread // (M // M_RUN)
-    sampled = first // M_RUN * M_RUN + offs_m % M_RUN
+    nth, twice = offs_m // M_RUN, (live < M_LONG).to(tl.int32)
+    first = (start + ((nth >> twice << twice) * spread) // M_RUNS) // M_RUN >> twice << twice
+    sampled = (first + (nth & twice)) * M_RUN + offs_m % M_RUN
     inside = (sampled < seq_len) & (sampled >= start)
     mask = sampled < tl.minimum(tl.cdiv(seq_len, 16) * 16, l_sw)  # so that loads take four words
     words = _load_each(labels + b * l_sb + h * l_sh + sampled, l_sw, words_in(WIDTHS), mask)
@@ -798,9 +800,9 @@ def bracket(q, labels, label_map, seq_lens, config, window, workspace, label_new
     (B, HQ, D), HKV = q.shape, labels.shape[1]
     assert q.is_contiguous() and labels.stride(3) == 1
     assert label_map.widths == config.widths(D) == workspace.widths, "labels of other widths"
-    launch(_bracket_kernel, (B * HKV,), q, label_newest, q=q, labels=labels,
-           label_map=label_map.tensors(), seq_lens=seq_lens, query=workspace.query, threshold=workspace.threshold,
-           label_strides=labels.stride()[:3],
+    launch(_bracket_kernel, (B * HKV,), q, early=label_newest, q=q, labels=labels,
+           label_map=label_map.tensors(), seq_lens=seq_lens, query=workspace.query,
+           threshold=workspace.threshold, label_strides=labels.stride()[:3],
            forced=(config.sink, config.recent, window or NO_WINDOW),
            budget=(config.n_tokens or 0, config.min_tokens, config.share(), config.dense_below),
            unit=1 / 127 / math.sqrt(D), HKV=HKV, G=HQ // HKV, D=D, WIDTHS=label_map.widths,

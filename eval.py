@@ -332,7 +332,7 @@ def calibration_of(path):
     """How the labels of a channels.safetensors were calibrated, and on which text."""
     with open_tensors(path) as file:
         found = file.metadata() or {}
-    fields = ("method", "text_sha256", "tokens", "context", "seed")
+    fields = ("method", "text_sha256", "tokens", "context")
     found = {name: found.get(name) for name in fields}
     found["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     builtin = hashlib.sha256(builtin_text().encode()).hexdigest()

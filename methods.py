@@ -9,10 +9,30 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-import calibrate
 from ds_attention import Workspace, attend, attend_ref, eligible_tokens, score_ref, select_ref
 from model import LayerCache
 from offload import select_tokens
+
+
+def exact_logits(q, k, seq_lens, window):
+    """q . k / sqrt(D) of rows of one sequence, -inf where a row may not look: q [R, HQ, D],
+    k [HKV, S, D], seq_lens [R] -> [R, HKV, G, S] fp32."""
+    grouped = q.float().unflatten(1, (len(k), -1))
+    logits = torch.einsum("rhgd,hsd->rhgs", grouped, k.float() / math.sqrt(q.shape[2]))
+    hidden = ~eligible_tokens(seq_lens, k.shape[1], window)
+    return logits.masked_fill_(hidden[:, None, None], float("-inf"))
+
+
+def pool(logits):
+    """exact_logits of a group's heads [..., G, S] -> one score per token [..., S]: the largest
+    logarithm of its softmax weights, as label scores are pooled."""
+    return (logits - logits.logsumexp(-1, keepdim=True)).amax(-2)
+
+
+def attention_on(chosen, logits):
+    """Share of each row's attention that tokens hold, mean over heads, [R] fp32: chosen [R, HKV, S]
+    bool, logits of exact_logits."""
+    return torch.einsum("rhgs,rhs->rhg", logits.softmax(-1), chosen.float()).mean((1, 2))
 
 
 class Sparse(LayerCache):
@@ -61,11 +81,11 @@ class Sparse(LayerCache):
         self.attended = self.attended + n_tokens.double().mean() * len(q)
         if self.probed:
             logits = self.logits(q[:: self.EVERY], seq_lens[:: self.EVERY], chosen.shape[2])
-            self.mass = self.mass + calibrate.attention_on(chosen, logits).double().sum()
+            self.mass = self.mass + attention_on(chosen, logits).double().sum()
             self.probes += len(chosen)
 
     def logits(self, q, seq_lens, S):
-        return calibrate.exact_logits(q, self.past(S)[0][0], seq_lens, self.window)
+        return exact_logits(q, self.past(S)[0][0], seq_lens, self.window)
 
 
 class DoubleSparsity(Sparse):
@@ -115,7 +135,7 @@ class ExactTopK(Sparse):
     """By q . k / sqrt(D) itself, pooled as label scores are: what labels can reach."""
 
     def scores(self, q, seq_lens):
-        return calibrate.pool(self.logits(q, seq_lens, int(seq_lens.max())))
+        return pool(self.logits(q, seq_lens, int(seq_lens.max())))
 
 
 class Streaming(Sparse):
@@ -149,7 +169,7 @@ class Quest(Sparse):
                  + torch.einsum("rhgd,hpd->rhgp", q.clamp(max=0), low))
         eligible = F.pad(eligible_tokens(seq_lens, S, self.window), (0, short))
         eligible = eligible.unflatten(1, (-1, self.PAGE)).any(2)[:, None, None]
-        scores = calibrate.pool(bound.masked_fill(~eligible, float("-inf")))
+        scores = pool(bound.masked_fill(~eligible, float("-inf")))
         return scores.repeat_interleave(self.PAGE, -1)[..., :S]
 
 

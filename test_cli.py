@@ -100,6 +100,14 @@ def test_rows_without_git_have_no_commit(monkeypatch):
     assert cli.provenance("cpu")["commit"] == "unknown"
 
 
+@pytest.mark.parametrize(
+    "text", "16 8x4,48 48x2,8x4 0x4 8x3 3x4,10x2 8x4,4x2 4x4,4x4 8x".split())
+def test_label_widths_that_cannot_be_are_refused(text, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--label_bits", text])
+    with pytest.raises(ValueError, match=f"label_bits={text}: must be 1, 2, 4, 8, or dims x bits"):
+        generate.main()
+
+
 def test_an_option_given_twice_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["generate.py", "--seed", "0", "--seed", "1"])
     with pytest.raises(ValueError, match="--seed is given twice"):

@@ -28,7 +28,8 @@ except ImportError:
     gguf = None
 
 from test_ds import (  # first: it sets Triton's interpreter where there is no GPU
-    DEVICE, ROOT, SHARED, TINY, command, edit_weights, first_channels, refused_in_one_line
+    DEVICE, ROOT, SHARED, TINY, command, edit_weights, first_channels, random_model,
+    refused_in_one_line
 )
 
 import transformers
@@ -38,6 +39,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from config import ModelConfig
+import calibrate
 import convert_hf
 import decode
 import generate
@@ -1115,3 +1117,22 @@ def test_generate_converts_and_calibrates_a_hugging_face_directory(tmp_path, mon
         generate.main()
         told = capsys.readouterr().err
         assert ("converted to" in told) == ("calibrating (once)" in told) == first
+
+
+def test_rankings_in_the_authors_format(tmp_path):
+    """A list per KV head is taken as it is, lists per query head by mean rank; what is no ranking
+    is refused."""
+    def load(lists):
+        names = {f"model.layers.{i}.self_attn.qk_proj": lists for i in range(3)}
+        (tmp_path / "ranking.json").write_text(json.dumps(names))
+        config = random_model()[0].config
+        return calibrate.load_rankings(tmp_path / "ranking.json", config)
+
+    up, down = list(range(16)), list(range(16))[::-1]
+    assert load([up, down]).tolist() == [[up, down]] * 3
+    swapped = [1, 0, *up[2:]]
+    ties = load([up, swapped, down, down])[0].tolist()
+    assert sorted(ties[0][:2]) == [0, 1] and ties[0][2:] == up[2:] and ties[1] == down
+    for lists in ([[7] * 16] * 2, [["a"] * 16] * 2, [up] * 3, [up[:-1]] * 2, [], 5, [[up]] * 2):
+        with pytest.raises(ValueError, match="not channel rankings of this model"):
+            load(lists)
