@@ -361,12 +361,13 @@ def numbers():
     shape = dict(B=4, S=65536, HQ=32, HKV=32)
     attention = [row for row in default_attention() if shape.items() <= row.items()][-1]
     step, short = (newest_steps()["Llama-2-7B", 1, S] for S in (16384, 4096))
-    smollm = dict(checkpoint="SmolLM2-135M-Instruct", data="wikitext2-test.raw")
-    ds, exact = (newest("quality", task="perplexity", context=4096, budget="n=256", method=method,
-                        **smollm) for method in ("ds", "exact_topk"))
+    smollm, qwen = (dict(checkpoint=f"{name}-Instruct", data="wikitext2-test.raw")
+                    for name in ("SmolLM2-135M", "Qwen2.5-Coder-0.5B"))
     passkey = newest("quality", task="passkey", budget="1/16", method="ds", **smollm)
 
-    def lost(row):
+    def lost(method, model):
+        row = newest("quality", task="perplexity", context=4096, budget="n=256", method=method,
+                     **model)
         return f"{100 * (row['score'] / row['dense_score'] - 1):.1f}%"
 
     gain, found = f"{short['dense'] / short['ds']:.2f}x", f"{passkey['score']:.0f}%"
@@ -377,9 +378,10 @@ def numbers():
         f"- **{step['gpt_fast'] / step['ds']:.2f}x** faster decode steps than gpt-fast's way: "
         f"{step['ds']:.2f} ms for {step['gpt_fast']:.2f};",
         "  Llama-2-7B's shape, random weights, one sequence of 16,384 tokens, bf16.",
-        f"- **{lost(ds)}** more perplexity: SmolLM2-135M-Instruct on WikiText-2, each token "
-        "decoded",
-        f"  from 256 of up to 4,096 tokens. Choosing them by exact scores costs {lost(exact)}.",
+        f"- **{lost('ds', smollm)}** more perplexity: SmolLM2-135M-Instruct on WikiText-2, each "
+        "token decoded",
+        f"  from 256 of up to 4,096 tokens, {lost('exact_topk', smollm)} if exact scores choose "
+        f"them. Qwen2.5-Coder-0.5B: {lost('ds', qwen)}, {lost('exact_topk', qwen)}.",
         "- **It does not pay** on short contexts, and loses needles in text. At one sequence of",
         f"  4,096 tokens a step is {gain} over dense. Passkeys hidden in WikiText-2 are found in "
         f"{found}",
