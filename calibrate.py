@@ -55,8 +55,7 @@ def plane_covariance(q, k, ds, seq_lens, window=None):
     a group's heads choose together, however large their scores are, and where the tokens that are
     always attended hold nearly all there is nothing to choose.
 
-    q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens: a list, of the queries.
-    """
+    q [1, HQ, T, D], k [1, HKV, T, D] after RoPE; seq_lens: a list, of the queries."""
     total, k = 0.0, k[0].float()
     for seq_len in seq_lens:  # one at a time: less memory
         row, past = q[:, :, seq_len - 1].float(), k[:, :seq_len]
@@ -211,7 +210,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
     ropes = [model.rope(torch.arange(x.shape[1], device=device)[None]) for x in hidden]
     rows = [spread_queries(first, end, config.n_heads, device)  # within the context, and past it
             for first, end in ((context // 2, context), (context, longest)) if first < end]
-    queries = torch.linspace(max(64, context // 8), context, 32).int().tolist()  # of covariances
+    queries = torch.linspace(min(context, max(64, context // 8)), context, 32).int().tolist()
     if not ds.sparse_at(longest):
         print(f"of {longest} tokens all are attended: the figures say nothing", file=sys.stderr)
     generator = torch.Generator().manual_seed(0)
@@ -229,7 +228,8 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
                 of_window = channel_sums(q, k, *rope)
-                of_window["planes"] = plane_covariance(q, k, ds, queries, window)
+                if method == "planes":
+                    of_window["planes"] = plane_covariance(q, k, ds, queries, window)
                 sums = {name: x + sums.get(name, 0) for name, x in of_window.items()}
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(sums, method, generator) if ranking is None else ranking[i]

@@ -163,20 +163,15 @@ def default_dtype(device):
 
 def label_bits(text):
     """DSConfig.label_bits of a command line's text: 4, or of "8x4,48x2" ((8, 4), (48, 2))."""
-    if text in ("1", "2", "4", "8"):
-        return int(text)
     try:
-        widths = tuple(tuple(map(int, part.split("x"))) for part in text.split(","))
-        right = all(dims > 0 and bits in (1, 2, 4, 8) and dims * bits % 8 == 0
-                    for dims, bits in widths)
-    except ValueError:
-        right = False
-    if (not right or sum(dims * bits for dims, bits in widths) % 32
-            or any(a[1] <= b[1] for a, b in zip(widths, widths[1:]))):
+        bits = int(text) if text.isdigit() else tuple(
+            tuple(map(int, part.split("x"))) for part in text.split(","))
+        DSConfig(label_bits=bits).widths(2**16)  # of any head
+    except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(
             f"label_bits={text}: must be 1, 2, 4, 8, or dims x bits, the most bits first, as "
-            "8x4,48x2: whole bytes of each and whole 32-bit words in all")
-    return widths
+            "8x4,48x2: whole bytes of each and whole 32-bit words in all") from None
+    return bits
 
 
 def widths_name(widths):
@@ -185,7 +180,7 @@ def widths_name(widths):
 
 
 def bits_of(widths):
-    """--label_bits of these widths, as rows have it."""
+    """Label widths as rows of bench.py have them."""
     return widths[0][1] if len(widths) == 1 else widths_name(widths)
 
 
@@ -219,7 +214,7 @@ def sparsity_from(args):
     if args.sparsity == 1 and args.n_tokens is None:
         for name in ("label_bits", "channels"):
             if getattr(args, name) is not None:
-                raise ValueError(f"{name}={getattr(args, name)}: --sparsity 1 is dense; take a "
+                raise ValueError(f"{name} is for a sparse step, and --sparsity 1 is dense: take a "
                                  "larger one, or leave this out")
         return None
     names = {f.name for f in fields(DSConfig)}

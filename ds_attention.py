@@ -68,15 +68,16 @@ class DSConfig:
         return int(2**30 / self.sparsity)
 
     def widths(self, D):
-        """The label of head dim D: ((dims, bits), ...), its first and most important dims first, in
-        whole 32-bit words."""
+        """The label of head dim D: ((dims, bits), ...), its most important dims first."""
         words = max(1, int(D * 16 / self.sparsity) // 32)  # 1/sparsity of a 16-bit K's bytes
         widths = self.label_bits or default_widths(32 * words, D)
         if isinstance(widths, int):
             widths = ((min(words, D * widths // 32) * (32 // widths), widths),)
-        if not 0 < dims_in(widths) <= D:
-            raise ValueError(f"label_bits={self.label_bits}: makes {dims_in(widths)} label dims, "
-                             f"in whole words; must be at least 1, and at most the head's {D}")
+        bits, counts = [b for _, b in widths], [dims * b for dims, b in widths]
+        if (not 0 < dims_in(widths) <= D or bits != sorted({1, 2, 4, 8}.intersection(bits))[::-1]
+                or any(n % 8 or not n for n in counts) or words_in(widths) * 32 != sum(counts)):
+            raise ValueError(f"label_bits={self.label_bits}: must be 1 to {D} dims of 1, 2, 4 or 8 "
+                             "bits, the most bits first, whole bytes of each, whole words in all")
         return widths
 
     def use_triton(self, tensor):
@@ -180,8 +181,8 @@ def label_ref(k, positions, labels, label_map):
 # ---------------------------------------------------------------- the specification: score
 
 SAMPLE = 2048  # tokens that the threshold comes from; of rows with no more than that it is exact
-# RUN of them side by side, and so no wide gaps; in rows of fewer than LONG twice as many: the 64
-# bytes that memory gives at a time
+# RUN of them side by side, so that gaps are short; in rows below LONG twice as many, the 64 bytes
+# that memory gives at a time
 RUN, LONG = 8, 2**15
 
 
@@ -480,7 +481,7 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
     start = tl.maximum(seq_len - window, 0)
     live = seq_len - start
     offs_m, spread = tl.arange(0, M), tl.maximum(live, M)
-    nth, twice = offs_m // M_RUN, (live < M_LONG).to(tl.int32)
+    nth, twice = offs_m // M_RUN, (live < M_LONG).to(tl.int32)  # 1: runs of two M_RUN
     first = (start + ((nth >> twice << twice) * spread) // M_RUNS) // M_RUN >> twice << twice
     sampled = (first + (nth & twice)) * M_RUN + offs_m % M_RUN
     inside = (sampled < seq_len) & (sampled >= start)
@@ -700,8 +701,7 @@ def _attend_kernel(q, k, v, seq_lens, labels, label_map, query, threshold, lists
     b, h = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
     seq_len = tl.load(seq_lens + b)
     if LABEL:
-        if split == SPLITS:
-            # who reads this label in this step overrides the token's key with FORCED
+        if split == SPLITS:  # bracket has waited for k; who reads this label now does not use it
             newest = (seq_len - 1).to(tl.int64) + tl.arange(0, 1)
             _label(k, newest, newest, newest >= 0, b, h, labels, label_map, k_strides,
                    label_strides, WIDTHS)
@@ -749,8 +749,8 @@ WARPS = 1024  # that fill the GPU: programs of so many in all share fewer rows
 
 
 def launch(kernel, grid, tensor, early=True, **arguments):
-    """Runs a kernel that takes PDL: whether it may start while the one before it ends (programmatic
-    dependent launch), if that is new enough a GPU. tensor: one of the device."""
+    """Runs a kernel that takes PDL: whether it starts while the one before it ends (programmatic
+    dependent launch), `early` and on a GPU that can. tensor: one of the device."""
     PDL = (early and tensor.is_cuda and torch.version.cuda is not None
            and torch.cuda.get_device_capability(tensor.device)[0] >= 9)
     kernel[grid](**arguments, PDL=PDL, **(dict(launch_pdl=True) if PDL else {}))
@@ -795,7 +795,7 @@ class Workspace:
 def bracket(q, labels, label_map, seq_lens, config, window, workspace, label_newest=True):
     """Query codes, log weights and thresholds, into the workspace.
 
-    label_newest: the newest labels are still to be written; else the kernel before may have.
+    label_newest: the newest labels are still to be written; else it starts after the kernel before.
     """
     (B, HQ, D), HKV = q.shape, labels.shape[1]
     assert q.is_contiguous() and labels.stride(3) == 1

@@ -37,7 +37,7 @@ import calibrate
 import parallel
 from cli import (
     HERE, ArgumentParser, InputFile, Number, OutputFile, add_quantize_argument,
-    add_sparsity_arguments, append_json_lines, bits_of, check_layers, check_value, default_dtype,
+    add_sparsity_arguments, append_json_lines, check_layers, check_value, default_dtype,
     label_bits, pick_device, provenance, read_json_lines, run_command, sparsity_from, widths_name
 )
 from ds_attention import DSConfig
@@ -371,7 +371,8 @@ class Evaluation:
             channels = labels_file(self.checkpoint, calibration, data, self.device)
         maps = load_maps(self.checkpoint, self.model.config, ds, self.device, channels)
         widths = ds.widths(self.model.config.head_dim)
-        config = asdict(ds) | {"label_bits": bits_of(widths)}  # the default may change
+        bits = ds.label_bits if isinstance(ds.label_bits, int) else widths_name(widths)
+        config = asdict(ds) | {"label_bits": bits}  # the default may change
         fields = {"budget": budget_name(ds), "config": config, "calibration": None}
         if method_class.labelled:
             path = channels or self.checkpoint / "channels.safetensors"

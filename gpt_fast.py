@@ -60,7 +60,7 @@ class GptFast:
         import torch._inductor.config as inductor_config
 
         tuned = inductor_config.patch(coordinate_descent_tuning=True)  # as gpt-fast has it
-        # a cache that takes the two kinds of attention for one
+        # a cache that takes one kind of attention for another
         uncached = functorch_config.patch(enable_autograd_cache=False)
         self.attend_by(attention)
         try:
@@ -118,7 +118,7 @@ class GptFast:
 
 
 def time_gpt_fast(model, B, S, steps):
-    """(seconds per step, bytes of weights and of the allocated cache, which it reads whole).
+    """(seconds per step, bytes of weights and of the allocated cache, which it reads nearly whole).
 
     The cache has S tokens, a multiple of 8 as in gpt-fast. The best kind of ATTENTION counts.
     Raises ValueError for a model with expert layers.

@@ -59,7 +59,8 @@ class Linear(nn.Linear):
 # called gdc_launch_dependents (programmatic dependent launch). What keeps that safe, here and in
 # ds_attention.py: each kernel calls gdc_wait before it writes anything or reads what this step has
 # written, so that one that has ended implies that all before it have; and a kernel whose successor
-# reads more than constants before its own gdc_wait launches that successor after gdc_wait.
+# reads more than constants before its own gdc_wait launches that successor after gdc_wait: so does
+# bracket, behind which attend reads q and k, and writes the newest label, before it waits.
 
 
 @triton.jit

@@ -143,9 +143,9 @@ def generate_table(rows):
         cells = [*line, weights]
         cells += [refusal(found[mode]) if "error" in found.get(mode, {})
                   else cell(found.get(mode), "ms_per_step", ".2f", " ms") for mode in modes]
-        for mode in references:  # in one run; else of the newest rows
-            name = f"speedup_vs_{over[mode]}"
-            if ds and ds.get(name) is None and found.get(mode, {}).get("ms_per_step"):
+        for mode in references:  # of one run where it has both, else by the newest rows
+            name, times = f"speedup_vs_{over[mode]}", [ds, found.get(mode)]
+            if all(row and row.get("ms_per_step") for row in times) and ds.get(name) is None:
                 ds = ds | {name: found[mode]["ms_per_step"] / ds["ms_per_step"]}
             cells.append(cell(ds, name, ".2f", "x"))
         cells.append(cell(ds, "tokens_per_s", ".0f"))
