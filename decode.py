@@ -51,9 +51,9 @@ def timestamp(device):
 
 @contextlib.contextmanager
 def compiling_only():
-    """Triton kernels called within, by any thread, are compiled, side by side, and not run.
-    A first step's take half the time. What torch does within is done, on memory that no kernel has
-    written: nothing may take an index or a decision from there."""
+    """Triton kernels called within, by any thread, are compiled side by side, and not run. Those of
+    a first step so compile in half the time. torch's own operations do run, on memory that no
+    kernel has written: none may take an index or a decision from it."""
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -114,7 +114,7 @@ class DecodeStep:
         graph.register_generator_state(self.generator)
         # the graphs never run at once and leave nothing in it
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        # thread_local: of several processes each has a thread that looks after those lost
+        # thread_local: NCCL's watchdog, a thread of each of several processes, may call CUDA, too
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self._step(sparse)
         self.graphs[sparse] = graph
@@ -151,7 +151,7 @@ class Generation:
     """What came out, and what it cost. Times in seconds, bytes of the whole batch."""
 
     token_ids: list  # one list of new tokens per prompt, end-of-text not included
-    ttft_s: float  # prefill and first token; in a process's first run compilation and capture, too
+    ttft_s: float  # prefill and first token; with what this run had to compile and capture
     step_s: list  # of each step after the first
     cold_start_s: float  # from the start of the process to the first token
     weight_bytes_per_step: int
@@ -189,7 +189,7 @@ def generate(step, prompts, max_new_tokens, start=0, on_token=None, progress=Non
     began = timestamp(device)
     model.prefill([prompt[:-1] for prompt in prompts], cache, start, progress=progress)
     lengths = [start + len(prompt) for prompt in prompts]  # live in the first step
-    kinds = {cache.sparse_at(length)  # the extremes' hold all
+    kinds = {cache.sparse_at(length)  # the shortest and the longest step's: no others occur
              for length in (min(lengths), max(lengths) + max_new_tokens - 1)}
     step.start([prompt[-1] for prompt in prompts], kinds)
     sampled = torch.empty(max_new_tokens, len(prompts), dtype=torch.long,

@@ -89,7 +89,7 @@ def load_maps(checkpoint, config, ds, device, channels=None):
 
 
 def open_checkpoint(name):
-    """A checkpoint by directory or hub id -> (config, tokenizer, our checkpoint directory)."""
+    """A checkpoint by directory, GGUF file or hub id -> (config, tokenizer, our directory)."""
     with parallel.rank_0_first():
         checkpoint = resolve_checkpoint(name)
     config = ModelConfig.from_file(checkpoint / "config.json")
@@ -164,7 +164,7 @@ def print_statistics(found, device, name=""):
 
     lines = {"time to first token": f"{found['ttft_ms']:.0f} ms "
                                     f"({found['cold_start_s']:.1f} s after the process began)"}
-    if found["decode_tokens_per_s"]:  # the first token comes out of the prefill
+    if found["decode_tokens_per_s"]:  # 0 if no prompt got a second token
         each = (f" ({found['decode_tokens_per_s_per_sequence']:.1f} per sequence)"
                 if found["prompts"] > 1 else "")
         lines["decode"] = (f"{found['decode_tokens_per_s']:.1f} tokens/s{each}, "
@@ -267,11 +267,11 @@ def parse_arguments():
                              "hide behind compute (default %(default)s)")
     parser.add_argument("--min_agreement", type=Number(float, 0, 1), default=MIN_AGREEMENT,
                         metavar="SHARE",
-                        help="with --offload: layers of whose selection calibration predicted a "
-                             "smaller share are not predicted (default %(default)g)")
+                        help="with --offload: predict only layers for which calibration predicted "
+                             "at least this share of the selected tokens (default %(default)g)")
     parser.add_argument("--no_pack", action="store_true",
-                        help="with --offload: K and V of bfloat16 are not packed in host memory, "
-                             "where they take 12 bits of 16, without loss")
+                        help="with --offload: send bfloat16 K and V over PCIe as they are, not "
+                             "packed, without loss, to 12 bits of 16")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--compile", action="store_true",
                         help="on a GPU, prefill through torch.compile: a seventh faster, but it "
@@ -328,7 +328,7 @@ def cache_length(prompts, max_new_tokens, max_seq_length, config):
 
 
 def say_if_dense(ds, size, config):
-    """On stderr, if a DSConfig has every token of caches of that many attended to."""
+    """Says on stderr if, by a DSConfig, steps attend to every token of caches of `size` tokens."""
     live = min(size, config.longest_window or size)
     if ds is not None and not ds.sparse_at(live):
         least = f"n_tokens={ds.n_tokens}" if ds.n_tokens else f"min_tokens={ds.min_tokens}"
@@ -383,7 +383,7 @@ def converse(step, tokenizer, args):
             result = None
         stream.finish()
         answer = result.token_ids[0] if result else stream.tokens
-        if result is None and not answer:  # stopped before the prompt was in the cache
+        if result is None and not answer:  # no token came: the prompt may not be in the cache
             ids, messages = whole[:kept], messages[:-1]
             continue
         ids = whole + answer

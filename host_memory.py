@@ -152,7 +152,7 @@ class PinnedPool:
 
 # ---------------------------------------------------------------- rows
 
-PACKED = 12 / 16  # of its bytes a row takes that is packed
+PACKED = 12 / 16  # the share of a row's bytes that it takes packed
 
 
 def packs(D, dtype):
@@ -164,13 +164,13 @@ class HostRows:
     """K and V of one layer in host memory, kv [B, HKV, S, 2, D], or, of bfloat16, packed, so that
     fewer bytes go over PCIe.
 
-    Packing loses nothing: 8 bits are sign and mantissa, 4 say by how much an exponent is less than
-    the largest of its row of K or of V. So a token takes 3D / 4 words of 32 bits: D / 4 of eight
-    values' 4 bits, D / 4 of the 8 bits of the first four of them, D / 4 of the others'. They lie
-    side by side in `words` [B, HKV, S, 3D / 4], and behind them in kv's memory is `rest`
-    [B, HKV, S, D / 4], used by rows that do not pack: 1 to 3 in 100, of which an exponent is too
-    small, or K's largest out of range. Such a row is in both, as it is. `tops` [B, HKV, S] int16,
-    on the GPU, holds both largest exponents, K's in 7 bits, from 64 on; -1: a row as it is. """
+    Packing loses nothing. A value takes 8 bits for sign and mantissa, and 4 for how far its
+    exponent is below the largest of its token's K, or V. Of each eight values, the 4-bit codes are
+    one word of 32 bits, the bytes of the first four a second, those of the others a third: D / 4 of
+    each in `words` [B, HKV, S, 3D / 4]. 1 to 3 tokens in 100 do not pack: an exponent is too small,
+    or K's largest out of range. They stay as they are, their last D / 4 words in `rest` [B, HKV, S,
+    D / 4], behind `words` in kv's memory. `tops` [B, HKV, S] int16, on the GPU: the largest
+    exponents of K, less 64, in the upper 7 bits, and of V in the lower 8; -1: not packed. """
 
     def __init__(self, kv, device, packed):
         (B, HKV, S, _, D), self.kv, self.tops = kv.shape, kv, None
@@ -220,12 +220,12 @@ class HostRows:
         return 0 if self.tops is None else self.tops.nbytes
 
     def streamed(self):
-        """What of it a step copies that takes all of it."""
+        """What a step that reads all K and V copies to the GPU: kv, or the packed words."""
         return self.kv if self.tops is None else self.words
 
     def streamed_to(self, words, kv):
-        """kv [B, HKV, S, 2, D] after unpacking there `words`, a copy of streamed(); rows as they
-        are are completed from the host."""
+        """Unpacks `words`, a copy of streamed(), to kv [B, HKV, S, 2, D], and returns kv. Rows that
+        are not packed take their last quarter, `rest`, from the host."""
         there = copy(self)
         there.words = words
         for b in range(len(kv)):
@@ -464,10 +464,10 @@ def _fetch_kernel(host, rest, tops, newest, kv, seq_lens, indices, rows, missing
 
 
 def fetch(kv, placed, host, newest, indices, seq_lens, programs=None, tokens=128, num_warps=32):
-    """As fetch_ref, in one launch: few programs that fill a multiprocessor each and have many rows
-    on their way. Whatever shares a multiprocessor with loads from the host waits as long as they
-    do. Of 32 warps 8 programs are enough for PCIe, beside attention 12: there what a program reads
-    on the GPU before a row comes later. More for more heads, which may miss few tokens each."""
+    """As fetch_ref, in one launch of few programs. Each fills a multiprocessor, since whatever else
+    ran there would wait as long as loads from the host do, and has many rows on their way. With 32
+    warps each, 8 programs keep PCIe busy; beside attention, where what they read on the GPU before
+    a row comes later, 12 do. More heads get more programs: each head may miss few tokens."""
     B, heads, capacity = placed.rows.shape
     programs = programs or min(64, max(12, B * heads // 4))
     assert host.kv.is_contiguous() and (newest is None or newest.is_contiguous())

@@ -56,11 +56,11 @@ class Linear(nn.Linear):
 # ---------------------------------------------------------------- decode kernels
 
 # The kernels of a decode step overlap: one may start once all programs of the one before have
-# called gdc_launch_dependents (programmatic dependent launch). What keeps that safe, here and in
-# ds_attention.py: each kernel calls gdc_wait before it writes anything or reads what this step has
-# written, so that one that has ended implies that all before it have; and a kernel whose successor
-# reads more than constants before its own gdc_wait launches that successor after gdc_wait: so does
-# bracket, behind which attend reads q and k, and writes the newest label, before it waits.
+# called gdc_launch_dependents (programmatic dependent launch). To keep that safe, a kernel calls
+# gdc_wait before it writes, or reads what this step has written: when it has ended, so have all
+# before it. It may do either earlier if the kernel before it launches it after its own gdc_wait.
+# So attend reads q and k, and writes the newest label, before it waits for bracket; and the down
+# products of experts.py read all but their inputs before they wait for the kernel of gate and up.
 
 
 @triton.jit

@@ -72,8 +72,8 @@ class LayerCache:
         return self.kv[:, :, :length].unbind(3)
 
     def decode(self, q, seq_lens):
-        """q [R, HQ, D], one query per row; seq_lens [R]. R = B, and the newest keys' labels are
-        written, or R over the one sequence of a B = 1 cache."""
+        """q [R, HQ, D], one query per row; seq_lens [R]. Either R = B, and the newest keys' labels
+        are written; or B = 1, and all R rows read the one sequence, whose labels are there."""
         k, v = self.kv.expand(len(q), -1, -1, -1, -1).unbind(3)
         labels = None if self.labels is None else self.labels.expand(len(q), -1, -1, -1)
         workspace = self.workspace if len(q) == len(self.kv) else None
@@ -183,7 +183,7 @@ class KVCache:
 def causal_attention(q, k, v, window=None):
     """The last T of S tokens attend to their past: q [B, HQ, T, D], k, v [B, HKV, S, D] -> as q.
 
-    Flash attention where it exists; no [S, S] tensor (a window's mask: [T, T + window], T <= 2048).
+    Flash attention where it exists; no [S, S] tensor: a mask is at most [T, S], with T <= 2048.
     """
     T, S = q.shape[2], k.shape[2]
     gqa, bounded = q.shape[1] != k.shape[1], window is not None and S > window
@@ -409,7 +409,7 @@ class Transformer(nn.Module):
             steps = [Step(position, min(start + (i + 1) * chunk, end))
                      for i, position in enumerate(positions)]
             done = 0  # tokens, each counted once per layer
-            # the cache's layers come first: they are asked for one more after the last
+            # the cache's layers come first in zip, which so runs their generator to its end
             for layer_cache, layer in (zip(cache.prefill_layers(b, start, end), self.layers)
                                        if prompt else ()):
                 for i, part in enumerate(hidden):
@@ -656,8 +656,8 @@ CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
 
 
 def label_map_of(channels, mean, std, widths):
-    """The LabelMap of a layer; channels, mean, std [HKV, C or more]: their numbers, and what each
-    one's range is about and follows; the first C count."""
+    """The LabelMap of a layer. channels, mean, std [HKV, C or more], the first C of which count: a
+    label's channels by number, and each one's mean and standard deviation, which set its range."""
     bits = [bits for dims, bits in widths for _ in range(dims)]
     steps = [2 * CLIP[b] / (2**b - 1) for b in bits]
     clip, step = (torch.tensor(x, device=std.device) for x in ([CLIP[b] for b in bits], steps))

@@ -139,10 +139,10 @@ def select_tokens(q, newest, labels, label_map, seq_lens, config, window=None, w
 
 AGES = 64  # resolves since a slot was last used that replacement tells apart: one or two a step
 COUNTS = (  # what a Resident counts of each row and KV head: tokens, without the newest, and steps
-    "selected", "fetched",  # of those selected, the ones missing when that was known
-    "steps", "cut",  # selected, but there was no row left for them
-    "predicted", "confirmed",  # of those predicted; both without what is attended in any case
-    "prefetched")  # of those predicted, the ones missing
+    "selected", "fetched",  # fetched: selected, and missing when that was known
+    "steps", "cut",  # cut: selected, but beyond the room for rows
+    "predicted", "confirmed",  # confirmed: predicted, then selected. Both without sink and recent
+    "prefetched")  # predicted, and missing when that was known
 SELECTED, FETCHED, STEPS, CUT, PREDICTED, CONFIRMED, PREFETCHED = map(tl.constexpr, range(7))
 
 
@@ -384,8 +384,8 @@ MIN_AGREEMENT = 0.7  # all of tiny's reach it but one predicted from embeddings 
 
 
 def predictable_layers(channels, min_agreement, mode):
-    """Numbers of the layers of whose selection calibrate.py predicted that share at least;
-    channels: its file. Raises ValueError for the mode "predicted" if there are none."""
+    """Numbers of the layers for which calibrate.py predicted at least min_agreement of the selected
+    tokens; channels: its file. Raises ValueError in the mode "predicted" if there are none."""
     with open_tensors(channels) as file:
         shares = file.get_tensor("agreement").tolist()
     found = [i for i, share in enumerate(shares) if i and share >= min_agreement]
@@ -395,14 +395,14 @@ def predictable_layers(channels, min_agreement, mode):
     return found
 
 
-# What a kernel fetches while a layer of a 7B model computes and PCIe idles, and for each token
-# attended to, since choosing them takes the longer the more they are: measured on an H200.
+# Bytes that a kernel fetches while a layer of a 7B model computes and PCIe idles, and how many more
+# for each token attended to, as choosing more tokens takes longer: measured on an H200.
 IDLE_BYTES, IDLE_BYTES_PER_TOKEN = 14e6, 330
 
 
 def idle_heads(config, batch, tokens, dtype, device, packed=True):
-    """Of how many KV heads so many tokens, none resident, are fetched in that time; 0 on a CPU. At
-    most three of eight: more was not measured."""
+    """For how many KV heads `tokens` tokens each, none resident, are fetched in that time; 0 on a
+    CPU. At most three of eight: more was not measured."""
     if torch.device(device).type == "cpu":
         return 0
     row_bytes = 2 * config.head_dim * dtype.itemsize
@@ -669,8 +669,8 @@ class OffloadCache(KVCache):
         return self
 
     def predict_next(self, i, x, blocks, cos, sin):
-        """The next layer's tokens are chosen and fetched while layer i runs: once its own have
-        been, or at once if it has none."""
+        """Layer i's `decode` chooses and fetches the next layer's tokens after its own. Done here:
+        both, if layer i has none in host memory; choosing, in the mode "predicted"."""
         layer, following = self.layers[i], self.layers[i + 1] if i + 1 < len(self.layers) else None
         if isinstance(following, OffloadedLayer) and following.ahead:
             block = blocks[i + 1]
@@ -738,11 +738,11 @@ class OffloadCache(KVCache):
         return super().gpu_bytes() | {"slot maps": self.slot_map_bytes(), "staging": staging}
 
     def statistics(self):
-        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and of them
-        those fetched ahead, a row counted as what those of all live tokens take on average; the
-        share of live rows that are not packed; the share of selected tokens that was resident once
-        the selection was known, and the share of predicted tokens that were among them; how many
-        selected tokens were cut off; and where K and V lie."""
+        """Of the steps since begin() or the last call: PCIe bytes to the GPU per step, and how many
+        of them were fetched ahead, at the mean size of a live token's row; the share of selected
+        tokens that were on the GPU, or on their way, when selected; the share of predicted tokens
+        that were then selected; how many selected tokens were cut off. And, as of now, the share of
+        live rows that are not packed, and bytes of host memory and of slot maps."""
         layers, lens = self.offloaded(), self.seq_lens
         row_bytes = torch.tensor([host.row_bytes(lens) for host in self.host], dtype=torch.float64)
         found = {"host_bytes": sum(host.kv.nbytes for host in self.host),

@@ -134,7 +134,7 @@ def output_rows(config):
 
 
 def own(n):
-    """This rank's slice of what has n for each."""
+    """This rank's slice of an axis in which each rank has n."""
     return slice(rank() * n, (rank() + 1) * n)
 
 
@@ -231,10 +231,10 @@ def _sum_kernel(part, slots, counts, x, scaled, squares, gain, B, dim, RANK: tl.
 class Peers:
     """Where the ranks leave each other parts of a sum in a decode step, in memory that all reach.
 
-    A part goes to all ranks as words of 64 bits, value and number of the sum, which arrive whole:
-    who finds the number has the value, without a barrier. Sums go to one half of the slots and to
-    the other in turn, so that none is overwritten before it is read: when a rank begins with the
-    next but one, it has had all parts of the next, which no rank sends before it has read the last.
+    A part goes to all ranks as words of 64 bits, a value and the sum's number. Words arrive whole:
+    who finds the number has the value, without a barrier. Sums use the two halves of the slots in
+    turn. So nothing is overwritten before it is read: a rank that begins sum n + 2 has received all
+    parts of sum n + 1, and each rank sent its part only after it had read all of sum n.
     """
 
     BLOCK = 256  # values of a program, which no other touches

@@ -139,7 +139,7 @@ def test_models_equal_hugging_face_s(config, positions, tmp_path):
     torch.testing.assert_close(model(prompt), want, atol=1e-4, rtol=1e-4)
 
     every = DSConfig(n_tokens=100, label_bits=((8, 4),), dense_layers=0, impl="torch")
-    maps = [first_channels(heads, 8, ((8, 4),)).to("cpu")] * layers
+    maps = [first_channels(heads, 8, ((8, 4),), "cpu")] * layers
     for settings in ((), (every, maps)):
         cache = KVCache(ours, 1, 41, "cpu", torch.float32, *settings)
         model.prefill([prompt[0, :20].tolist()], cache, chunk=8)
