@@ -287,7 +287,7 @@ def test_kernels_choose_the_reference_s_tokens(case):
 
 
 def test_kernels_choose_the_reference_s_tokens_of_long_rows():
-    check_selection(Problem(shapes(2, 2, 1, S=ds.LONG, bits=1), seq_lens=[ds.LONG, ds.LONG - 1]))
+    check_selection(Problem(shapes(2, 1, 1, S=ds.LONG, bits=8, C=4), seq_lens=[2**15, 2**15 - 1]))
 
 
 CROWDS = {  # codes of the first two dims, which queries weigh 127 to 8; they look at no other
@@ -632,7 +632,7 @@ def test_decode_kernels_equal_the_blocks(case, dtype):
 
     logits, caches = {}, {}
     runs = {"exact": ("torch", torch.float32), "torch": ("torch", dtype)}
-    for name in ("triton", "again"):
+    for name in ("triton", "again") if GPU else ("triton",):  # the interpreter repeats itself
         runs[name] = "triton", dtype
     for name, (impl, run) in runs.items():
         cache = KVCache(model.config, B, 40, DEVICE, run)
@@ -647,7 +647,7 @@ def test_decode_kernels_equal_the_blocks(case, dtype):
     new = (torch.arange(40, device=DEVICE) == lens[:, None])[None, :, None, :, None, None]
     new = new.expand_as(caches["exact"])
     for got in (logits, caches):
-        assert torch.equal(got["triton"], got["again"]), "the same inputs gave other bits"
+        assert not GPU or torch.equal(got["triton"], got["again"]), "other bits"
     kept = [caches[name].masked_fill(new, 0) for name in ("triton", "torch")]
     assert torch.equal(*kept), "wrote elsewhere"
     allowance = 2 if GPU else 4  # the interpreter rounds to bfloat16 towards zero
