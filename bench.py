@@ -69,7 +69,7 @@ def random_cache(c, B, size, config, device, dtype, cache_type=KVCache):
     if config is not None:
         channels = torch.arange(c.head_dim).expand(c.n_kv_heads, -1)
         zeros = torch.zeros(channels.shape)
-        label_map = label_map_of(channels, zeros, zeros + 1, config.widths(c.head_dim))
+        label_map = label_map_of(channels, zeros, zeros + 1, None, config.widths(c.head_dim))
     cache = cache_type(c, B, size, device, dtype, config, [label_map] * c.n_layers)
     generator = torch.Generator(device).manual_seed(parallel.rank())
     for b in range(B):

@@ -84,6 +84,19 @@ def planes_by_covariance(covariance):
     return torch.stack(left_out[::-1], 1)
 
 
+def plane_weights(covariance, ranked):
+    """Row n - 1 of [HKV, planes, planes] fp32: what the first n ranked planes' parts of q . k are
+    times, for their sum to be the best guess of the whole: planes vary together. covariance [HKV,
+    planes, planes], ranked [HKV, planes]: of plane_covariance and planes_by_covariance."""
+    ordered = covariance.double().take_along_dim(ranked[:, :, None], 1)
+    ordered = ordered.take_along_dim(ranked[:, None], 2)
+    weights, whole = torch.zeros_like(ordered), ordered.sum(2)
+    ordered.diagonal(dim1=1, dim2=2).mul_(1.001).add_(1e-12)
+    for n in range(1, len(weights[0]) + 1):
+        weights[:, n - 1, :n] = torch.linalg.solve(ordered[:, :n, :n], whole[:, :n])
+    return weights.float()
+
+
 def rank_channels(sums, method, generator):
     """Channels of each KV head, most important first: [HKV, D] int64; of planes the pairs c,
     c + D / 2 side by side. sums: of channel_sums, and as "planes" of plane_covariance."""
@@ -234,7 +247,9 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(sums, method, generator) if ranking is None else ranking[i]
         ranges = [x.gather(1, channels).float() for x in key_ranges(sums, *everywhere)]
-        label_map = label_map_of(channels, *ranges, widths)
+        weights = (plane_weights(sums["planes"], channels[:, ::2]) if method == "planes"
+                   else torch.ones(len(channels), *2 * (config.head_dim // 2,), device=device))
+        label_map = label_map_of(channels, *ranges, weights, widths)
 
         predicted = None  # the first layer's queries are not
         if previous is not None:
@@ -245,7 +260,8 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
             kept += selection_figures(q, None, k, label_map, ds, past, window)[:2]
         figures.append([*kept, agreement])
         tqdm.write(f"{i:5d}" + "".join(f"{value:20.3f}" for value in figures[-1]))
-        of_file.append([x.cpu() for x in (channels.int(), *ranges, torch.tensor(agreement))])
+        of_layer = channels.int(), *ranges, weights, torch.tensor(agreement)
+        of_file.append([x.cpu() for x in of_layer])
     mean = torch.tensor(figures).mean(0).tolist()
     print(" mean" + "".join(f"{x:20.3f}" for x in mean) + f"   (of {longest} tokens, held out)")
 
@@ -256,8 +272,8 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
     tensors = map(torch.stack, zip(*of_file))
     try:
         with writing(out) as temporary:
-            save_file(dict(zip(("channels", "mean", "std", "agreement"), tensors)), temporary,
-                      provenance)
+            save_file(dict(zip(("channels", "mean", "std", "weights", "agreement"), tensors)),
+                      temporary, provenance)
     except SafetensorError as error:
         raise OSError(f"{out}: cannot be written ({error})") from None
     return out

@@ -116,30 +116,31 @@ class LabelMap:
     """One layer's calibrated choice of channels, with static ranges.
 
     A label has a code for each chosen channel of the key: floor((k_c - lo_c) / step_c + 1/2), cut
-    to what its bits hold. A token's score is sum_c q_c * step_c * code_c, the products q_c * step_c
+    to what its bits hold. A token's score is sum_c q_c * gain_c * code_c, the products q_c * gain_c
     rounded to 8 bits (see query_codes); what lo_c adds is the same for all tokens.
     """
 
     channels: torch.Tensor  # [HKV, C] int32, the most important ones first
     lo: torch.Tensor  # [HKV, C] fp32
     step: torch.Tensor  # [HKV, C] fp32
+    gain: torch.Tensor  # [HKV, C] fp32: step, times what the channel tells of those left out
     bits: torch.Tensor  # [C] int32, of each code
     widths: tuple  # ((dims, bits), ...), C dims in all: see DSConfig.widths
 
     def tensors(self):
-        return self.channels, self.lo, self.step, self.bits
+        return self.channels, self.lo, self.step, self.gain, self.bits
 
     def query_codes(self, q):
         """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is codes . label codes,
         and in the units of q . k / sqrt(D) as many `unit`s.
 
-        codes: the query's channels, each times its label's step, on one scale per KV head: integers
+        codes: the query's channels, each times its gain, on one scale per KV head: integers
         in [-127, 127], as fp32.
         """
         B, _, D = q.shape
         grouped = q.float().view(B, len(self.channels), -1, D)
         chosen = grouped.take_along_dim(self.channels[None, :, None].long(), 3)  # [B, HKV, G, C]
-        products = chosen * self.step[:, None]
+        products = chosen * self.gain[:, None]
         largest = products.abs().amax((2, 3))  # [B, HKV]
         # one rounding, as in the kernel: a number over a tensor would be two
         scale = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)
@@ -317,7 +318,7 @@ PTX = tl.constexpr(not INTERPRETED.value and torch.version.cuda is not None)
 def _label(k, nth, position, mask, b, h, labels, label_map, k_strides, label_strides,
            WIDTHS: tl.constexpr):
     """Writes the labels of a row's and KV head's nth keys in k [T] at positions [T]."""
-    channels, lo, step, bits = label_map
+    channels, lo, step, _, bits = label_map
     k_sb, k_sh, k_ss = k_strides
     l_sb, l_sh, l_sw = label_strides
     C: tl.constexpr = dims_in(WIDTHS)
@@ -463,7 +464,7 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
 
     unit: of the scores, over the largest of the query's products. PDL: labels and seq_lens are read
     while the kernel before still runs."""
-    channels, _, step, bits = label_map
+    channels, _, _, gain, bits = label_map
     l_sb, l_sh, l_sw = label_strides
     sink, recent, window = forced
     n_tokens, min_tokens, share, dense_below = budget
@@ -472,7 +473,7 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
     C: tl.constexpr = dims_in(WIDTHS)
     offs_c = tl.arange(0, triton.next_power_of_2(C))
     channel = tl.load(channels + h * C + offs_c, mask=offs_c < C, other=0)
-    steps = tl.load(step + h * C + offs_c, mask=offs_c < C, other=1.0)
+    gains = tl.load(gain + h * C + offs_c, mask=offs_c < C, other=0.0)
     bits = tl.load(bits + offs_c, mask=offs_c < C, other=0)
     bit = tl.cumsum(bits, 0) - bits
 
@@ -508,7 +509,7 @@ def _bracket_kernel(q, labels, label_map, seq_lens, query, threshold, label_stri
     mask = (offs_g < G)[:, None] & (offs_c < C)[None, :]
     q += row.to(tl.int64) * G * D
     products = tl.load(q + offs_g[:, None] * D + channel[None, :], mask=mask, other=0.0)
-    products = products.to(tl.float32) * steps[None, :]
+    products = products.to(tl.float32) * gains[None, :]
     largest = tl.max(tl.abs(products))
     scale = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
     codes = tl.floor(products * scale + 0.5).to(tl.int8)  # in [-127, 127]

@@ -481,7 +481,7 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     meta = partial(torch.empty, device="meta")
     maps = None
     if ds is not None:
-        maps = [label_map_of(*(meta(HKV, D),) * 3, ds.widths(D))] * config.n_layers
+        maps = [label_map_of(*(meta(HKV, D),) * 3, None, ds.widths(D))] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE
@@ -647,7 +647,6 @@ def random_model(config, device, dtype, quantize=None):
     return assemble(config, weights, device, quantize)
 
 
-MAP_TENSORS = ("channels", "mean", "std")  # of channels.safetensors
 
 
 # Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a
@@ -655,17 +654,22 @@ MAP_TENSORS = ("channels", "mean", "std")  # of channels.safetensors
 CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
 
 
-def label_map_of(channels, mean, std, widths):
+def label_map_of(channels, mean, std, weights, widths):
     """The LabelMap of a layer. channels, mean, std [HKV, C or more], the first C of which count: a
-    label's channels by number, and each one's mean and standard deviation, which set its range."""
+    label's channels by number, and each one's mean and standard deviation, which set its range.
+    weights: None for 1, or of planes, as calibrate.plane_weights has them."""
     bits = [bits for dims, bits in widths for _ in range(dims)]
     steps = [2 * CLIP[b] / (2**b - 1) for b in bits]
     clip, step = (torch.tensor(x, device=std.device) for x in ([CLIP[b] for b in bits], steps))
     channels, mean, std = (x[:, : len(bits)] for x in (channels, mean, std))
     lo = (mean - clip * std).float().contiguous()
     step = (step * std).float().clamp(min=1e-12).contiguous()
+    gain = step.clone()
+    if weights is not None:
+        planes = (len(bits) + 1) // 2
+        gain *= weights[:, planes - 1, :planes].repeat_interleave(2, 1)[:, : len(bits)]
     bits = torch.tensor(bits, dtype=torch.int32, device=std.device)
-    return LabelMap(channels.int().contiguous(), lo, step, bits, widths)
+    return LabelMap(channels.int().contiguous(), lo, step, gain, bits, widths)
 
 
 def load_label_maps(checkpoint, config, ds, path=None):
@@ -681,7 +685,7 @@ def load_label_maps(checkpoint, config, ds, path=None):
             raise ValueError(f"{path}: calibrated for checkpoint {provenance.get('checkpoint')}, "
                              f"this one is {model_hash}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        if "channels" not in file.keys():
+        if not {"channels", "weights"} <= set(file.keys()):
             raise ValueError(f"{path}: holds label maps of an older form; "
                              f"run calibrate.py --checkpoint {checkpoint}")
         shape, D = file.get_slice("channels").get_shape(), config.head_dim
@@ -690,10 +694,12 @@ def load_label_maps(checkpoint, config, ds, path=None):
             raise ValueError(f"{path}: made for {shape} layers, KV heads, head_dim; the model has "
                              f"{config.n_layers}, {HKV}, {D}; "
                              f"run calibrate.py --checkpoint {checkpoint}")
-        tensors = {name: file.get_tensor(name)[:, heads] for name in MAP_TENSORS
+        shapes = dict.fromkeys(("channels", "mean", "std"), shape)
+        shapes["weights"] = [*shape[:2], D // 2, D // 2]
+        tensors = {name: file.get_tensor(name)[:, heads] for name, shape in shapes.items()
                    if name in file.keys() and file.get_slice(name).get_shape() == shape}
         channels = tensors.get("channels", torch.tensor(-1))
-        if len(tensors) < 3 or channels.min() < 0 or channels.max() >= D or not all(
+        if tensors.keys() != shapes.keys() or channels.min() < 0 or channels.max() >= D or not all(
                 tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{path}: its label maps are damaged; "
                              f"run calibrate.py --checkpoint {checkpoint}")

@@ -477,7 +477,7 @@ class OffloadedLayer(HostLayer):
             q = block.attn.queries(x, cos, sin, self.ahead).squeeze(2)  # [B, HQ of these heads, D]
             labels, m = self.labels[:, : self.ahead], self.label_map
             label_map = replace(m, **{name: getattr(m, name)[: self.ahead]
-                                      for name in ("channels", "lo", "step")})
+                                      for name in ("channels", "lo", "step", "gain")})
             self.chosen = select_tokens(q, None, labels, label_map, seq_lens, self.ds, self.window,
                                         self.workspace_ahead, self.placed_ahead.rows.shape[2])
             self.resolve(self.placed_ahead, self.chosen, seq_lens, ahead=not self.predicted)

@@ -163,7 +163,9 @@ class Problem:
         channels = torch.stack([torch.randperm(self.D, generator=generator)
                                 for _ in range(self.HKV)])
         mean, std = 0.1 * torch.ones(2, self.HKV, self.D) * torch.tensor([1, 9])[:, None, None]
-        self.map = label_map_of(*(x.to(DEVICE) for x in (channels, mean, std)), self.widths)
+        weights = 1 + torch.rand(self.HKV, self.D // 2, self.D // 2, generator=generator) / 4
+        ranges = (x.to(DEVICE) for x in (channels, mean, std, weights))
+        self.map = label_map_of(*ranges, self.widths)
         allocated = self.B, self.HKV, ds.words_in(self.widths), -(-self.S // self.pad) * self.pad
         self.labels = torch.full(allocated, -1, dtype=torch.int32, device=DEVICE)[..., : self.S]
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).repeat(self.B, 1)
@@ -193,7 +195,7 @@ class Problem:
 def first_channels(HKV, C, widths, device=DEVICE):
     """A LabelMap of the first C channels, for keys of unit variance."""
     channels, zeros = torch.arange(C).expand(HKV, -1).to(device), torch.zeros(HKV, C, device=device)
-    return label_map_of(channels, zeros, zeros + 1, widths)
+    return label_map_of(channels, zeros, zeros + 1, None, widths)
 
 
 def mask_of(indices, n_tokens, S):
@@ -234,6 +236,7 @@ def test_a_group_is_pooled_by_softmax_weight(S, window):
     unit = p.q[:, ::3] / p.q[:, ::3].norm(dim=-1, keepdim=True)
     p.k[:, :, 1] = 20 * unit  # a sink, which stands for no other token
     p.map.step *= 3  # so that it fits the range
+    p.map.gain = p.map.step
     ds.label_ref(p.k, p.positions, p.labels, p.map)
     exact = torch.einsum("bhgd,bhsd->bhgs", p.q.unflatten(1, (2, 3)), p.k) / 8
     live = ds.eligible_tokens(p.seq_lens, S, window)
@@ -305,7 +308,7 @@ def test_kernels_choose_the_reference_s_tokens_of_adversarial_scores(crowd, wind
     codes = torch.zeros(6000, 8)
     codes[:, 0], codes[:, 1] = CROWDS[crowd](torch.arange(6000))
     p.labels[:] = ds.pack(codes.to(DEVICE), p.map).T
-    p.map.step = torch.ones_like(p.map.step)
+    p.map.gain = torch.ones_like(p.map.gain)
     p.q = torch.zeros_like(p.q)
     p.q[:, 0, p.map.channels[0, :2]] = torch.tensor([127.0, 8.0], device=DEVICE)
     p.q[:, 1] = p.q[:, 0] / 2
@@ -541,7 +544,7 @@ def random_model(seed=0, **more):
                       sink=1, recent=2)
     channels = torch.randperm(16)[:8].expand(model.config.n_kv_heads, -1)
     zeros = torch.zeros(channels.shape)
-    label_map = label_map_of(channels, zeros, zeros + 1, ((8, 4),))
+    label_map = label_map_of(channels, zeros, zeros + 1, None, ((8, 4),))
     return model, [label_map] * 3, config
 
 
