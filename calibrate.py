@@ -23,8 +23,9 @@ from cli import (
 )
 from config import ModelConfig
 from ds_attention import DSConfig, label_ref, score_ref, select_ref, words_in
+from labels import both_halves, fitted, mean_turn
 from methods import attention_on, exact_logits, pool
-from model import apply_rope, fingerprint, label_map_of, load_model
+from model import apply_rope, fingerprint, load_model
 from tokenizer import Tokenizer, builtin_text, read_text
 
 METHODS = ("planes", "qk", "q", "k", "random")
@@ -40,11 +41,6 @@ def channel_sums(q, k, cos, sin):
     values = {"qk": (q * k[:, None]).abs().mean(1), "q": q.abs().mean(1), "k": k.abs(),
               "kk": k.square(), "before_rope": before_rope, "tokens": torch.ones_like(k)}
     return {name: x.sum(1, dtype=torch.float64) for name, x in values.items()}
-
-
-def both_halves(x):
-    """x [..., D] -> [..., D / 2]: sums over channels c and c + D / 2 that RoPE turns together."""
-    return x.unflatten(-1, (2, -1)).sum(-2)
 
 
 def plane_covariance(q, k, ds, seq_lens, window=None):
@@ -85,7 +81,7 @@ def planes_by_covariance(covariance):
 
 
 def plane_weights(covariance, ranked):
-    """Row n - 1 of [HKV, planes, planes] fp32: what the first n ranked planes' parts of q . k are
+    """Row n - 1 of [HKV, planes, planes] fp16: what the first n ranked planes' parts of q . k are
     times, for their sum to be the best guess of the whole: planes vary together. covariance [HKV,
     planes, planes], ranked [HKV, planes]: of plane_covariance and planes_by_covariance."""
     ordered = covariance.double().take_along_dim(ranked[:, :, None], 1)
@@ -94,7 +90,7 @@ def plane_weights(covariance, ranked):
     ordered.diagonal(dim1=1, dim2=2).mul_(1.001).add_(1e-12)
     for n in range(1, len(weights[0]) + 1):
         weights[:, n - 1, :n] = torch.linalg.solve(ordered[:, :n, :n], whole[:, :n])
-    return weights.float()
+    return weights.half()
 
 
 def rank_channels(sums, method, generator):
@@ -106,19 +102,6 @@ def rank_channels(sums, method, generator):
     values = (torch.rand(sums["k"].shape, generator=generator).to(sums["k"].device)
               if method == "random" else sums[method])  # qk is the paper's
     return values.sort(dim=-1, descending=True, stable=True).indices
-
-
-def key_ranges(sums, cos, sin):
-    """(mean, std) of each channel's keys at all positions: [HKV, D] each.
-
-    cos, sin [1, 1, positions, D / 2]: of those positions. RoPE turns the constant part of a plane's
-    keys: in fast planes its mean is zero, slow ones keep some of it. Both of a plane's channels
-    have one std, since what turns is now in the one, now in the other.
-    """
-    constant = (sums["before_rope"] / sums["tokens"])[None, :, None]
-    mean = apply_rope(constant, cos.mean(2, keepdim=True), sin.mean(2, keepdim=True))[0, :, 0]
-    variance = both_halves(sums["kk"] / sums["tokens"] - mean.square()).clamp(min=0) / 2
-    return mean, variance.sqrt().repeat(1, 2)
 
 
 def load_rankings(path, config):
@@ -226,9 +209,10 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
     queries = torch.linspace(min(context, max(64, context // 8)), context, 32).int().tolist()
     if not ds.sparse_at(longest):
         print(f"of {longest} tokens all are attended: the figures say nothing", file=sys.stderr)
-    generator = torch.Generator().manual_seed(0)
+    generator, half = torch.Generator().manual_seed(0), config.head_dim // 2
+    ones = torch.ones(config.n_kv_heads, half, half, dtype=torch.half, device=device)
     widths = ds.widths(config.head_dim)
-    everywhere = model.rope(torch.arange(config.max_positions, device=device)[None])
+    turn = [x.to(device) for x in mean_turn(config, longest)]
     columns = "labels keep", "exact scores", f"past {context}: labels", "exact scores"
     print(f"Attention mass kept at 1/{ds.sparsity:g} of the tokens, labels of {widths_name(widths)}"
           " bit\nlayer" + "".join(f"{x:>20}" for x in (*columns[: 2 * len(rows)], "agreement")))
@@ -246,10 +230,9 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
                 sums = {name: x + sums.get(name, 0) for name, x in of_window.items()}
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(sums, method, generator) if ranking is None else ranking[i]
-        ranges = [x.gather(1, channels).float() for x in key_ranges(sums, *everywhere)]
-        weights = (plane_weights(sums["planes"], channels[:, ::2]) if method == "planes"
-                   else torch.ones(len(channels), *2 * (config.head_dim // 2,), device=device))
-        label_map = label_map_of(channels, *ranges, weights, widths)
+        means = [(sums[name] / sums["tokens"]).float() for name in ("before_rope", "kk")]
+        weights = plane_weights(sums["planes"], channels[:, ::2]) if method == "planes" else ones
+        label_map = fitted(channels, *means, weights, widths, *turn)
 
         predicted = None  # the first layer's queries are not
         if previous is not None:
@@ -260,7 +243,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
             kept += selection_figures(q, None, k, label_map, ds, past, window)[:2]
         figures.append([*kept, agreement])
         tqdm.write(f"{i:5d}" + "".join(f"{value:20.3f}" for value in figures[-1]))
-        of_layer = channels.int(), *ranges, weights, torch.tensor(agreement)
+        of_layer = channels.int(), *means, weights, torch.tensor(agreement)
         of_file.append([x.cpu() for x in of_layer])
     mean = torch.tensor(figures).mean(0).tolist()
     print(" mean" + "".join(f"{x:20.3f}" for x in mean) + f"   (of {longest} tokens, held out)")
@@ -269,11 +252,11 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
                   "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
                   "samples": str(len(windows)), "tokens": str(len(windows) * context),
                   "context": str(context), "date": datetime.date.today().isoformat()}
+    names = "channels", "constant", "square", "weights", "agreement"
     tensors = map(torch.stack, zip(*of_file))
     try:
         with writing(out) as temporary:
-            save_file(dict(zip(("channels", "mean", "std", "weights", "agreement"), tensors)),
-                      temporary, provenance)
+            save_file(dict(zip(names, tensors)), temporary, provenance)
     except SafetensorError as error:
         raise OSError(f"{out}: cannot be written ({error})") from None
     return out

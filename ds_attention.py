@@ -134,8 +134,7 @@ class LabelMap:
         """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is codes . label codes,
         and in the units of q . k / sqrt(D) as many `unit`s.
 
-        codes: the query's channels, each times its gain, on one scale per KV head: integers
-        in [-127, 127], as fp32.
+        codes: query channels times their gains, on one scale per KV head, whole, -127 to 127, fp32.
         """
         B, _, D = q.shape
         grouped = q.float().view(B, len(self.channels), -1, D)

@@ -31,7 +31,8 @@ from convert_hf import convert
 from decode import DecodeStep, divergence, forced_logits, generate
 from ds_attention import DSConfig
 from host_memory import check_host_memory, free_host_bytes
-from model import KVCache, check_memory, load_label_maps, load_model, open_tensors
+from labels import load_label_maps
+from model import KVCache, check_memory, load_model, open_tensors
 from offload import MIN_AGREEMENT, MODES, OffloadCache, predictable_layers
 from timing import copy_bandwidth
 from tiny.tasks import kv_answer, kv_prompt, random_kv
@@ -81,11 +82,11 @@ def ensure_calibrated(checkpoint, device):
                 calibrate(checkpoint, device=device, dtype=default_dtype(device))
 
 
-def load_maps(checkpoint, config, ds, device, channels=None):
-    """A checkpoint's label maps; one without any is calibrated first. channels: another file's."""
+def load_maps(checkpoint, config, ds, device, positions, channels=None):
+    """A checkpoint's label maps, for a cache of `positions`; calibrated first if there are none."""
     if channels is None:
         ensure_calibrated(checkpoint, device)
-    return load_label_maps(checkpoint, config, ds, channels)
+    return load_label_maps(checkpoint, config, ds, channels, positions)
 
 
 def open_checkpoint(name):
@@ -483,7 +484,7 @@ def main():
         ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it loads its own
     say_if_dense(ds, size, config)
     model = load_model(checkpoint, args.device, dtype, args.quantize, ranks)
-    label_maps = load_maps(checkpoint, config, ds, args.device, args.channels) if ds else None
+    label_maps = ds and load_maps(checkpoint, config, ds, args.device, size, args.channels)
     if ds and args.offload:
         channels = args.channels or checkpoint / "channels.safetensors"
         cache_type = functools.partial(cache_type, predictable=predictable_layers(

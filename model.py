@@ -24,7 +24,9 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 import parallel
 from config import ModelConfig, rope_frequencies
-from ds_attention import DSConfig, LabelMap, Workspace, ds_decode, words_in, write_labels
+from ds_attention import (
+    DSConfig, LabelMap, Workspace, dims_in, ds_decode, words_in, write_labels
+)
 from experts import Experts, MoEFeedForward
 from linear import Linear, Residual, largest, quantized
 
@@ -481,7 +483,9 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     meta = partial(torch.empty, device="meta")
     maps = None
     if ds is not None:
-        maps = [label_map_of(*(meta(HKV, D),) * 3, None, ds.widths(D))] * config.n_layers
+        widths = ds.widths(D)
+        sizes = meta(HKV, dims_in(widths))
+        maps = [LabelMap(*4 * (sizes,), sizes[0], widths)] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE
@@ -645,62 +649,3 @@ def random_model(config, device, dtype, quantize=None):
             0, 0.02, generator=generator)
 
     return assemble(config, weights, device, quantize)
-
-
-
-
-# Half-widths, in standard deviations, of the uniform quantiser with least mean squared error on a
-# Gaussian.
-CLIP = {1: 0.798, 2: 1.494, 4: 2.513, 8: 3.92}
-
-
-def label_map_of(channels, mean, std, weights, widths):
-    """The LabelMap of a layer. channels, mean, std [HKV, C or more], the first C of which count: a
-    label's channels by number, and each one's mean and standard deviation, which set its range.
-    weights: None for 1, or of planes, as calibrate.plane_weights has them."""
-    bits = [bits for dims, bits in widths for _ in range(dims)]
-    steps = [2 * CLIP[b] / (2**b - 1) for b in bits]
-    clip, step = (torch.tensor(x, device=std.device) for x in ([CLIP[b] for b in bits], steps))
-    channels, mean, std = (x[:, : len(bits)] for x in (channels, mean, std))
-    lo = (mean - clip * std).float().contiguous()
-    step = (step * std).float().clamp(min=1e-12).contiguous()
-    gain = step.clone()
-    if weights is not None:
-        planes = (len(bits) + 1) // 2
-        gain *= weights[:, planes - 1, :planes].repeat_interleave(2, 1)[:, : len(bits)]
-    bits = torch.tensor(bits, dtype=torch.int32, device=std.device)
-    return LabelMap(channels.int().contiguous(), lo, step, gain, bits, widths)
-
-
-def load_label_maps(checkpoint, config, ds, path=None):
-    """A checkpoint's channels.safetensors, or file `path` -> one LabelMap per layer, fit for `ds`.
-
-    Raises ValueError when the file is absent, of an older form, or belongs to another model.
-    """
-    path = Path(path or Path(checkpoint) / "channels.safetensors")
-    with open_tensors(path) as file:
-        provenance = file.metadata() or {}
-        model_hash = fingerprint(Path(checkpoint) / "model.safetensors")
-        if provenance.get("checkpoint") != model_hash:
-            raise ValueError(f"{path}: calibrated for checkpoint {provenance.get('checkpoint')}, "
-                             f"this one is {model_hash}; "
-                             f"run calibrate.py --checkpoint {checkpoint}")
-        if not {"channels", "weights"} <= set(file.keys()):
-            raise ValueError(f"{path}: holds label maps of an older form; "
-                             f"run calibrate.py --checkpoint {checkpoint}")
-        shape, D = file.get_slice("channels").get_shape(), config.head_dim
-        HKV, heads = config.n_kv_heads * config.ranks, parallel.own(config.n_kv_heads)
-        if shape != [config.n_layers, HKV, D]:
-            raise ValueError(f"{path}: made for {shape} layers, KV heads, head_dim; the model has "
-                             f"{config.n_layers}, {HKV}, {D}; "
-                             f"run calibrate.py --checkpoint {checkpoint}")
-        shapes = dict.fromkeys(("channels", "mean", "std"), shape)
-        shapes["weights"] = [*shape[:2], D // 2, D // 2]
-        tensors = {name: file.get_tensor(name)[:, heads] for name, shape in shapes.items()
-                   if name in file.keys() and file.get_slice(name).get_shape() == shape}
-        channels = tensors.get("channels", torch.tensor(-1))
-        if tensors.keys() != shapes.keys() or channels.min() < 0 or channels.max() >= D or not all(
-                tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError(f"{path}: its label maps are damaged; "
-                             f"run calibrate.py --checkpoint {checkpoint}")
-    return [label_map_of(*of_layer, ds.widths(D)) for of_layer in zip(*tensors.values())]

@@ -32,7 +32,8 @@ import generate
 import pages
 import plan
 from ds_attention import DSConfig
-from model import fingerprint, load_label_maps, load_model
+from labels import load_label_maps
+from model import fingerprint, load_model
 from tiny import train
 from tokenizer import Tokenizer
 
@@ -174,11 +175,11 @@ def test_damaged_label_maps_are_refused(damage, tmp_path):
     maps = {"channels": torch.zeros(shape, dtype=torch.int32), "mean": torch.zeros(shape),
             "std": torch.ones(shape)}
     if damage == "absent":
-        del maps["std"]
+        del maps["square"]
     elif damage == "nan":
-        maps["mean"][0, 0, 0] = math.nan
+        maps["constant"][0, 0, 0] = math.nan
     elif damage == "shape":
-        maps["std"] = maps["std"][:, :1].contiguous()
+        maps["square"] = maps["square"][:, :1].contiguous()
     else:
         maps["channels"][0, 0, 0] = config.head_dim
     save_file(maps, tmp_path / "maps", {"checkpoint": fingerprint(TINY / "model.safetensors")})
@@ -405,7 +406,7 @@ def test_bench_alone_gives_a_tour(monkeypatch, capsys):
     bench.main()
     out, said = capsys.readouterr()
     assert all(f"bench.py {name} " in out for name in bench.BENCHES) and out.count("\n\n|") >= 3
-    assert "Their times say nothing" in said
+    assert "times say nothing" in said
     monkeypatch.setattr(sys, "argv", ["bench.py", "--steps", "3"])
     with pytest.raises(ValueError, match="what: invalid choice: '3'"):
         bench.main()

@@ -44,7 +44,8 @@ import convert_hf
 import decode
 import generate
 from ds_attention import DSConfig
-from model import KVCache, load_model, parameter_shapes
+from labels import key_ranges, mean_turn
+from model import KVCache, apply_rope, load_model, parameter_shapes
 from tokenizer import Tokenizer, from_sentencepiece, read_text
 
 needs_gguf = pytest.mark.skipif(gguf is None, reason="needs the package gguf")
@@ -1136,3 +1137,39 @@ def test_rankings_in_the_authors_format(tmp_path):
     for lists in ([[7] * 16] * 2, [["a"] * 16] * 2, [up] * 3, [up[:-1]] * 2, [], 5, [[up]] * 2):
         with pytest.raises(ValueError, match="not channel rankings of this model"):
             load(lists)
+
+
+def test_ranges_are_of_the_positions_of_a_cache():
+    """From keys at the first 512 positions: mean and spread of both channels of each plane over
+    8192, whose constant parts turn; over the first 512 alone they are others."""
+    model, draw = random_model(max_positions=8192)[0], torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, 8192, 16, generator=draw) + 3 * torch.randn(1, 2, 1, 16)
+    rope = model.rope(torch.arange(8192)[None])
+    turned = apply_rope(keys, *rope)
+    first = turned[:, :, :512]
+    sums = calibrate.channel_sums(first.repeat(1, 2, 1, 1), first, *(x[:, :, :512] for x in rope))
+    constant, square = ((sums[name] / 512).float() for name in ("before_rope", "kk"))
+    for positions, held in ((512, first[0]), (8192, turned[0])):
+        turn = mean_turn(model.config, positions)
+        mean, std = key_ranges(constant, square, *turn)
+        spread = held.var(1).unflatten(1, (2, -1)).mean(1).sqrt().repeat(1, 2)
+        torch.testing.assert_close(mean, held.mean(1), atol=0.2, rtol=0)
+        torch.testing.assert_close(std, spread, atol=0.2, rtol=0.05)
+    assert (first[0].mean(1) - turned[0].mean(1)).abs().max() > 1
+
+
+def test_weights_of_planes_guess_what_is_left_out():
+    """Of planes 0 and 1, which vary together, the one that is kept counts for both; planes that
+    vary alone count as they are."""
+    parts = torch.randn(5000, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    parts[:, 1] = parts[:, 0] / 2
+    covariance = torch.cov(parts.T)[None]
+    weights = calibrate.plane_weights(covariance, torch.tensor([[2, 0, 3, 1]]))[0].float()
+    torch.testing.assert_close(weights[0, :2], torch.tensor([1.0, 0.0]), atol=0.1, rtol=0)
+    torch.testing.assert_close(weights[2], torch.tensor([1, 1.5, 1, 0]), atol=0.1, rtol=0)
+    for n in range(1, 5):  # as least squares has it
+        kept = parts[:, [2, 0, 3, 1][:n]]
+        guess = kept @ weights[n - 1, :n].double()
+        best = kept @ torch.linalg.lstsq(kept, parts.sum(1)[:, None]).solution[:, 0]
+        error, least = ((parts.sum(1) - x).square().mean() for x in (guess, best))
+        assert error <= 1.01 * least + 1e-4

@@ -25,7 +25,8 @@ from cli import run_command, writing
 from config import ModelConfig
 from decode import DecodeStep, forced_logits, generate
 from ds_attention import DSConfig
-from model import KVCache, fingerprint, load_label_maps, load_model, parameter_shapes
+from labels import load_label_maps
+from model import KVCache, fingerprint, load_model, parameter_shapes
 from offload import OffloadCache
 from tokenizer import Tokenizer, builtin_text
 
@@ -60,7 +61,8 @@ def make_checkpoint(directory, content):
               directory / "model.safetensors")
     shape = config.n_layers, config.n_kv_heads, config.head_dim
     maps = {"channels": torch.rand(shape, generator=generator).argsort(-1).int(),
-            "mean": torch.zeros(shape), "std": 1 + torch.rand(shape, generator=generator)}
+            "constant": torch.zeros(shape), "square": 1 + torch.rand(shape, generator=generator),
+            "weights": torch.ones(*shape[:2], *2 * (config.head_dim // 2,))}
     save_file(maps, directory / "channels.safetensors",
               {"checkpoint": fingerprint(directory / "model.safetensors")})
 
