@@ -172,8 +172,9 @@ def test_lines_that_are_no_rows_are_named(line, tmp_path):
 def test_damaged_label_maps_are_refused(damage, tmp_path):
     config = ModelConfig.from_file(TINY / "config.json")
     shape = config.n_layers, config.n_kv_heads, config.head_dim
-    maps = {"channels": torch.zeros(shape, dtype=torch.int32), "mean": torch.zeros(shape),
-            "std": torch.ones(shape)}
+    maps = {"channels": torch.zeros(shape, dtype=torch.int32), "constant": torch.zeros(shape),
+            "square": torch.ones(shape),
+            "weights": torch.ones(*shape[:2], *2 * (config.head_dim // 2,))}
     if damage == "absent":
         del maps["square"]
     elif damage == "nan":
