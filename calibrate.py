@@ -1,7 +1,7 @@
 """Offline calibration: checkpoint + text -> channels.safetensors (arXiv 2408.07092, section 3.1).
 
 For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they tell of
-q . k, and measures the statistic that sets each one's static quantisation range. For each layer
+q . k, and measures what sets their weights and quantisation ranges (see labels.py). For each layer
 also how much of its selection could be predicted, one layer ahead (see offload.py).
 Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method planes]
 """
