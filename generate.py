@@ -82,8 +82,8 @@ def ensure_calibrated(checkpoint, device):
                 calibrate(checkpoint, device=device, dtype=default_dtype(device))
 
 
-def load_maps(checkpoint, config, ds, device, positions, channels=None):
-    """A checkpoint's label maps, for a cache of `positions`; calibrated first if there are none."""
+def load_maps(checkpoint, config, ds, device, positions=None, channels=None):
+    """labels.load_label_maps of a checkpoint, which is calibrated first if it was not."""
     if channels is None:
         ensure_calibrated(checkpoint, device)
     return load_label_maps(checkpoint, config, ds, channels, positions)
@@ -247,8 +247,9 @@ def parse_arguments():
                              "not be faster; with --offload so many tokens are on the GPU "
                              "(default %(default)s)")
     parser.add_argument("--max_seq_length", type=Number(int, 2), metavar="TOKENS",
-                        help="cache of each sequence: generation ends where it is full (default: "
-                             "as many as there will be; --interactive: all of the model's)")
+                        help="cache of each sequence, which labels are fitted to: generation ends "
+                             "where it is full (default: as many as there will be, labels for all "
+                             "of the model's; --interactive: those)")
     parser.add_argument("--offload", action="store_true",
                         help="keep K and V in host memory, on the GPU only labels, the dense "
                              "layers and tokens that recent steps attended to; with --sparsity 1 "
@@ -484,7 +485,8 @@ def main():
         ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it loads its own
     say_if_dense(ds, size, config)
     model = load_model(checkpoint, args.device, dtype, args.quantize, ranks)
-    label_maps = ds and load_maps(checkpoint, config, ds, args.device, size, args.channels)
+    maps = checkpoint, config, ds, args.device, args.max_seq_length, args.channels
+    label_maps = load_maps(*maps) if ds else None
     if ds and args.offload:
         channels = args.channels or checkpoint / "channels.safetensors"
         cache_type = functools.partial(cache_type, predictable=predictable_layers(

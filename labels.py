@@ -64,7 +64,7 @@ def fitted(channels, constant, square, weights, widths, cos, sin):
 
 def load_label_maps(checkpoint, config, ds, path=None, positions=None):
     """A checkpoint's channels.safetensors, or file `path` -> one LabelMap per layer, fit for `ds`
-    and a cache of so many positions (None: all of the model's).
+    and so many positions (None: all of the model's). A longer sequence is labelled, too, but worse.
 
     Raises ValueError when the file is absent, of an older form, or belongs to another model.
     """
@@ -91,5 +91,5 @@ def load_label_maps(checkpoint, config, ds, path=None, positions=None):
     if damaged or tensors[0].min() < 0 or tensors[0].max() >= D or not all(
             tensor.isfinite().all() for tensor in tensors):
         raise ValueError(f"{path}: its label maps are damaged; {again}")
-    turn = mean_turn(config, positions or config.max_positions)
+    turn = mean_turn(config, min(positions or config.max_positions, config.max_positions))
     return [fitted(*of_layer, ds.widths(D), *turn) for of_layer in zip(*tensors)]

@@ -188,6 +188,17 @@ def test_damaged_label_maps_are_refused(damage, tmp_path):
         load_label_maps(TINY, config, DSConfig(), tmp_path / "maps")
 
 
+def test_label_maps_fit_so_many_positions():
+    """All of the model's, if it is not said: what else a batch holds does not change them."""
+    config = ModelConfig.from_file(TINY / "config.json")
+    whole, least, same, beyond = (
+        load_label_maps(TINY, config, DSConfig(), positions=n)[-1]
+        for n in (None, 256, config.max_positions, 2 * config.max_positions))
+    assert torch.equal(whole.lo, same.lo) and torch.equal(whole.lo, beyond.lo)
+    assert torch.equal(whole.channels, least.channels)
+    assert (whole.lo - least.lo).abs().max() > 0.1 * whole.step.mean()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
