@@ -86,8 +86,8 @@ def plane_weights(covariance, ranked):
     planes, planes], ranked [HKV, planes]: of plane_covariance and planes_by_covariance."""
     ordered = covariance.double().take_along_dim(ranked[:, :, None], 1)
     ordered = ordered.take_along_dim(ranked[:, None], 2)
-    weights, whole = torch.zeros_like(ordered), ordered.sum(2)
-    ordered.diagonal(dim1=1, dim2=2).mul_(1.001).add_(1e-12)
+    weights, whole = torch.zeros_like(ordered), ordered.sum(2) + 1e-12
+    ordered.diagonal(dim1=1, dim2=2).mul_(1.001).add_(1e-12)  # weights of 1 where nothing varies
     for n in range(1, len(weights[0]) + 1):
         weights[:, n - 1, :n] = torch.linalg.solve(ordered[:, :n, :n], whole[:, :n])
     return weights.half()

@@ -1167,6 +1167,8 @@ def test_weights_of_planes_guess_what_is_left_out():
     weights = calibrate.plane_weights(covariance, torch.tensor([[2, 0, 3, 1]]))[0].float()
     torch.testing.assert_close(weights[0, :2], torch.tensor([1.0, 0.0]), atol=0.1, rtol=0)
     torch.testing.assert_close(weights[2], torch.tensor([1, 1.5, 1, 0]), atol=0.1, rtol=0)
+    nothing = calibrate.plane_weights(torch.zeros(1, 4, 4), torch.arange(4)[None])[0]
+    assert torch.equal(nothing, torch.ones(4, 4, dtype=torch.half).tril())
     for n in range(1, 5):  # as least squares has it
         kept = parts[:, [2, 0, 3, 1][:n]]
         guess = kept @ weights[n - 1, :n].double()
