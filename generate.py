@@ -248,8 +248,8 @@ def parse_arguments():
                              "(default %(default)s)")
     parser.add_argument("--max_seq_length", type=Number(int, 2), metavar="TOKENS",
                         help="cache of each sequence, which labels are fitted to: generation ends "
-                             "where it is full (default: as many as there will be, labels for all "
-                             "of the model's; --interactive: those)")
+                             "where it is full (default: as many as there will be, and labels for "
+                             "all of the model's positions; --interactive: a cache for them, too)")
     parser.add_argument("--offload", action="store_true",
                         help="keep K and V in host memory, on the GPU only labels, the dense "
                              "layers and tokens that recent steps attended to; with --sparsity 1 "
@@ -485,8 +485,8 @@ def main():
         ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it loads its own
     say_if_dense(ds, size, config)
     model = load_model(checkpoint, args.device, dtype, args.quantize, ranks)
-    maps = checkpoint, config, ds, args.device, args.max_seq_length, args.channels
-    label_maps = load_maps(*maps) if ds else None
+    label_maps = ds and load_maps(checkpoint, config, ds, args.device, args.max_seq_length,
+                                  args.channels)
     if ds and args.offload:
         channels = args.channels or checkpoint / "channels.safetensors"
         cache_type = functools.partial(cache_type, predictable=predictable_layers(
