@@ -70,7 +70,7 @@ def random_cache(c, B, size, config, device, dtype, cache_type=KVCache):
     if config is not None:
         channels = torch.arange(c.head_dim).expand(c.n_kv_heads, -1)
         zeros = torch.zeros(channels.shape)
-        label_map = label_map_of(channels, zeros, zeros + 1, None, config.widths(c.head_dim))
+        label_map = label_map_of(channels, zeros, zeros + 1, config.widths(c.head_dim))
     cache = cache_type(c, B, size, device, dtype, config, [label_map] * c.n_layers)
     generator = torch.Generator(device).manual_seed(parallel.rank())
     for b in range(B):
@@ -169,26 +169,26 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
         return B * HKV * (S * ds.words_in(config.widths(D)) * 4 + n * 2 * D * dtype.itemsize)
 
     def checked_calls(clustered):
-        """So many that no inputs stay in the L2 cache."""
+        """So many that no inputs stay in the L2 cache; how many tokens each call attends to."""
         count = math.ceil(L2_BYTES / read_bytes(row["n_tokens"])) if device != "cpu" else 1
         calls = decode_calls(count, B, S, HQ, HKV, D, dtype, config, device, clustered)
+        workspace.attended.zero_()
         for q, layer in calls:
             error = relative_error(step(q, layer), q, layer, seq_lens)
             if not error <= 0.01:  # nor is it a number
                 raise ValueError(f"the kernels are wrong: error {error:.2g} of {B} x {S} tokens, "
                                  f"{HQ}/{HKV} heads, labels of {row['label_bits']} bit")
             row["max_rel_err"] = max(row["max_rel_err"], error)
-        return calls
+        return calls, workspace.attended.double().mean().item() / count
 
-    calls = checked_calls(clustered=False)
+    calls, attended = checked_calls(clustered=False)
     n, kernels = row["n_tokens"], [dense_kernels(*call, seq_lens, workspace) for call in calls]
     if config.use_triton(calls[0][0]):
-        # a sample meets a row's N within 9%: the mean of 1,024 of them or more
-        again = calls * (math.ceil(1024 / (len(calls) * B * HKV)) if device != "cpu" else 1)
+        n, again = attended, math.ceil(1024 / (len(calls) * B * HKV)) if device != "cpu" else 1
         workspace.attended.zero_()
-        for q, layer in again:
+        for q, layer in calls * again:  # of one KV head their number has a deviation of 9%
             step(torch.randn_like(q), layer)
-        n = row["attended"] = workspace.attended.double().mean().item() / len(again)
+        row["attended"] = workspace.attended.double().mean().item() / len(calls * again)
         row["bracket_us"] = layer_us([partial(bracket, *call) for call in calls], device)
     row |= {"bytes": read_bytes(n), "ds_us": layer_us([partial(step, *x) for x in calls], device)}
     q, layer = calls[0]
@@ -206,7 +206,7 @@ def attention_row(B, S, HQ, HKV, D, dtype, config, device):
     row["dense_kernel"] = min(timed, key=timed.get)
     row["dense_us"] = timed[row["dense_kernel"]]
     del calls, kernels, q, layer
-    calls = checked_calls(clustered=True)
+    calls, _ = checked_calls(clustered=True)
     row["clustered_us"] = layer_us([partial(step, *call) for call in calls], device)
     if device != "cpu":
         row |= {"copy_gb_per_s": copy_bandwidth(device) / 1e9,
@@ -482,14 +482,16 @@ def text_sources(args, modes, device):
     shortest, longest = min(S for _, S in shapes), max(S for _, S in shapes) + args.steps + WARM_UP
     if shortest <= len(tokenizer.prefix) or longest > model.config.max_positions:
         raise ValueError(f"shapes={args.shapes}: prompts must hold text, and with the steps be of "
-                         f"at most the model's {model.config.max_positions} tokens, not {longest}")
+                         f"the model's {model.config.max_positions} positions at most, not {longest}")
     model.config = replace(model.config, eos_ids=())  # all rows of a batch go on to the end
     mode = "predicted" if "offload_predicted" in modes else "exact"
     data, texts = texts_of(args.data)
-    windows = {S: text_windows(tokenizer, texts, S - len(tokenizer.prefix)) for _, S in shapes}
+    windows = {S: text_windows(tokenizer, texts, S - len(tokenizer.prefix))
+               for S in {S for _, S in shapes}}
     for B, S in shapes:
         prompts = spread(windows[S], B)
-        maps = load_maps(checkpoint, model.config, DSConfig(), device, S + args.steps + WARM_UP)
+        maps = load_maps(checkpoint, model.config, DSConfig(), device,
+                         positions=S + args.steps + WARM_UP)
         predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT, mode)
         yield Source(name=checkpoint.name, model=model, B=len(prompts), S=S, prompts=prompts,
                      data=data, maps=maps, predictable=predictable)
@@ -611,8 +613,7 @@ def parse_arguments(words=None):
         help="channels per head (default %(default)s)")
     add("--sparsity", type=Number(float, 1.01, 1e6), default=DSConfig.sparsity,
         help="1/R of tokens and label bytes (default %(default)g)")
-    add("--label_bits", type=label_bits,
-        help="dims x bits as 8x4,48x2, or bits of as many dims as fit")
+    add("--label_bits", type=label_bits, help="dims x bits as 8x4,48x2, or bits of as many as fit")
 
     for add, modes, what in (
             (steps.add_argument, MODES,
@@ -650,8 +651,7 @@ def parse_arguments(words=None):
 def measure(args):
     """The rows of one benchmark, saved shape by shape if they are of a GPU."""
     if args.device is None and not torch.cuda.is_available():
-        raise ValueError("bench.py needs a CUDA GPU for its times; with --device cpu one small "
-                         "shape is checked")
+        raise ValueError("times need a CUDA GPU; --device cpu checks one small shape")
     device, path, rows = pick_device(args.device), RESULTS / f"{args.what}.jsonl", []
     saved = device != "cpu" and not args.no_save
     if saved and path.exists():

@@ -1,7 +1,7 @@
 """Offline calibration: checkpoint + text -> channels.safetensors (arXiv 2408.07092, section 3.1).
 
 For each layer and KV head, ranks the channels of keys and queries (after RoPE) by what they tell of
-q . k, and measures what sets their weights and quantisation ranges (see labels.py). For each layer
+q . k, weighs them, and measures what sets quantisation ranges (see labels.py). For each layer
 also how much of its selection could be predicted, one layer ahead (see offload.py).
 Usage: python calibrate.py --checkpoint tiny [--data FILE] [--method planes]
 """
@@ -23,7 +23,7 @@ from cli import (
 )
 from config import ModelConfig
 from ds_attention import DSConfig, label_ref, score_ref, select_ref, words_in
-from labels import both_halves, fitted, mean_turn
+from labels import both_halves, fitted_map, mean_turn
 from methods import attention_on, exact_logits, pool
 from model import apply_rope, fingerprint, load_model
 from tokenizer import Tokenizer, builtin_text, read_text
@@ -81,13 +81,13 @@ def planes_by_covariance(covariance):
 
 
 def plane_weights(covariance, ranked):
-    """Row n - 1 of [HKV, planes, planes] fp16: what the first n ranked planes' parts of q . k are
-    times, for their sum to be the best guess of the whole: planes vary together. covariance [HKV,
-    planes, planes], ranked [HKV, planes]: of plane_covariance and planes_by_covariance."""
+    """Weights of the first n ranked planes' parts of q . k, by which their sum is the best guess of
+    the sum over all planes (least squares): row n - 1 of [HKV, planes, planes] fp16, 0 from n on.
+    covariance [HKV, planes, planes] of plane_covariance, ranked [HKV, planes]."""
     ordered = covariance.double().take_along_dim(ranked[:, :, None], 1)
     ordered = ordered.take_along_dim(ranked[:, None], 2)
     weights, whole = torch.zeros_like(ordered), ordered.sum(2) + 1e-12
-    ordered.diagonal(dim1=1, dim2=2).mul_(1.001).add_(1e-12)  # weights of 1 where nothing varies
+    ordered.diagonal(dim1=1, dim2=2).mul_(1.001).add_(1e-12)  # a ridge; 1 where nothing varies
     for n in range(1, len(weights[0]) + 1):
         weights[:, n - 1, :n] = torch.linalg.solve(ordered[:, :n, :n], whole[:, :n])
     return weights.half()
@@ -198,6 +198,7 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
     check_output(out)
     model = load_model(checkpoint, device, dtype)
     config, ds = model.config, DSConfig(dense_below=0)
+    by_planes = method == "planes" and ranking is None
     context = min(context or CONTEXT, config.max_positions)
     longest = min(2 * context, config.max_positions)
     tokenizer = Tokenizer(checkpoint, config.vocab_size)
@@ -225,14 +226,14 @@ def calibrate(checkpoint, text=None, method="planes", samples=4, context=None, r
             q, k, v = layer.before(x, *rope)
             if j < len(windows):
                 of_window = channel_sums(q, k, *rope)
-                if method == "planes":
+                if by_planes:
                     of_window["planes"] = plane_covariance(q, k, ds, queries, window)
                 sums = {name: x + sums.get(name, 0) for name, x in of_window.items()}
             hidden[j] = layer.after(x, layer.attn.attend(q, k, v))
         channels = rank_channels(sums, method, generator) if ranking is None else ranking[i]
         means = [(sums[name] / sums["tokens"]).float() for name in ("before_rope", "kk")]
-        weights = plane_weights(sums["planes"], channels[:, ::2]) if method == "planes" else ones
-        label_map = fitted(channels, *means, weights, widths, *turn)
+        weights = plane_weights(sums["planes"], channels[:, ::2]) if by_planes else ones
+        label_map = fitted_map(channels, *means, weights, widths, *turn)
 
         predicted = None  # the first layer's queries are not
         if previous is not None:

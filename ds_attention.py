@@ -123,7 +123,7 @@ class LabelMap:
     channels: torch.Tensor  # [HKV, C] int32, the most important ones first
     lo: torch.Tensor  # [HKV, C] fp32
     step: torch.Tensor  # [HKV, C] fp32
-    gain: torch.Tensor  # [HKV, C] fp32: step, times what the channel tells of those left out
+    gain: torch.Tensor  # [HKV, C] fp32: step, times the weight of the channel's plane
     bits: torch.Tensor  # [C] int32, of each code
     widths: tuple  # ((dims, bits), ...), C dims in all: see DSConfig.widths
 
@@ -134,7 +134,7 @@ class LabelMap:
         """q [B, HQ, D] -> (codes [B, HKV, G, C], unit [B, HKV]): a score is codes . label codes,
         and in the units of q . k / sqrt(D) as many `unit`s.
 
-        codes: query channels times their gains, on one scale per KV head, whole, -127 to 127, fp32.
+        codes: channels of q times their gains, on a scale per KV head: fp32 integers, -127 to 127.
         """
         B, _, D = q.shape
         grouped = q.float().view(B, len(self.channels), -1, D)

@@ -369,7 +369,7 @@ class Evaluation:
         if calibration:
             data = self.args.calibration_data
             channels = labels_file(self.checkpoint, calibration, data, self.device)
-        maps = load_maps(self.checkpoint, self.model.config, ds, self.device, longest, channels)
+        maps = load_maps(self.checkpoint, self.model.config, ds, self.device, channels, longest)
         widths = ds.widths(self.model.config.head_dim)
         bits = ds.label_bits if isinstance(ds.label_bits, int) else widths_name(widths)
         config = asdict(ds) | {"label_bits": bits}  # the default may change

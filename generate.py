@@ -82,7 +82,7 @@ def ensure_calibrated(checkpoint, device):
                 calibrate(checkpoint, device=device, dtype=default_dtype(device))
 
 
-def load_maps(checkpoint, config, ds, device, positions=None, channels=None):
+def load_maps(checkpoint, config, ds, device, channels=None, positions=None):
     """labels.load_label_maps of a checkpoint, which is calibrated first if it was not."""
     if channels is None:
         ensure_calibrated(checkpoint, device)
@@ -247,9 +247,9 @@ def parse_arguments():
                              "not be faster; with --offload so many tokens are on the GPU "
                              "(default %(default)s)")
     parser.add_argument("--max_seq_length", type=Number(int, 2), metavar="TOKENS",
-                        help="cache of each sequence, which labels are fitted to: generation ends "
-                             "where it is full (default: as many as there will be, and labels for "
-                             "all of the model's positions; --interactive: a cache for them, too)")
+                        help="tokens of a sequence at most, where generation ends, and positions "
+                             "that labels are fitted to (default: all of the model's); the cache "
+                             "holds as many of them as can come")
     parser.add_argument("--offload", action="store_true",
                         help="keep K and V in host memory, on the GPU only labels, the dense "
                              "layers and tokens that recent steps attended to; with --sparsity 1 "
@@ -485,8 +485,8 @@ def main():
         ensure_calibrated(checkpoint, args.device)  # before the model is loaded: it loads its own
     say_if_dense(ds, size, config)
     model = load_model(checkpoint, args.device, dtype, args.quantize, ranks)
-    label_maps = ds and load_maps(checkpoint, config, ds, args.device, args.max_seq_length,
-                                  args.channels)
+    label_maps = ds and load_maps(checkpoint, config, ds, args.device, args.channels,
+                                  args.max_seq_length)
     if ds and args.offload:
         channels = args.channels or checkpoint / "channels.safetensors"
         cache_type = functools.partial(cache_type, predictable=predictable_layers(
@@ -536,6 +536,7 @@ def main():
             "dtype": str(dtype).removeprefix("torch."), "max_new_tokens": args.max_new_tokens,
             "max_seq_length": size, "temperature": args.temperature, "top_k": args.top_k,
             "seed": args.seed, "compile": args.compile, "quantize": args.quantize,
+            "label_positions": args.max_seq_length or config.max_positions,
             "double_sparsity": asdict(ds) if ds else None,
             "offload": {name: getattr(args, name) for name in OFFLOAD_OPTIONS}
                        if args.offload else None}}

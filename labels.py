@@ -1,4 +1,9 @@
-"""Label maps: a calibration's channels.safetensors, fitted to a cache."""
+"""Label maps: a calibration's channels.safetensors, fitted to a cache.
+
+The file: channels [L, HKV, D] int32, most important first; constant, square [L, HKV, D] fp32: keys'
+means before RoPE, and of their squares; weights [L, HKV, D / 2, D / 2] fp16: see
+calibrate.plane_weights; agreement [L] fp32: see offload.predictable_layers.
+"""
 from pathlib import Path
 
 import torch
@@ -25,7 +30,7 @@ def mean_turn(config, positions):
 
 
 def key_ranges(constant, square, cos, sin):
-    """(mean, deviation) of each channel's keys over the positions of a cache: [HKV, D] each.
+    """(mean, std) of each channel's keys over the positions of a cache: [HKV, D] each.
 
     constant [HKV, D]: keys' mean before RoPE; square [HKV, D]: the mean of their squares; cos, sin:
     of mean_turn. RoPE turns the constant part of a plane's keys: in fast planes its mean is zero,
@@ -37,10 +42,10 @@ def key_ranges(constant, square, cos, sin):
     return mean, variance.sqrt().repeat(1, 2)
 
 
-def label_map_of(channels, mean, std, weights, widths):
+def label_map_of(channels, mean, std, widths, weights=None):
     """The LabelMap of a layer. channels, mean, std [HKV, C or more], the first C of which count: a
     label's channels by number, and each one's mean and standard deviation, which set its range.
-    weights: None for 1, or of planes, as calibrate.plane_weights has them.
+    weights [HKV, D / 2, D / 2]: of calibrate.plane_weights; None: 1.
     """
     bits = [bits for dims, bits in widths for _ in range(dims)]
     steps = [2 * CLIP[b] / (2**b - 1) for b in bits]
@@ -56,10 +61,11 @@ def label_map_of(channels, mean, std, weights, widths):
     return LabelMap(channels.int().contiguous(), lo, step, gain, bits, widths)
 
 
-def fitted(channels, constant, square, weights, widths, cos, sin):
-    """label_map_of what a layer's calibration found, channels all D, for key_ranges' positions."""
+def fitted_map(channels, constant, square, weights, widths, cos, sin):
+    """A layer's LabelMap for the positions of mean_turn's cos, sin. channels [HKV, D]: all, ranked;
+    constant, square: see key_ranges; weights: see label_map_of."""
     ranges = (x.gather(1, channels.long()) for x in key_ranges(constant, square, cos, sin))
-    return label_map_of(channels, *ranges, weights, widths)
+    return label_map_of(channels, *ranges, widths, weights)
 
 
 def load_label_maps(checkpoint, config, ds, path=None, positions=None):
@@ -85,11 +91,11 @@ def load_label_maps(checkpoint, config, ds, path=None, positions=None):
         if found["channels"] != shape:
             raise ValueError(f"{path}: made for {found['channels']} layers, KV heads, head_dim; "
                              f"the model has {shape}; {again}")
-        damaged = any(found.get(name) != shape for name, shape in shapes.items())
+        damaged = any(found.get(name) != wanted for name, wanted in shapes.items())
         heads = parallel.own(config.n_kv_heads)
         tensors = [] if damaged else [file.get_tensor(name)[:, heads] for name in shapes]
     if damaged or tensors[0].min() < 0 or tensors[0].max() >= D or not all(
             tensor.isfinite().all() for tensor in tensors):
         raise ValueError(f"{path}: its label maps are damaged; {again}")
     turn = mean_turn(config, min(positions or config.max_positions, config.max_positions))
-    return [fitted(*of_layer, ds.widths(D), *turn) for of_layer in zip(*tensors)]
+    return [fitted_map(*of_layer, ds.widths(D), *turn) for of_layer in zip(*tensors)]

@@ -24,9 +24,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 import parallel
 from config import ModelConfig, rope_frequencies
-from ds_attention import (
-    DSConfig, LabelMap, Workspace, dims_in, ds_decode, words_in, write_labels
-)
+from ds_attention import DSConfig, LabelMap, Workspace, dims_in, ds_decode, words_in, write_labels
 from experts import Experts, MoEFeedForward
 from linear import Linear, Residual, largest, quantized
 
@@ -480,12 +478,11 @@ def memory_need(config, batch, max_seq_length, dtype, ds=None, cache_type=KVCach
     """Bytes of GPU memory that prefill and decode take, by what they are for: a dict. cache_type:
     called as KVCache is; quantize: as for load_model."""
     HKV, D = config.n_kv_heads, config.head_dim
-    meta = partial(torch.empty, device="meta")
     maps = None
     if ds is not None:
         widths = ds.widths(D)
-        sizes = meta(HKV, dims_in(widths))
-        maps = [LabelMap(*4 * (sizes,), sizes[0], widths)] * config.n_layers
+        each = torch.empty(HKV, dims_in(widths), device="meta")  # channels, and what they have
+        maps = [LabelMap(each, each, each, each, each[0], widths)] * config.n_layers
     cache = cache_type(config, batch, max_seq_length, "meta", dtype, ds, maps)
     qkv, attended = (config.n_heads + 2 * HKV) * D, config.n_heads * D
     # of one token in the widest moments of a block: residual, normed, q, k, v before and after RoPE

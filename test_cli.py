@@ -168,7 +168,7 @@ def test_lines_that_are_no_rows_are_named(line, tmp_path):
         cli.read_json_lines(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("damage", ["absent", "nan", "shape", "channel"])
+@pytest.mark.parametrize("damage", ["absent", "nan", "shape", "weights", "channel"])
 def test_damaged_label_maps_are_refused(damage, tmp_path):
     config = ModelConfig.from_file(TINY / "config.json")
     shape = config.n_layers, config.n_kv_heads, config.head_dim
@@ -179,6 +179,8 @@ def test_damaged_label_maps_are_refused(damage, tmp_path):
         del maps["square"]
     elif damage == "nan":
         maps["constant"][0, 0, 0] = math.nan
+    elif damage == "weights":
+        maps["weights"] = maps["weights"][..., :3].contiguous()
     elif damage == "shape":
         maps["square"] = maps["square"][:, :1].contiguous()
     else:

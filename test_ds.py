@@ -165,8 +165,8 @@ class Problem:
                                 for _ in range(self.HKV)])
         mean, std = 0.1 * torch.ones(2, self.HKV, self.D) * torch.tensor([1, 9])[:, None, None]
         weights = 1 + torch.rand(self.HKV, self.D // 2, self.D // 2, generator=generator) / 4
-        ranges = (x.to(DEVICE) for x in (channels, mean, std, weights))
-        self.map = label_map_of(*ranges, self.widths)
+        ranges = (x.to(DEVICE) for x in (channels, mean, std))
+        self.map = label_map_of(*ranges, self.widths, weights.to(DEVICE))
         allocated = self.B, self.HKV, ds.words_in(self.widths), -(-self.S // self.pad) * self.pad
         self.labels = torch.full(allocated, -1, dtype=torch.int32, device=DEVICE)[..., : self.S]
         self.positions = torch.arange(self.S, dtype=torch.int32, device=DEVICE).repeat(self.B, 1)
@@ -196,7 +196,7 @@ class Problem:
 def first_channels(HKV, C, widths, device=DEVICE):
     """A LabelMap of the first C channels, for keys of unit variance."""
     channels, zeros = torch.arange(C).expand(HKV, -1).to(device), torch.zeros(HKV, C, device=device)
-    return label_map_of(channels, zeros, zeros + 1, None, widths)
+    return label_map_of(channels, zeros, zeros + 1, widths)
 
 
 def mask_of(indices, n_tokens, S):
@@ -545,7 +545,7 @@ def random_model(seed=0, **more):
                       sink=1, recent=2)
     channels = torch.randperm(16)[:8].expand(model.config.n_kv_heads, -1)
     zeros = torch.zeros(channels.shape)
-    label_map = label_map_of(channels, zeros, zeros + 1, None, ((8, 4),))
+    label_map = label_map_of(channels, zeros, zeros + 1, ((8, 4),))
     return model, [label_map] * 3, config
 
 
