@@ -481,8 +481,8 @@ def text_sources(args, modes, device):
     check_layers(DSConfig(dense_layers=max(args.dense_layers)), model.config)
     shortest, longest = min(S for _, S in shapes), max(S for _, S in shapes) + args.steps + WARM_UP
     if shortest <= len(tokenizer.prefix) or longest > model.config.max_positions:
-        raise ValueError(f"shapes={args.shapes}: prompts must hold text, and with the steps be of "
-                         f"the model's {model.config.max_positions} positions, not {longest}")
+        raise ValueError(f"shapes={args.shapes}: prompts must hold text, and with the steps fit "
+                         f"the model's {model.config.max_positions} positions, not take {longest}")
     model.config = replace(model.config, eos_ids=())  # all rows of a batch go on to the end
     mode = "predicted" if "offload_predicted" in modes else "exact"
     data, texts = texts_of(args.data)
