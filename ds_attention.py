@@ -770,16 +770,17 @@ class Workspace:
         def scratch(*shape, dtype=torch.int32):
             return torch.empty(*shape, dtype=dtype, device=device)
 
+        def share(programs):
+            return triton.next_power_of_2(triton.cdiv(WARPS, programs * B * HKV))
+
         self.shape = (B, HQ, HKV, D, S)
-        # of a program: two where 64 of one for each row are too few; in dense decode one
-        self.warps = 1 if 64 * B * HKV >= WARPS else 2
-        programs = triton.cdiv(WARPS, self.warps * B * HKV)
-        self.splits = splits or min(64, triton.next_power_of_2(programs))
-        assert self.splits * self.warps <= 128, "a row's arrivals are counted in a byte"
+        self.splits = splits or min(32, share(1))  # more take longer to combine
+        self.warps = min(4, share(self.splits))  # of a program
+        assert self.splits < 256, "a row's arrivals are counted in a byte"
         self.block_s = 512 * self.warps  # tokens that a program scores at a time
         self.stripe = 32 if self.splits > 16 else 64  # of them side by side: selections cluster
-        self.partial = scratch(B * HQ, self.splits * self.warps, D, dtype=torch.float32)
-        self.partial_lse = scratch(B * HQ, self.splits * self.warps, dtype=torch.float32)
+        self.partial = scratch(B * HQ, self.splits, D, dtype=torch.float32)
+        self.partial_lse = scratch(B * HQ, self.splits, dtype=torch.float32)
         self.arrived = torch.zeros(B * HKV, dtype=torch.int32, device=device)
         if config is not None:
             self.widths = config.widths(D)
@@ -828,26 +829,23 @@ def attend(q, k, v, seq_lens, indices=None, counts=None, window=None, workspace=
     assert k.stride(3) == 1 and (v is None or v.stride() == k.stride())
     assert counts is None or counts.shape[2] == ws.splits, "lists of a workspace of other splits"
 
-    splits, num_warps = ws.splits, ws.warps
     chosen = dict(query=None, threshold=None, attended=None, lists=indices, counts=counts,
                   room=0 if indices is None else indices.shape[2])
     if config is not None:
         bracket(q, labels, label_map, seq_lens, config, window, ws, label_newest)
         chosen = dict(query=ws.query, threshold=ws.threshold, attended=ws.attended, lists=ws.lists,
                       counts=ws.counts, room=ws.room)
-    elif indices is None:
-        splits, num_warps = splits * num_warps, 1
 
     out, writes = None if v is None else torch.empty_like(q), labels is not None and label_newest
     always = (0, 0) if config is None else (config.sink, config.recent)
-    launch(_attend_kernel, (B * HKV, splits + writes), q, q=q, k=k, v=v, seq_lens=seq_lens,
+    launch(_attend_kernel, (B * HKV, ws.splits + writes), q, q=q, k=k, v=v, seq_lens=seq_lens,
            labels=labels, label_map=label_map and label_map.tensors(), **chosen,
            parts=(ws.partial, ws.partial_lse, ws.arrived), out=out, k_strides=k.stride()[:3],
            label_strides=(0, 0, 0) if labels is None else labels.stride()[:3],
            forced=(*always, window or NO_WINDOW), scale_log2=math.log2(math.e) / math.sqrt(D),
-           HKV=HKV, G=HQ // HKV, D=D, WIDTHS=label_map.widths if label_map else (), SPLITS=splits,
-           BLOCK_S=ws.block_s, BLOCK_N=32 * num_warps, STRIPE=ws.stripe,
-           LABEL=writes, num_warps=num_warps if q.element_size() == 2 else 4)
+           HKV=HKV, G=HQ // HKV, D=D, WIDTHS=label_map.widths if label_map else (),
+           SPLITS=ws.splits, BLOCK_S=ws.block_s, BLOCK_N=32 * ws.warps, STRIPE=ws.stripe,
+           LABEL=writes, num_warps=ws.warps if q.element_size() == 2 else 4)
     return out
 
 

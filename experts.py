@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import nn
 
 from ds_attention import launch
-from linear import Linear, load_inputs
+from linear import CODE_UNIT, Linear, load_inputs, widened
 
 
 class Experts(Linear):
@@ -173,20 +173,20 @@ def _experts_kernel(x, w, scale, shares, order, rstds, out, squares, gain, scale
             mask_k = k + offs_k < K
             inputs = load_inputs(of_inputs, k + offs_k, B, K, IN, ALONE, UPCAST)
             tile = tl.load(rows + (k + offs_k), mask=mask_k, other=0, eviction_policy="evict_first")
-            acc = tl.dot(tile.to(inputs.dtype), inputs, acc)
+            acc = tl.dot(widened(tile, inputs.dtype), inputs, acc)
             if UP:
                 tile = tl.load(rows + N * K + (k + offs_k), mask=mask_k, other=0,
                                eviction_policy="evict_first")
-                acc_2 = tl.dot(tile.to(inputs.dtype), inputs, acc_2)
+                acc_2 = tl.dot(widened(tile, inputs.dtype), inputs, acc_2)
             if PDL:
                 if k >= K - BLOCK_K and i == last - 1:
                     tl.extra.cuda.gdc_launch_dependents()
         if scale is not None:
-            acc *= tl.load(scale + row)[:, None]
+            acc = acc * CODE_UNIT * tl.load(scale + row)[:, None]
         if UP:
             acc, acc_2 = tl.sum(acc, 0) * rstd, tl.sum(acc_2, 0) * rstd
             if scale is not None:
-                acc_2 *= tl.load(scale + row + N)[:, None]
+                acc_2 = acc_2 * CODE_UNIT * tl.load(scale + row + N)[:, None]
             share = tl.load(shares + b * E + expert, mask=mask_b, other=0.0)[None, :]
             total = tl.where(share > 0, share * acc / (1 + tl.exp(-acc)) * acc_2, 0.0)
         else:

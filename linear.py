@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from ds_attention import launch
+from ds_attention import PTX, launch
 
 
 def largest(weight):
@@ -72,6 +72,34 @@ def load_inputs(x, offs_k, B, K, SHAPE: tl.constexpr, ALONE: tl.constexpr, UPCAS
     if UPCAST:
         inputs = inputs.to(tl.float32)
     return tl.trans(tl.broadcast_to(inputs, SHAPE))
+
+
+CODE_UNIT = tl.constexpr(64.0)  # `widened` int8 codes are less by it
+
+
+@triton.jit
+def widened(tile, dtype: tl.constexpr):
+    """A tile of weights in dtype: 16 bits as they are, int8 codes over CODE_UNIT, exact.
+
+    In bfloat16 by 1.25 instructions a weight, of which a conversion takes 2: below its 256th,
+    subnormal or not, its numbers are evenly spaced, so that a byte u under eight zero bits is
+    u / 2**133."""
+    if tile.dtype != tl.int8:
+        return tile.to(dtype)
+    elif not PTX or dtype != tl.bfloat16:
+        return (tile.to(tl.float32) / CODE_UNIT).to(dtype)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes, first, last, factor, offset;
+            xor.b32 bytes, $2, 0x80808080;      // u: the code plus 128
+            prmt.b32 first, bytes, 0, 0x4140;
+            prmt.b32 last, bytes, 0, 0x4342;
+            mov.b32 factor, 0x7F007F00;         // 2**127
+            mov.b32 offset, 0xC000C000;         // -2
+            fma.rn.bf16x2 $0, first, factor, offset;
+            fma.rn.bf16x2 $1, last, factor, offset;
+            }""", "=r,=r,r", [tile], dtype=tl.bfloat16, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -141,11 +169,11 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
         mask_k = k + offs_k < K
         inputs = load_inputs(x, k + offs_k, B, K, IN, ALONE, UPCAST)
         tile = tl.load(rows + (k + offs_k), mask=mask_k, other=0, eviction_policy="evict_first")
-        acc = tl.dot(tile.to(inputs.dtype), inputs, acc)
+        acc = tl.dot(widened(tile, inputs.dtype), inputs, acc)
         if PAIR:
             tile = tl.load(rows + half * K + (k + offs_k), mask=mask_k, other=0,
                            eviction_policy="evict_first")
-            acc_2 = tl.dot(tile.to(inputs.dtype), inputs, acc_2)
+            acc_2 = tl.dot(widened(tile, inputs.dtype), inputs, acc_2)
         if PDL and BLOCK_B <= 16:  # else they start when all have ended: 3% faster
             if k >= K - BLOCK_K:  # its last step: any earlier they crowd where there is room
                 tl.extra.cuda.gdc_launch_dependents()
@@ -153,9 +181,9 @@ def _linear_kernel(x, w, scale, out, squares, gain, scaled, bias, q_gain, k_gain
         acc, acc_2 = tl.sum(acc, 0), tl.sum(acc_2, 0)
     dtype = out.dtype.element_ty
     if scale is not None:
-        acc *= scale_1
+        acc = acc * CODE_UNIT * scale_1
         if PAIR:
-            acc_2 *= scale_2
+            acc_2 = acc_2 * CODE_UNIT * scale_2
     if NORM:
         rstd = tl.rsqrt(tl.sum(part, 0) / K + eps)[None, :]
         acc, acc_2 = acc * rstd, acc_2 * rstd
@@ -366,10 +394,10 @@ def _tiles(epilogue, B, dim, itemsize):
         few = dim <= 4096
         sizes = (dict(BLOCK_N=32, BLOCK_K=512, num_warps=4, STAGES=4 if B <= 32 else 3) if many
                  # mostly 256 programs, of which a multiprocessor holds two
-                 else dict(BLOCK_N=16 if few else 32, BLOCK_K=1024, num_warps=4,
-                           STAGES=6 if few and B == 1 else 3) if int8
+                 else dict(BLOCK_N=16 if few or B == 1 else 32, BLOCK_K=1024, num_warps=4,
+                           STAGES=6 if B == 1 else 3) if int8
                  else dict(BLOCK_N=16, BLOCK_K=256, num_warps=2, STAGES=5))
-    elif int8 and pair and dim >= 8192 and B == 1:  # 7% of a layer of Llama-2-70B
+    elif int8 and pair and dim >= 8192 and B <= 8:  # 2 to 7% of a layer of Llama-2-70B
         sizes = dict(BLOCK_N=16, BLOCK_K=512, num_warps=4, STAGES=3)
     elif not many:
         sizes = dict(BLOCK_N=32 if int8 and B > 8 else 16, BLOCK_K=256 if int8 else 128,

@@ -690,6 +690,14 @@ def test_fused_linear_layers_do_not_depend_on_their_tiles(tiles):
     assert relative_error(outs[0], table + (F.silu(gate) * up) @ w2.float().T) < 2e-3
 
 
+def test_int8_codes_are_widened_exactly():
+    codes = torch.arange(-128, 128, dtype=torch.int8, device=DEVICE)
+    gain = torch.ones(256, dtype=torch.bfloat16, device=DEVICE)
+    residual = Residual(0 * gain[None], gain, 1e-5)
+    residual.add(torch.eye(1, 32).to(gain), codes[:, None].repeat(1, 32), gain, scale=gain.float())
+    assert torch.equal(residual.x[0].float(), codes.float())
+
+
 @torch.inference_mode()
 def test_experts_of_a_sequence_do_not_depend_on_the_batch():
     """To the bit, whoever else is in it, whichever of the experts they choose."""
