@@ -770,12 +770,10 @@ class Workspace:
         def scratch(*shape, dtype=torch.int32):
             return torch.empty(*shape, dtype=dtype, device=device)
 
-        def share(programs):
-            return triton.next_power_of_2(triton.cdiv(WARPS, programs * B * HKV))
-
         self.shape = (B, HQ, HKV, D, S)
-        self.splits = splits or min(32, share(1))  # more take longer to combine
-        self.warps = min(4, share(self.splits))  # of a program
+        # more than 32 take longer to combine than they save
+        self.splits = splits or min(32, triton.next_power_of_2(triton.cdiv(WARPS, B * HKV)))
+        self.warps = min(4, triton.next_power_of_2(triton.cdiv(WARPS, B * HKV * self.splits)))
         assert self.splits < 256, "a row's arrivals are counted in a byte"
         self.block_s = 512 * self.warps  # tokens that a program scores at a time
         self.stripe = 32 if self.splits > 16 else 64  # of them side by side: selections cluster

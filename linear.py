@@ -74,16 +74,17 @@ def load_inputs(x, offs_k, B, K, SHAPE: tl.constexpr, ALONE: tl.constexpr, UPCAS
     return tl.trans(tl.broadcast_to(inputs, SHAPE))
 
 
-CODE_UNIT = tl.constexpr(64.0)  # `widened` int8 codes are less by it
+CODE_UNIT = tl.constexpr(64.0)  # what `widened` divides int8 codes by
 
 
 @triton.jit
 def widened(tile, dtype: tl.constexpr):
-    """A tile of weights in dtype: 16 bits as they are, int8 codes over CODE_UNIT, exact.
+    """A tile of weights in dtype, exact: 16 bits as they are, int8 codes over CODE_UNIT.
 
-    In bfloat16 by 1.25 instructions a weight, of which a conversion takes 2: below its 256th,
-    subnormal or not, its numbers are evenly spaced, so that a byte u under eight zero bits is
-    u / 2**133."""
+    For bfloat16 in 1.25 instructions a weight, where a conversion takes 2: sixteen bits of which
+    the lower eight are u and the others zero are the bfloat16 u / 2**133, as its smallest numbers,
+    subnormal and normal, are evenly spaced.
+    """
     if tile.dtype != tl.int8:
         return tile.to(dtype)
     elif not PTX or dtype != tl.bfloat16:

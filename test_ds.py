@@ -403,7 +403,7 @@ def test_attend_kernel_equals_reference_given_the_same_tokens(case):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_capacity_cuts_lists(impl, monkeypatch):
     """Those longer than it, behind; what is cut off is not attended to."""
-    monkeypatch.setattr(ds, "WARPS", 1024)  # programs of two warps
+    monkeypatch.setattr(ds, "WARPS", 1024)  # programs of four warps
     p = Problem(shapes(HQ=2, HKV=1, S=700, C=8), seq_lens=[700, 60])
     workspace = p.workspace(splits=2 if impl == "triton" else 1)
     whole, n_whole, _ = p.select(impl, workspace=workspace)
