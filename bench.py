@@ -488,11 +488,11 @@ def text_sources(args, modes, device):
     data, texts = texts_of(args.data)
     windows = {S: text_windows(tokenizer, texts, S - len(tokenizer.prefix))
                for S in {S for _, S in shapes}}
+    predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT, mode)
     for B, S in shapes:
         prompts = spread(windows[S], B)
         maps = load_maps(checkpoint, model.config, DSConfig(), device,
                          positions=S + args.steps + WARM_UP)
-        predictable = predictable_layers(checkpoint / "channels.safetensors", MIN_AGREEMENT, mode)
         yield Source(name=checkpoint.name, model=model, B=len(prompts), S=S, prompts=prompts,
                      data=data, maps=maps, predictable=predictable)
 
